@@ -1,0 +1,92 @@
+//! Everything a coordinator must know before it starts, validated.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lockstep_model::config::{BatchConfig, ModelConfig, OptimizerConfig, ScheduleConfig};
+use lockstep_model::sampler::Source;
+use lockstep_model::tokenizer::Tokenizer;
+
+/// One run: what is trained, on what, and how it is watched.
+#[derive(Clone, Debug)]
+pub struct RunConfig {
+    /// The recipe's name, for people.
+    pub recipe_name: String,
+    /// The recipe in full, overrides applied, as TOML: stored with every checkpoint.
+    pub recipe_toml: String,
+    /// Seed of everything drawn at random.
+    pub seed: u64,
+    /// The model.
+    pub model: ModelConfig,
+    /// How text becomes tokens; `None` where the model reads no text.
+    pub tokenizer: Option<Tokenizer>,
+    /// Where batches come from.
+    pub source: Arc<Source>,
+    /// The update rule.
+    pub optimizer: OptimizerConfig,
+    /// The learning rate over time.
+    pub schedule: ScheduleConfig,
+    /// How a step is cut into slots.
+    pub batch: BatchConfig,
+    /// Validation.
+    pub evaluation: EvaluationConfig,
+    /// Text sampled while training.
+    pub sampling: SamplingConfig,
+    /// What is kept on disk.
+    pub checkpoint: CheckpointConfig,
+    /// Who may take part.
+    pub cluster: ClusterConfig,
+    /// Directory of the run.
+    pub run_dir: PathBuf,
+    /// Continue from the newest valid checkpoint in `run_dir`.
+    pub resume: bool,
+}
+
+/// When and on how much validation loss is measured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EvaluationConfig {
+    /// Every so many steps, besides step 0 and the last; 0: never.
+    pub every_steps: u64,
+    /// Evaluation slots, each of `batch.sequences_per_slot` windows.
+    pub slots: u32,
+}
+
+/// Text sampled from fixed prompts while training.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingConfig {
+    /// Every so many steps, besides step 0 and the last; 0: never.
+    pub every_steps: u64,
+    /// What to continue.
+    pub prompts: Vec<String>,
+    /// Tokens to generate after each prompt.
+    pub tokens: usize,
+    /// Softmax temperature; 0: the likeliest token.
+    pub temperature: f64,
+    /// Draw among the so many likeliest tokens; 0: all.
+    pub top_k: usize,
+}
+
+/// What is kept on disk, and when the run stops early.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckpointConfig {
+    /// Every so many steps, besides the last; 0: the last alone.
+    pub every_steps: u64,
+    /// Newest checkpoints kept, at least 1. The one with the best validation loss is kept besides.
+    pub keep_last: usize,
+    /// Stop cleanly, with a checkpoint, after this step.
+    pub stop_after: Option<u64>,
+}
+
+/// Who may take part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClusterConfig {
+    /// Steps are leased out only while so many workers are here, at least 1.
+    pub min_workers: u32,
+    /// Admit only workers of one device class.
+    pub exact: bool,
+    /// How often a worker is to say that it lives.
+    pub heartbeat_interval: Duration,
+    /// Silence after which a worker is given up.
+    pub liveness_timeout: Duration,
+}

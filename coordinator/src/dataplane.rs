@@ -1,0 +1,276 @@
+//! Where vectors go: staged gradients, the tree sum, the optimizer, the published parameters.
+//!
+//! Vectors never pass through the engine. They wait here under the lease that made them until the engine accepts the
+//! block, and one thread adds them up, applies the step and publishes the result.
+
+use std::collections::HashMap;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use lockstep_model::batch::Sums;
+use lockstep_model::config::OptimizerConfig;
+use lockstep_model::layout::Layout;
+use lockstep_model::optimizer::{self, OptimizerState};
+use lockstep_model::tree::{Block, TreeSum, add_vectors};
+use lockstep_proto::chunk;
+use tracing::Span;
+
+use crate::engine::{LeaseId, WorkerId};
+
+/// Gradients that were pushed and wait for their block to be accepted or discarded.
+#[derive(Debug, Default)]
+pub(crate) struct Staging {
+    vectors: Mutex<HashMap<(WorkerId, LeaseId), Staged>>,
+}
+
+/// A pushed gradient.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    /// Flat, in layout order.
+    pub(crate) vector: Vec<f32>,
+    /// SHA-256 of its bytes.
+    pub(crate) sha256: [u8; 32],
+}
+
+impl Staging {
+    /// Keeps a vector for a lease, in the place of an earlier one.
+    pub(crate) fn put(&self, worker: WorkerId, lease: LeaseId, staged: Staged) {
+        self.lock().insert((worker, lease), staged);
+    }
+
+    /// The digest of what waits for a lease.
+    pub(crate) fn sha256(&self, worker: WorkerId, lease: LeaseId) -> Option<[u8; 32]> {
+        self.lock().get(&(worker, lease)).map(|staged| staged.sha256)
+    }
+
+    /// Takes a lease's vector out.
+    pub(crate) fn take(&self, worker: WorkerId, lease: LeaseId) -> Option<Vec<f32>> {
+        self.lock().remove(&(worker, lease)).map(|staged| staged.vector)
+    }
+
+    /// Forgets all that a worker left.
+    pub(crate) fn forget_worker(&self, worker: WorkerId) {
+        self.lock().retain(|(owner, _), _| *owner != worker);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(WorkerId, LeaseId), Staged>> {
+        // Every operation above leaves the map whole, so a panic elsewhere cannot have broken it.
+        self.vectors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The parameters that workers may pull.
+#[derive(Clone, Debug)]
+pub(crate) struct Published {
+    /// Optimizer steps applied.
+    pub(crate) version: u64,
+    /// Little-endian f32 in layout order.
+    pub(crate) bytes: Bytes,
+}
+
+/// The newest parameters, shared with the service.
+#[derive(Clone, Debug)]
+pub(crate) struct Publication(Arc<RwLock<Published>>);
+
+impl Publication {
+    /// What is published now.
+    pub(crate) fn get(&self) -> Published {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, published: Published) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = published;
+    }
+}
+
+/// A run's changing numbers.
+#[derive(Clone, Debug)]
+pub(crate) struct State {
+    /// Flat parameters.
+    pub(crate) parameters: Vec<f32>,
+    /// Moments.
+    pub(crate) optimizer: OptimizerState,
+}
+
+/// What the thread is asked to do, in order.
+enum Job {
+    Add { block: Block, vector: Vec<f32>, span: Span },
+    Apply { step: u64, lr: f64, sums: Sums, span: Span },
+    Snapshot(Box<dyn FnOnce(State) + Send>),
+}
+
+/// What happened to a step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Applied {
+    /// The step, now the published version.
+    pub(crate) step: u64,
+    /// Norm of the mean gradient.
+    pub(crate) grad_norm: f64,
+    /// Time spent adding gradients.
+    pub(crate) reduce: Duration,
+    /// Time spent in the optimizer.
+    pub(crate) optimize: Duration,
+    /// Time spent publishing.
+    pub(crate) publish: Duration,
+}
+
+/// The thread that owns parameters and optimizer. Dropping it ends the thread after the jobs at hand.
+#[derive(Debug)]
+pub(crate) struct DataPlane {
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    publication: Publication,
+}
+
+impl DataPlane {
+    /// Starts with `state` published as `version`. `applied` is called, on the thread, after each step.
+    ///
+    /// # Errors
+    /// If the system starts no thread.
+    pub(crate) fn start(
+        layout: Layout,
+        config: OptimizerConfig,
+        slots: u32,
+        version: u64,
+        state: State,
+        applied: impl Fn(anyhow::Result<Applied>) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let published = Published { version, bytes: chunk::to_bytes(&state.parameters) };
+        let publication = Publication(Arc::new(RwLock::new(published)));
+        let (jobs, queue) = channel();
+        let plane = Plane { layout, config, slots, state, sum: TreeSum::new(slots), reduce: Duration::ZERO };
+        let published = publication.clone();
+        let thread = std::thread::Builder::new()
+            .name("data-plane".into())
+            .spawn(move || plane.run(&queue, &published, &applied))?;
+        Ok(Self { jobs: Some(jobs), thread: Some(thread), publication })
+    }
+
+    /// What workers may pull.
+    pub(crate) fn publication(&self) -> Publication {
+        self.publication.clone()
+    }
+
+    /// Adds an accepted block to the sum of the step under way, whose span is `span`.
+    pub(crate) fn add(&self, block: Block, vector: Vec<f32>, span: &Span) {
+        self.send(Job::Add { block, vector, span: span.clone() });
+    }
+
+    /// Applies the step, all of whose slots were added, at learning rate `lr`.
+    pub(crate) fn apply(&self, step: u64, lr: f64, sums: Sums, span: &Span) {
+        self.send(Job::Apply { step, lr, sums, span: span.clone() });
+    }
+
+    /// Hands a copy of parameters and optimizer state, as they are after the jobs before, to `take` on the thread.
+    pub(crate) fn snapshot(&self, take: impl FnOnce(State) + Send + 'static) {
+        self.send(Job::Snapshot(Box::new(take)));
+    }
+
+    fn send(&self, job: Job) {
+        // The thread lives as long as `self`; if it panicked, the panic is the news and dropping `self` passes it on.
+        if let Some(jobs) = &self.jobs {
+            let _ = jobs.send(job);
+        }
+    }
+}
+
+impl Drop for DataPlane {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join)
+            && !std::thread::panicking()
+        {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+struct Plane {
+    layout: Layout,
+    config: OptimizerConfig,
+    slots: u32,
+    state: State,
+    sum: TreeSum<Vec<f32>>,
+    /// Time spent adding since the last step.
+    reduce: Duration,
+}
+
+impl Plane {
+    fn run(mut self, queue: &Receiver<Job>, publication: &Publication, applied: &impl Fn(anyhow::Result<Applied>)) {
+        for job in queue {
+            match job {
+                Job::Add { block, vector, span } => self.add(block, vector, &span),
+                Job::Apply { step, lr, sums, span } => applied(self.apply(step, lr, sums, &span, publication)),
+                Job::Snapshot(take) => take(self.state.clone()),
+            }
+        }
+    }
+
+    fn add(&mut self, block: Block, vector: Vec<f32>, span: &Span) {
+        let _span = tracing::info_span!(target: "lockstep", parent: span, "reduce").entered();
+        let start = Instant::now();
+        let inserted = self.sum.insert(block, vector, |left, right| add_vectors(left, &right));
+        debug_assert!(inserted.is_ok(), "the engine accepts every slot of a step once");
+        self.reduce += start.elapsed();
+    }
+
+    fn apply(
+        &mut self,
+        step: u64,
+        lr: f64,
+        sums: Sums,
+        span: &Span,
+        publication: &Publication,
+    ) -> anyhow::Result<Applied> {
+        let sum = std::mem::replace(&mut self.sum, TreeSum::new(self.slots));
+        let gradient = sum
+            .into_root()
+            .ok_or_else(|| anyhow::anyhow!("step {step}: the engine asked for a step whose gradient is incomplete"))?;
+        let reduce = std::mem::take(&mut self.reduce);
+
+        let start = Instant::now();
+        let report = {
+            let _span = tracing::info_span!(target: "lockstep", parent: span, "optimizer").entered();
+            let State { parameters, optimizer } = &mut self.state;
+            optimizer::step(&self.config, &self.layout, parameters, optimizer, &gradient, sums.weight, lr, step)
+        };
+        let optimize = start.elapsed();
+
+        let start = Instant::now();
+        let _span = tracing::info_span!(target: "lockstep", parent: span, "publish").entered();
+        publication.set(Published { version: step, bytes: chunk::to_bytes(&self.state.parameters) });
+        Ok(Applied { step, grad_norm: report.grad_norm, reduce, optimize, publish: start.elapsed() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lockstep_model::config::{LineConfig, ModelConfig, UpdateRule};
+
+    use super::*;
+
+    #[test]
+    fn blocks_become_a_step_and_a_published_version() {
+        let layout = Layout::of(&ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }));
+        let config = OptimizerConfig { rule: UpdateRule::Sgd, lr: 0.5, grad_clip: None };
+        let (done, news) = channel();
+        let state = State { parameters: vec![1.0, 2.0], optimizer: OptimizerState::default() };
+        let plane = DataPlane::start(layout, config, 3, 0, state, move |applied| {
+            let _ = done.send(applied);
+        })
+        .unwrap();
+        plane.add(Block { level: 1, index: 1 }, vec![4.0, 0.0], &Span::none());
+        plane.add(Block { level: 1, index: 0 }, vec![4.0, 8.0], &Span::none());
+        plane.apply(1, 0.5, Sums { loss: 1.0, weight: 4.0 }, &Span::none());
+        let applied = news.recv().unwrap().unwrap();
+        assert_eq!((applied.step, applied.grad_norm), (1, 8f64.sqrt()));
+        let published = plane.publication().get();
+        assert_eq!((published.version, published.bytes), (1, chunk::to_bytes(&[0.0, 1.0])));
+
+        plane.apply(2, 0.5, Sums { loss: 1.0, weight: 4.0 }, &Span::none());
+        assert!(news.recv().unwrap().is_err(), "no slot of step 2 was added");
+    }
+}

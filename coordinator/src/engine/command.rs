@@ -1,0 +1,375 @@
+//! What the engine decides, and why.
+
+use std::fmt;
+use std::time::Duration;
+
+use lockstep_model::batch::Sums;
+use lockstep_model::tree::Block;
+
+use super::id::{DeviceClass, LeaseId, Ticket, WorkerId};
+
+/// Something for the runtime to do. Commands are carried out in order.
+///
+/// A lease is open from its `Lease` to the first `Accept` or `Discard` that names it, and every lease gets one.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    /// Make the worker that holds the ticket a member.
+    Admit {
+        /// The request it answers.
+        ticket: Ticket,
+        /// The new member's id.
+        worker: WorkerId,
+        /// Its class, by which it was admitted.
+        class: DeviceClass,
+    },
+    /// Turn the worker that holds the ticket away.
+    Refuse {
+        /// The request it answers.
+        ticket: Ticket,
+        /// Why, and what to change.
+        reason: Refusal,
+    },
+    /// Send work to a member.
+    Lease {
+        /// To whom.
+        worker: WorkerId,
+        /// What.
+        lease: Lease,
+    },
+    /// The block counts: the vector staged under (worker, lease), if the task has one, enters the step's tree.
+    Accept {
+        /// Who computed it.
+        worker: WorkerId,
+        /// Under which lease.
+        lease: LeaseId,
+        /// The step it belongs to.
+        step: u64,
+        /// What it covers.
+        block: Block,
+    },
+    /// Whatever is or will be staged under (worker, lease) does not count: drop it.
+    Discard {
+        /// Whose.
+        worker: WorkerId,
+        /// Under which lease.
+        lease: LeaseId,
+        /// Why.
+        reason: DiscardReason,
+    },
+    /// Every slot of a step is accepted: finish the sum, apply the optimizer, publish version `step`.
+    ApplyStep {
+        /// The step.
+        step: u64,
+        /// Loss and weight over all slots, added in tree order.
+        sums: Sums,
+    },
+    /// A validation loss is measured.
+    RecordValidation {
+        /// The boundary, and the version evaluated.
+        step: u64,
+        /// Loss and weight over all evaluation slots, added in slot order.
+        sums: Sums,
+    },
+    /// Sample from the fixed prompts with version `step`, while training goes on.
+    Sample {
+        /// The boundary.
+        step: u64,
+    },
+    /// Write version `step` and the optimizer's state to disk, while training goes on. One at a time.
+    Checkpoint {
+        /// The boundary.
+        step: u64,
+    },
+    /// End a membership for good: the worker is not to join again.
+    Release {
+        /// Whose.
+        worker: WorkerId,
+        /// Why.
+        reason: ReleaseReason,
+    },
+    /// Close a worker's control stream; it may join again.
+    Disconnect {
+        /// Whose.
+        worker: WorkerId,
+        /// Why.
+        reason: DisconnectReason,
+    },
+    /// The run is over. Nothing but `Refuse`, `Release` and `Discard` follows.
+    Finish {
+        /// Optimizer steps applied.
+        step: u64,
+        /// How it ended.
+        outcome: Outcome,
+    },
+}
+
+/// What is to be computed for a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Task {
+    /// Loss and gradient of training slots.
+    Gradient,
+    /// Loss alone, of evaluation slots.
+    Evaluate,
+}
+
+/// One block of work, lent to one worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// Unique within the incarnation.
+    pub id: LeaseId,
+    /// The optimizer step, counted from 1; of an evaluation, the boundary it belongs to.
+    pub step: u64,
+    /// The parameter version to compute with: `step - 1` for a gradient, `step` for an evaluation.
+    pub version: u64,
+    /// What to compute.
+    pub task: Task,
+    /// For which slots.
+    pub block: Block,
+}
+
+/// Why a worker is not admitted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// It computes other bits than the run's workers.
+    OtherClass {
+        /// What the run's workers compute.
+        run: DeviceClass,
+        /// What it computes.
+        worker: DeviceClass,
+    },
+    /// The run is about to stop, or over.
+    Ending {
+        /// How, in words.
+        outcome: Outcome,
+    },
+}
+
+/// Why a result, or the lease it was to come under, does not count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum DiscardReason {
+    /// From one who is no member, or no longer.
+    NotAMember,
+    /// For another step, version or task than the one under way.
+    Stale,
+    /// Every slot of it is counted already.
+    AlreadyCounted,
+    /// Under a lease that the worker does not hold.
+    LeaseNotHeld,
+    /// For another block than the lease's, or without what its task needs.
+    Malformed,
+    /// The worker declined the lease.
+    Declined,
+    /// The worker left before it was done.
+    WorkerLeft,
+    /// The worker was silent for too long.
+    WorkerSilent,
+    /// The worker was released before it was done.
+    WorkerReleased,
+}
+
+/// Why a membership ends for good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReleaseReason {
+    /// The run is over.
+    RunOver(Outcome),
+    /// It declined too many leases in a row.
+    Declined {
+        /// How many.
+        leases: u32,
+        /// Its last reason.
+        reason: String,
+    },
+}
+
+/// Why a control stream is closed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DisconnectReason {
+    /// Nothing was heard from it for too long.
+    Silent {
+        /// How long.
+        silence: Duration,
+    },
+    /// It was admitted, and did not open its control stream in time.
+    NeverOpened {
+        /// How long it had.
+        silence: Duration,
+    },
+    /// It is no member: it was given up, or belongs to an earlier start of the coordinator.
+    NotAMember,
+}
+
+/// How a run ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Every step is done.
+    Completed,
+    /// Ended cleanly before its last step; `--resume` continues it.
+    Stopped {
+        /// Why.
+        reason: StopReason,
+    },
+    /// Cannot go on.
+    Failed {
+        /// Why, and what to do.
+        reason: Failure,
+    },
+}
+
+/// Why a run stops before its last step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// `checkpoint.stop_after` says so.
+    StopAfter {
+        /// The step it names.
+        step: u64,
+    },
+    /// Somebody asked.
+    Requested {
+        /// Who or what, in words.
+        reason: String,
+    },
+}
+
+/// Why a run cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// A checkpoint could not be written.
+    Checkpoint {
+        /// The boundary it was to hold.
+        step: u64,
+        /// The error in words.
+        reason: String,
+    },
+    /// The last worker declined too many leases in a row.
+    NobodyComputes {
+        /// The last worker's name.
+        name: String,
+        /// Its last reason.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Admit { worker, class, .. } => write!(f, "admit worker {worker} of class {class}"),
+            Self::Refuse { reason, .. } => write!(f, "refuse: {reason}"),
+            Self::Lease { worker, lease } => write!(f, "worker {worker}: {lease}"),
+            Self::Accept { worker, lease, step, block } => {
+                write!(f, "accept lease {lease} of worker {worker}: block {block} of step {step}")
+            }
+            Self::Discard { worker, lease, reason } => write!(f, "discard lease {lease} of worker {worker}: {reason}"),
+            Self::ApplyStep { step, sums } => write!(f, "apply step {step}, loss {} over {}", sums.loss, sums.weight),
+            Self::RecordValidation { step, sums } => {
+                write!(f, "validation at step {step}, loss {} over {}", sums.loss, sums.weight)
+            }
+            Self::Sample { step } => write!(f, "sample at step {step}"),
+            Self::Checkpoint { step } => write!(f, "checkpoint step {step}"),
+            Self::Release { worker, reason } => write!(f, "release worker {worker}: {reason}"),
+            Self::Disconnect { worker, reason } => write!(f, "disconnect worker {worker}: {reason}"),
+            Self::Finish { step, outcome } => write!(f, "finish at step {step}: {outcome}"),
+        }
+    }
+}
+
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Gradient => "gradient",
+            Self::Evaluate => "evaluation",
+        })
+    }
+}
+
+impl fmt::Display for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { id, step, version, task, block } = self;
+        write!(f, "lease {id}: {task} of block {block} of step {step} with version {version}")
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OtherClass { run, worker } => write!(
+                f,
+                "this worker's device class is {worker} and the run's is {run}: they compute different bits. Join with \
+                 a device and build like those of the run's workers, or start the run with cluster.exact = false"
+            ),
+            Self::Ending { outcome } => write!(f, "the run takes nobody in any more: {outcome}"),
+        }
+    }
+}
+
+impl fmt::Display for DiscardReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotAMember => "the worker is not, or no longer, a member",
+            Self::Stale => "it is for another step, version or task than the one under way",
+            Self::AlreadyCounted => "its slots are counted already",
+            Self::LeaseNotHeld => "the worker does not hold this lease",
+            Self::Malformed => "it does not fit its lease",
+            Self::Declined => "the worker declined it",
+            Self::WorkerLeft => "the worker left",
+            Self::WorkerSilent => "the worker fell silent",
+            Self::WorkerReleased => "the worker was released",
+        })
+    }
+}
+
+impl fmt::Display for ReleaseReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RunOver(outcome) => outcome.fmt(f),
+            Self::Declined { leases, reason } => {
+                write!(f, "declined {leases} leases in a row, the last because: {reason}")
+            }
+        }
+    }
+}
+
+impl fmt::Display for DisconnectReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Silent { silence } => write!(f, "nothing was heard from it for {:.1} s", silence.as_secs_f64()),
+            Self::NeverOpened { silence } => {
+                write!(f, "it did not open its control stream within {:.1} s", silence.as_secs_f64())
+            }
+            Self::NotAMember => f.write_str("it is not, or no longer, a member; it may join again"),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Completed => f.write_str("the run is complete"),
+            Self::Stopped { reason } => write!(f, "the run stops: {reason}"),
+            Self::Failed { reason } => write!(f, "the run failed: {reason}"),
+        }
+    }
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::StopAfter { step } => write!(f, "checkpoint.stop_after = {step}"),
+            Self::Requested { reason } => f.write_str(reason),
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Checkpoint { step, reason } => write!(
+                f,
+                "the checkpoint of step {step} could not be written ({reason}). Free space or make the run directory \
+                 writable, then continue with --resume"
+            ),
+            Self::NobodyComputes { name, reason } => {
+                write!(f, "the last worker, {name}, declined every lease, the last because: {reason}")
+            }
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! What the engine must know of a run, and what is due when.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::id::DeviceClass;
+
+/// One run, as far as decisions depend on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Optimizer steps of the whole run.
+    pub total_steps: u64,
+    /// Gradient slots a step, at least 1.
+    pub slots: u32,
+    /// Slots of an evaluation; 0: there is none.
+    pub eval_slots: u32,
+    /// Evaluate every so many steps, besides step 0 and the last; 0: never.
+    pub evaluate_every_steps: u64,
+    /// Sample every so many steps, besides step 0 and the last; 0: never.
+    pub sample_every_steps: u64,
+    /// Write a checkpoint every so many steps, besides where the run ends; 0: there alone.
+    pub checkpoint_every_steps: u64,
+    /// Stop after this step.
+    pub stop_after: Option<u64>,
+    /// Work is leased out only while so many workers are here, at least 1.
+    pub min_workers: u32,
+    /// Admit only workers of one device class.
+    pub exact: bool,
+    /// Silence after which a worker is given up, and the time an admitted one has to open its control stream.
+    pub liveness_timeout: Duration,
+    /// Most slots in one lease, at least 1: what fits into one message.
+    pub max_slots_per_lease: u32,
+    /// Where the run begins.
+    pub start: Start,
+}
+
+/// Where a coordinator begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// With initial parameters, at step 0.
+    Fresh,
+    /// From a checkpoint.
+    Resumed {
+        /// The boundary it holds.
+        step: u64,
+        /// Whether the validation due at that boundary is recorded already.
+        validated: bool,
+        /// The device classes that computed the run so far.
+        classes: BTreeSet<DeviceClass>,
+    },
+}
+
+impl EngineConfig {
+    /// The version to begin with.
+    pub(super) fn start_step(&self) -> u64 {
+        match self.start {
+            Start::Fresh => 0,
+            Start::Resumed { step, .. } => step,
+        }
+    }
+
+    /// Whether `step` is the boundary that a checkpoint brought back, where only what is missing is done again.
+    pub(super) fn resumed_at(&self, step: u64) -> bool {
+        matches!(self.start, Start::Resumed { step: resumed, .. } if resumed == step)
+    }
+
+    /// Whether the validation loss of boundary `step` is to be measured.
+    pub(super) fn evaluation_due(&self, step: u64) -> bool {
+        let recorded = self.resumed_at(step) && matches!(self.start, Start::Resumed { validated: true, .. });
+        self.eval_slots > 0 && self.is_due(self.evaluate_every_steps, step) && !recorded
+    }
+
+    /// Whether text is to be sampled at boundary `step`.
+    pub(super) fn sampling_due(&self, step: u64) -> bool {
+        self.is_due(self.sample_every_steps, step) && !self.resumed_at(step)
+    }
+
+    /// Whether a checkpoint is to be written at boundary `step` and the run to go on meanwhile.
+    pub(super) fn checkpoint_due(&self, step: u64) -> bool {
+        let every = self.checkpoint_every_steps;
+        every > 0 && step > 0 && step.is_multiple_of(every) && !self.resumed_at(step)
+    }
+
+    /// Every `every` steps, at step 0 and at the last.
+    fn is_due(&self, every: u64, step: u64) -> bool {
+        every > 0 && (step.is_multiple_of(every) || step == self.total_steps)
+    }
+}

@@ -1,0 +1,101 @@
+//! What the engine hears.
+
+use std::time::Duration;
+
+use lockstep_model::batch::Sums;
+use lockstep_model::tree::Block;
+
+use super::command::Task;
+use super::id::{DeviceClass, LeaseId, Ticket, WorkerId};
+
+/// Something that happened outside. The runtime passes events on one at a time, in the order in which they came.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A worker has computed the probe and asks to be admitted. Answered by `Admit` or `Refuse`.
+    JoinRequested {
+        /// Names the request in the answer.
+        ticket: Ticket,
+        /// The worker's own name.
+        name: String,
+        /// Its device in words.
+        device: String,
+        /// Its class, by the probe.
+        class: DeviceClass,
+    },
+    /// A member opened its control stream: it can be leased work.
+    ControlOpened {
+        /// Who.
+        worker: WorkerId,
+    },
+    /// A control stream ended, from whichever side. The membership ends with it.
+    ControlClosed {
+        /// Whose.
+        worker: WorkerId,
+    },
+    /// A worker says that it lives. Its results and refusals of leases say so too.
+    Heartbeat {
+        /// Who.
+        worker: WorkerId,
+    },
+    /// A worker finished a lease. A gradient's vector lies staged under (worker, lease) by now.
+    BlockDone(BlockDone),
+    /// A worker cannot compute a lease, and remains a member.
+    Declined {
+        /// Who.
+        worker: WorkerId,
+        /// What it was to compute.
+        lease: LeaseId,
+        /// Why not, in the worker's words.
+        reason: String,
+    },
+    /// The vectors of a step are reduced, the optimizer has applied them, and version `step` is published.
+    StepApplied {
+        /// The step.
+        step: u64,
+    },
+    /// A checkpoint is safely on disk.
+    CheckpointWritten {
+        /// The boundary it holds.
+        step: u64,
+    },
+    /// A checkpoint could not be written. What was on disk before still is.
+    CheckpointFailed {
+        /// The boundary it was to hold.
+        step: u64,
+        /// The error in words.
+        reason: String,
+    },
+    /// Stop cleanly, with a checkpoint. Only the first request counts.
+    StopRequested {
+        /// Who or what asked, in words.
+        reason: String,
+    },
+    /// Time has passed: sent once `next_deadline` is reached and no other event is waiting. Silence is judged on it
+    /// alone, so that a coordinator that was itself asleep first hears what its workers said meanwhile.
+    Tick,
+}
+
+/// A worker's answer to a lease.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockDone {
+    /// Who computed it.
+    pub worker: WorkerId,
+    /// Under which lease.
+    pub lease: LeaseId,
+    /// As in the lease.
+    pub step: u64,
+    /// The parameter version it was computed with.
+    pub version: u64,
+    /// As in the lease.
+    pub task: Task,
+    /// As in the lease.
+    pub block: Block,
+    /// SHA-256 of the staged vector; `None` for an evaluation.
+    pub digest: Option<[u8; 32]>,
+    /// Sums over the block, in tree order.
+    pub sums: Sums,
+    /// Evaluation: the sums of each existing slot of the block, in order. Empty for a gradient.
+    pub slot_sums: Vec<Sums>,
+    /// Time spent computing, by the worker's clock.
+    pub compute: Duration,
+}

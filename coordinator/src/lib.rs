@@ -1,0 +1,24 @@
+//! The run: who is here, who does what; gradients are added, the optimizer applied, parameters published and kept.
+//!
+//! The [`engine`] decides, as a pure state machine. The runtime ([`run()`]) is one loop: the gRPC service and the threads
+//! that work for it send inputs, the loop turns them into the engine's events and carries out its commands. Vectors go
+//! around both, through the data plane.
+
+mod archive;
+pub mod config;
+mod dataplane;
+pub mod engine;
+pub mod metrics;
+pub mod observe;
+mod plot;
+mod run;
+pub mod run_dir;
+mod sampler;
+mod service;
+mod start;
+mod trace;
+mod translate;
+
+pub use config::RunConfig;
+pub use run::{Summary, run};
+pub use trace::trace_id;

@@ -1,0 +1,192 @@
+//! `metrics.jsonl`: one line for each committed step and each validation, each step once even after a resume.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Line {
+    /// A committed optimizer step.
+    Step(StepLine),
+    /// A validation.
+    Validation(ValidationLine),
+}
+
+/// A committed optimizer step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepLine {
+    /// The step, from 1.
+    pub step: u64,
+    /// Mean loss over the step's batch, before the update.
+    pub loss: f64,
+    /// Tokens (or rows) trained on so far.
+    pub tokens: u64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Global L2 norm of the mean gradient, before clipping.
+    pub grad_norm: f64,
+    /// Wall time from the last commit, or from the end of a validation between, to this one.
+    pub step_secs: f64,
+    /// Tokens (or rows) of the step per second of wall time.
+    pub tokens_per_sec: f64,
+    /// Time in forward and backward, summed over workers.
+    pub compute_secs: f64,
+    /// Time in which gradients travelled, summed over workers.
+    pub upload_secs: f64,
+    /// Time in which the coordinator added gradients up.
+    pub reduce_secs: f64,
+    /// Time in the optimizer.
+    pub optimizer_secs: f64,
+    /// Time in which the new parameters were prepared for the wire.
+    pub publish_secs: f64,
+}
+
+/// A validation.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ValidationLine {
+    /// Optimizer steps applied to the parameters it measured.
+    pub step: u64,
+    /// Mean loss over all validation windows.
+    pub val_loss: f64,
+}
+
+impl Line {
+    fn step(&self) -> u64 {
+        match self {
+            Self::Step(line) => line.step,
+            Self::Validation(line) => line.step,
+        }
+    }
+}
+
+/// The open file and what it holds.
+#[derive(Debug)]
+pub struct Metrics {
+    path: PathBuf,
+    file: File,
+    lines: Vec<Line>,
+}
+
+impl Metrics {
+    /// Opens `path`, keeping the lines up to step `step` (of an earlier start of the same run) and dropping later ones,
+    /// which the run will write again. `validated` says whether the validation of `step` itself is to be kept.
+    ///
+    /// # Errors
+    /// If the file cannot be read or rewritten, or holds something else.
+    pub fn open(path: &Path, step: u64, validated: bool) -> anyhow::Result<Self> {
+        let mut lines = read(path)?;
+        lines.retain(|line| match line {
+            Line::Step(line) => line.step <= step,
+            Line::Validation(line) => line.step < step || (line.step == step && validated),
+        });
+        let rewritten = path.with_extension("jsonl.partial");
+        let mut text = String::new();
+        for line in &lines {
+            text.push_str(&serde_json::to_string(line)?);
+            text.push('\n');
+        }
+        fs::write(&rewritten, text).with_context(|| format!("{}: cannot write", rewritten.display()))?;
+        fs::rename(&rewritten, path).with_context(|| format!("{}: cannot replace", path.display()))?;
+        let file = OpenOptions::new().append(true).open(path);
+        let file = file.with_context(|| format!("{}: cannot open for appending", path.display()))?;
+        Ok(Self { path: path.into(), file, lines })
+    }
+
+    /// Appends a line.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn append(&mut self, line: Line) -> anyhow::Result<()> {
+        debug_assert!(self.lines.last().is_none_or(|last| last.step() <= line.step()), "steps are committed in order");
+        let mut text = serde_json::to_string(&line)?;
+        text.push('\n');
+        // One write a line, so that a reader never sees half of one from a live run.
+        let written = self.file.write_all(text.as_bytes());
+        written.with_context(|| format!("{}: cannot append; is the disk full?", self.path.display()))?;
+        self.lines.push(line);
+        Ok(())
+    }
+
+    /// All lines, in order.
+    pub fn lines(&self) -> &[Line] {
+        &self.lines
+    }
+}
+
+/// The lines of a metrics file; none where there is no file. A last line that was cut by a crash is left out.
+///
+/// # Errors
+/// If the file cannot be read or another line is malformed.
+pub fn read(path: &Path) -> anyhow::Result<Vec<Line>> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        file => file.with_context(|| format!("{}: cannot read", path.display()))?,
+    };
+    let texts = BufReader::new(file).lines().collect::<Result<Vec<_>, _>>();
+    let texts = texts.with_context(|| format!("{}: cannot read", path.display()))?;
+    let mut lines = Vec::with_capacity(texts.len());
+    for (index, text) in texts.iter().enumerate() {
+        match serde_json::from_str(text) {
+            Ok(line) => lines.push(line),
+            Err(_) if index + 1 == texts.len() => {}
+            Err(error) => anyhow::bail!("{}: line {}: {error}", path.display(), index + 1),
+        }
+    }
+    Ok(lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(step: u64) -> Line {
+        Line::Step(StepLine {
+            step,
+            loss: 1.0,
+            tokens: step * 10,
+            lr: 0.1,
+            grad_norm: 1.0,
+            step_secs: 0.5,
+            tokens_per_sec: 20.0,
+            compute_secs: 0.4,
+            upload_secs: 0.01,
+            reduce_secs: 0.01,
+            optimizer_secs: 0.01,
+            publish_secs: 0.01,
+        })
+    }
+
+    fn validation(step: u64) -> Line {
+        Line::Validation(ValidationLine { step, val_loss: 2.0 })
+    }
+
+    #[test]
+    fn after_a_resume_each_step_stands_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut metrics = Metrics::open(&path, 0, false).unwrap();
+        for line in [validation(0), step(1), step(2), validation(2), step(3)] {
+            metrics.append(line).unwrap();
+        }
+        // The coordinator died while writing.
+        fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\":4,\"lo").unwrap();
+
+        let mut metrics = Metrics::open(&path, 2, true).unwrap();
+        metrics.append(step(3)).unwrap();
+        assert_eq!(read(&path).unwrap(), [validation(0), step(1), step(2), validation(2), step(3)]);
+        assert_eq!(Metrics::open(&path, 2, false).unwrap().lines(), [validation(0), step(1), step(2)]);
+    }
+
+    #[test]
+    fn a_malformed_line_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        fs::write(&path, "nonsense\n{\"step\":1,\"val_loss\":2.0}\n").unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("line 1"));
+    }
+}

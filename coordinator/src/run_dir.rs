@@ -1,0 +1,154 @@
+//! The directory of a run: who holds it, and where everything in it lies.
+//!
+//! ```text
+//! RUN/lock             held by the coordinator that advances the run
+//! RUN/run.json         the run's id and how often its coordinator was started
+//! RUN/recipe.toml      the recipe in full
+//! RUN/checkpoints/     step-000000123/ and so on
+//! RUN/metrics.jsonl    one line a step
+//! RUN/loss.svg         the same as a picture
+//! RUN/samples.txt      text sampled while training
+//! RUN/logs/            what the local workers said
+//! ```
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use serde::{Deserialize, Serialize};
+
+/// A run's identity over all its starts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// 32 hexadecimal digits.
+    pub run_id: String,
+    /// Starts of the run's coordinator so far, this one included.
+    pub incarnation: u64,
+}
+
+/// A run directory that this process alone may write.
+#[derive(Debug)]
+pub struct RunDir {
+    root: PathBuf,
+    identity: Identity,
+    /// Held until dropped.
+    _lock: File,
+}
+
+impl RunDir {
+    /// Takes hold of `root`, creating it where it is new, and counts this start.
+    ///
+    /// `new_run_id` names the run if it is new.
+    ///
+    /// # Errors
+    /// If another process holds it, if it holds a run and `resume` is false, if it holds none and `resume` is true, or if
+    /// the system refuses.
+    pub fn open(root: &Path, resume: bool, new_run_id: &str) -> anyhow::Result<Self> {
+        let shown = root.display();
+        fs::create_dir_all(root).with_context(|| format!("{shown}: cannot create the run directory"))?;
+        let lock = File::create(root.join("lock")).with_context(|| format!("{shown}: cannot create the lock file"))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => bail!(
+                "{shown}: another coordinator holds this run; stop it (`lockstep status` shows a live one), or choose \
+                 another --run"
+            ),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("{shown}: cannot lock")),
+        }
+        let path = root.join("run.json");
+        let identity = match fs::read_to_string(&path) {
+            Ok(_) if !resume => {
+                bail!("{shown}: holds a run already; continue it with --resume, or choose another --run")
+            }
+            Ok(text) => {
+                let earlier: Identity =
+                    serde_json::from_str(&text).with_context(|| format!("{}: is no run identity", path.display()))?;
+                Identity { incarnation: earlier.incarnation + 1, ..earlier }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && resume => {
+                bail!("{shown}: there is no run to resume here; leave --resume out to start one")
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Identity { run_id: new_run_id.into(), incarnation: 1 }
+            }
+            Err(error) => return Err(error).with_context(|| format!("{}: cannot read", path.display())),
+        };
+        write_atomically(&path, &serde_json::to_string_pretty(&identity)?)?;
+        Ok(Self { root: root.into(), identity, _lock: lock })
+    }
+
+    /// Which run, and which start of it.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Where the run's files lie.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where checkpoints lie.
+    pub fn checkpoints(&self) -> PathBuf {
+        checkpoints(&self.root)
+    }
+
+    /// The metrics file.
+    pub fn metrics(&self) -> PathBuf {
+        self.root.join("metrics.jsonl")
+    }
+
+    /// The picture of the losses.
+    pub fn loss_svg(&self) -> PathBuf {
+        self.root.join("loss.svg")
+    }
+
+    /// The sampled texts.
+    pub fn samples(&self) -> PathBuf {
+        self.root.join("samples.txt")
+    }
+
+    /// Stores the recipe.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn write_recipe(&self, recipe_toml: &str) -> anyhow::Result<()> {
+        write_atomically(&self.root.join("recipe.toml"), recipe_toml)
+    }
+}
+
+/// Where the checkpoints of the run in `root` lie.
+pub fn checkpoints(root: &Path) -> PathBuf {
+    root.join("checkpoints")
+}
+
+fn write_atomically(path: &Path, text: &str) -> anyhow::Result<()> {
+    let partial = path.with_extension("partial");
+    fs::write(&partial, text).with_context(|| format!("{}: cannot write", partial.display()))?;
+    fs::rename(&partial, path).with_context(|| format!("{}: cannot replace", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_coordinator_at_a_time_and_starts_are_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = RunDir::open(dir.path(), false, "a").unwrap();
+        let second = RunDir::open(dir.path(), true, "b").unwrap_err();
+        assert!(second.to_string().contains("another coordinator holds this run"), "{second}");
+        drop(first);
+        let resumed = RunDir::open(dir.path(), true, "b").unwrap();
+        assert_eq!(*resumed.identity(), Identity { run_id: "a".into(), incarnation: 2 });
+    }
+
+    #[test]
+    fn a_run_is_neither_overwritten_nor_resumed_from_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let nothing = RunDir::open(dir.path(), true, "a").unwrap_err();
+        assert!(nothing.to_string().contains("no run to resume"), "{nothing}");
+        drop(RunDir::open(dir.path(), false, "a").unwrap());
+        let again = RunDir::open(dir.path(), false, "a").unwrap_err();
+        assert!(again.to_string().contains("--resume"), "{again}");
+    }
+}

@@ -1,0 +1,303 @@
+//! The gRPC service: wire types stop here. It turns calls into [`Input`]s for the runtime and carries vectors past it.
+
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use lockstep_model::batch::Sums;
+use lockstep_model::digest::vector_sha256;
+use lockstep_model::tree::Block;
+use lockstep_proto::chunk::{self, Assembler};
+use lockstep_proto::v1::{self, coordinator_message, push_message, worker_message};
+use lockstep_proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION, WORKER_ID_KEY};
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument as _;
+
+use crate::dataplane::{Applied, Publication, Staged, Staging};
+use crate::engine::{DeviceClass, LeaseId, WorkerId};
+use crate::observe::Sample;
+
+/// What the runtime hears: from the service, and from the threads that work for it.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// The data plane applied a step, or could not.
+    Applied(anyhow::Result<Applied>),
+    /// The archive wrote a checkpoint, or could not.
+    Archived { step: u64, written: Result<PathBuf, String> },
+    /// The sampler has a text.
+    Sampled(Sample),
+    /// A worker wants to join.
+    Join { name: String, device: String, class: DeviceClass, reply: oneshot::Sender<Result<WorkerId, String>> },
+    /// A member opened its control stream; what is sent here reaches it. Dropping the sender closes the stream.
+    Opened { worker: WorkerId, out: mpsc::UnboundedSender<coordinator_message::Kind> },
+    /// A member's control stream ended.
+    Closed { worker: WorkerId, reason: String },
+    /// A member lives.
+    Heartbeat { worker: WorkerId, sent_unix_nanos: u64, clock_offset_nanos: i64 },
+    /// A member finished a lease.
+    Result { worker: WorkerId, result: Finished },
+    /// A member cannot do a lease.
+    Declined { worker: WorkerId, lease: LeaseId, reason: String },
+    /// Somebody asks what the run is doing.
+    Status { reply: oneshot::Sender<v1::StatusReply> },
+}
+
+/// A lease done, in the domain's types.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) lease: LeaseId,
+    pub(crate) step: u64,
+    pub(crate) version: u64,
+    pub(crate) block: Block,
+    pub(crate) sums: Sums,
+    pub(crate) slot_sums: Vec<Sums>,
+    /// Digest of the vector that was pushed; `None` for an evaluation.
+    pub(crate) sha256: Option<[u8; 32]>,
+    pub(crate) compute: Duration,
+    pub(crate) upload: Duration,
+    pub(crate) spans: Vec<v1::SpanTiming>,
+}
+
+/// The service of one run.
+#[derive(Debug)]
+pub(crate) struct Service {
+    /// What every joiner is told.
+    pub(crate) invitation: Arc<v1::Invitation>,
+    pub(crate) inputs: mpsc::UnboundedSender<Input>,
+    pub(crate) staging: Arc<Staging>,
+    pub(crate) publication: Publication,
+}
+
+impl Service {
+    /// The service with its message limits.
+    pub(crate) fn into_server(self) -> v1::lockstep_server::LockstepServer<Self> {
+        v1::lockstep_server::LockstepServer::new(self)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// Refuses messages meant for another run, or for an earlier start of this one.
+    fn check_run(&self, run_id: &str, incarnation: u64) -> Result<(), Status> {
+        let ours = &self.invitation;
+        if run_id == ours.run_id && incarnation == ours.incarnation {
+            return Ok(());
+        }
+        Err(Status::failed_precondition(format!(
+            "this is start {} of run {}, the message is for start {incarnation} of run {run_id}; join again",
+            ours.incarnation, ours.run_id
+        )))
+    }
+
+    fn send(&self, input: Input) -> Result<(), Status> {
+        self.inputs.send(input).map_err(|_| Status::unavailable("the run is over"))
+    }
+
+    fn check_version(version: u32) -> Result<(), Status> {
+        if version == PROTOCOL_VERSION {
+            return Ok(());
+        }
+        Err(Status::failed_precondition(format!(
+            "the worker speaks version {version} of the protocol, this coordinator version {PROTOCOL_VERSION}; run the \
+             same release of lockstep on both sides"
+        )))
+    }
+}
+
+type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl v1::lockstep_server::Lockstep for Service {
+    type ControlStream = Reply<v1::CoordinatorMessage>;
+    type PullStream = Reply<v1::Chunk>;
+
+    async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::Invitation>, Status> {
+        Self::check_version(request.get_ref().protocol_version)?;
+        Ok(Response::new((*self.invitation).clone()))
+    }
+
+    async fn admit(&self, request: Request<v1::AdmitRequest>) -> Result<Response<v1::AdmitReply>, Status> {
+        let request = request.into_inner();
+        Self::check_version(request.protocol_version)?;
+        self.check_run(&request.run_id, request.incarnation)?;
+        if request.name.len() > 64 || request.device.len() > 256 {
+            return Err(Status::invalid_argument("name is limited to 64 bytes and device to 256"));
+        }
+        let class = digest(&request.probe_sha256, "probe_sha256")?;
+        let (reply, verdict) = oneshot::channel();
+        let class = DeviceClass(class);
+        self.send(Input::Join { name: request.name, device: request.device, class, reply })?;
+        let verdict = verdict.await.map_err(|_| Status::unavailable("the run is over"))?;
+        let verdict = match verdict {
+            Ok(worker) => v1::admit_reply::Verdict::WorkerId(worker.0),
+            Err(refusal) => v1::admit_reply::Verdict::Refusal(refusal),
+        };
+        Ok(Response::new(v1::AdmitReply { verdict: Some(verdict) }))
+    }
+
+    async fn control(
+        &self,
+        request: Request<Streaming<v1::WorkerMessage>>,
+    ) -> Result<Response<Self::ControlStream>, Status> {
+        let worker = request.metadata().get(WORKER_ID_KEY).and_then(|id| id.to_str().ok()?.parse().ok());
+        let worker = worker.map(WorkerId).ok_or_else(|| {
+            Status::invalid_argument(format!("metadata {WORKER_ID_KEY:?} must hold the id given by Admit, in decimal"))
+        })?;
+        let (out, messages) = mpsc::unbounded_channel();
+        self.send(Input::Opened { worker, out })?;
+        let listener = Listener {
+            worker,
+            invitation: self.invitation.clone(),
+            staging: self.staging.clone(),
+            inputs: self.inputs.clone(),
+        };
+        tokio::spawn(listener.run(request.into_inner()));
+        let messages = UnboundedReceiverStream::new(messages);
+        Ok(Response::new(Box::pin(messages.map(|kind| Ok(v1::CoordinatorMessage { kind: Some(kind) })))))
+    }
+
+    async fn push(&self, request: Request<Streaming<v1::PushMessage>>) -> Result<Response<v1::PushReply>, Status> {
+        let mut messages = request.into_inner();
+        let first = messages.message().await?.and_then(|message| message.kind);
+        let Some(push_message::Kind::Header(header)) = first else {
+            return Err(Status::invalid_argument("the first message of a push must be its header"));
+        };
+        self.check_run(&header.run_id, header.incarnation)?;
+        let elements = self.invitation.layout.as_ref().map_or(0, |layout| layout.total_elements);
+        if header.total_bytes != elements * 4 {
+            let text = format!("a gradient of {} bytes for {elements} parameters of 4 bytes", header.total_bytes);
+            return Err(Status::invalid_argument(text));
+        }
+        let expected = digest(&header.vector_sha256, "vector_sha256")?;
+        let span = tracing::debug_span!("push", worker = header.worker_id, lease = header.lease_id);
+        let receive = async {
+            let mut assembler = Assembler::new(elements as usize);
+            while let Some(message) = messages.message().await? {
+                let Some(push_message::Kind::Chunk(chunk)) = message.kind else {
+                    return Err(Status::invalid_argument("after its header a push holds chunks alone"));
+                };
+                assembler.push(&chunk).map_err(chunk_status)?;
+            }
+            assembler.finish().map_err(chunk_status)
+        };
+        let vector = receive.instrument(span).await?;
+        let sha256 = vector_sha256(&vector);
+        if sha256 != expected {
+            return Err(Status::data_loss("the vector's SHA-256 is not the header's; push it again"));
+        }
+        let (worker, lease) = (WorkerId(header.worker_id), LeaseId(header.lease_id));
+        self.staging.put(worker, lease, Staged { vector, sha256 });
+        Ok(Response::new(v1::PushReply {}))
+    }
+
+    async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<Self::PullStream>, Status> {
+        let request = request.into_inner();
+        self.check_run(&request.run_id, request.incarnation)?;
+        let published = self.publication.get();
+        if published.version != request.version {
+            return Err(Status::not_found(format!(
+                "version {} of the parameters is not published; version {} is",
+                request.version, published.version
+            )));
+        }
+        Ok(Response::new(Box::pin(tokio_stream::iter(chunk::split(published.bytes).map(Ok)))))
+    }
+
+    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
+        let (reply, status) = oneshot::channel();
+        self.send(Input::Status { reply })?;
+        status.await.map(Response::new).map_err(|_| Status::unavailable("the run is over"))
+    }
+}
+
+/// Reads one member's control stream.
+struct Listener {
+    worker: WorkerId,
+    invitation: Arc<v1::Invitation>,
+    staging: Arc<Staging>,
+    inputs: mpsc::UnboundedSender<Input>,
+}
+
+impl Listener {
+    async fn run(self, mut messages: Streaming<v1::WorkerMessage>) {
+        let reason = loop {
+            let kind = match messages.message().await {
+                Ok(Some(message)) => message.kind,
+                Ok(None) => break "the worker closed its control stream".to_string(),
+                Err(status) => break format!("its control stream broke: {}", status.message()),
+            };
+            let input = match kind {
+                Some(worker_message::Kind::Heartbeat(heartbeat)) => Input::Heartbeat {
+                    worker: self.worker,
+                    sent_unix_nanos: heartbeat.sent_unix_nanos,
+                    clock_offset_nanos: heartbeat.clock_offset_nanos,
+                },
+                Some(worker_message::Kind::Declined(declined)) => {
+                    let reason = declined.reason.chars().take(1024).collect();
+                    Input::Declined { worker: self.worker, lease: LeaseId(declined.lease_id), reason }
+                }
+                Some(worker_message::Kind::Result(result)) => match self.finished(result) {
+                    Ok(result) => Input::Result { worker: self.worker, result },
+                    Err(reason) => break reason,
+                },
+                None => break "it sent a control message of an unknown kind".to_string(),
+            };
+            if self.inputs.send(input).is_err() {
+                return;
+            }
+        };
+        // If the runtime is gone too, nobody needs to know.
+        let _ = self.inputs.send(Input::Closed { worker: self.worker, reason });
+    }
+
+    fn finished(&self, result: v1::BlockResult) -> Result<Finished, String> {
+        if result.run_id != self.invitation.run_id || result.incarnation != self.invitation.incarnation {
+            return Err(format!("it sent a result for start {} of run {}", result.incarnation, result.run_id));
+        }
+        let block = result.block.ok_or("it sent a result without a block")?;
+        let lease = LeaseId(result.lease_id);
+        let sha256 = match result.vector_sha256.is_empty() {
+            true => None,
+            false => {
+                let claimed = digest(&result.vector_sha256, "vector_sha256").map_err(|s| s.message().to_string())?;
+                if self.staging.sha256(self.worker, lease) != Some(claimed) {
+                    return Err(format!("it sent a result for lease {} whose vector it did not push", lease.0));
+                }
+                Some(claimed)
+            }
+        };
+        let slot_sums = result.slot_loss_sums.iter().zip(&result.slot_weight_sums);
+        Ok(Finished {
+            lease,
+            step: result.step,
+            version: result.version,
+            block: Block { level: block.level, index: block.index },
+            sums: Sums { loss: result.loss_sum, weight: result.weight_sum },
+            slot_sums: slot_sums.map(|(&loss, &weight)| Sums { loss, weight }).collect(),
+            sha256,
+            compute: Duration::from_nanos(result.compute_nanos),
+            upload: Duration::from_nanos(result.upload_nanos),
+            spans: result.spans,
+        })
+    }
+}
+
+/// Now, as messages carry it.
+pub(crate) fn unix_nanos() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
+}
+
+fn digest(bytes: &[u8], field: &str) -> Result<[u8; 32], Status> {
+    bytes.try_into().map_err(|_| Status::invalid_argument(format!("{field} has {} bytes, SHA-256 has 32", bytes.len())))
+}
+
+#[allow(clippy::needless_pass_by_value)] // the shape that map_err wants
+fn chunk_status(error: chunk::ChunkError) -> Status {
+    match error {
+        chunk::ChunkError::Checksum { .. } => Status::data_loss(error.to_string()),
+        _ => Status::invalid_argument(error.to_string()),
+    }
+}

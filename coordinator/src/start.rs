@@ -1,0 +1,169 @@
+//! How a run starts, or goes on: from its configuration and what lies in its directory.
+
+use anyhow::{Context as _, bail};
+use lockstep_model::checkpoint::{self, Manifest};
+use lockstep_model::config::ModelConfig;
+use lockstep_model::digest::{bytes_sha256, hex};
+use lockstep_model::layout::{Layout, initial_parameters};
+use lockstep_model::optimizer::OptimizerState;
+use lockstep_model::tree::Block;
+use lockstep_proto::v1;
+
+use crate::config::RunConfig;
+use crate::dataplane::State;
+use crate::engine::{self, DeviceClass, EngineConfig};
+use crate::metrics::Metrics;
+use crate::run::new_manifest;
+use crate::run_dir::{Identity, RunDir};
+use crate::service::unix_nanos;
+use crate::trace::traceparent;
+use crate::translate;
+
+/// Most bytes of batches in one lease: a quarter of what a message may hold.
+const MAX_LEASE_BYTES: usize = lockstep_proto::MAX_MESSAGE_BYTES / 4;
+
+/// A run, ready to go on from where it is.
+pub(crate) struct Start {
+    pub(crate) run_dir: RunDir,
+    pub(crate) state: State,
+    pub(crate) manifest: Manifest,
+    pub(crate) metrics: Metrics,
+    /// Whether all this comes from a checkpoint.
+    pub(crate) resumed: bool,
+}
+
+/// Takes hold of the run directory and loads the newest whole checkpoint, or starts at step 0 where there is none.
+pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
+    let seed = format!("{}/{}/{}", config.run_dir.display(), std::process::id(), unix_nanos());
+    let run_dir = RunDir::open(&config.run_dir, config.resume, &hex(&bytes_sha256(seed.as_bytes())[..16]))?;
+    let mut manifest = new_manifest(config, &run_dir.identity().run_id);
+    let (newest, damaged) = checkpoint::newest(&run_dir.checkpoints())?;
+    for error in damaged {
+        tracing::warn!("{error}; going back to an older checkpoint");
+    }
+    let resumed = newest.is_some();
+    let state = match newest {
+        Some((path, loaded)) => {
+            let saved = &loaded.manifest;
+            let shown = path.display();
+            if !same_network(&saved.model, &manifest.model) {
+                bail!("{shown}: holds another model than the recipe describes; resume with the run's own recipe");
+            }
+            if saved.corpus_sha256 != manifest.corpus_sha256 {
+                bail!(
+                    "{shown}: the run was trained on another text than data.input holds now (SHA-256 {} and {}); put the \
+                     first one back, or start a new run",
+                    saved.corpus_sha256,
+                    manifest.corpus_sha256
+                );
+            }
+            manifest = Manifest {
+                recipe: manifest.recipe,
+                recipe_name: manifest.recipe_name,
+                files: manifest.files,
+                ..loaded.manifest
+            };
+            State { parameters: loaded.parameters, optimizer: loaded.optimizer }
+        }
+        None => {
+            let parameters = initial_parameters(&config.model, config.seed);
+            let optimizer = OptimizerState::new(&config.optimizer, parameters.len());
+            State { parameters, optimizer }
+        }
+    };
+    if manifest.step > config.schedule.steps {
+        bail!(
+            "{}: the run is at step {}, beyond schedule.steps = {}",
+            run_dir.root().display(),
+            manifest.step,
+            config.schedule.steps
+        );
+    }
+    run_dir.write_recipe(&config.recipe_toml)?;
+    let metrics = Metrics::open(&run_dir.metrics(), manifest.step, is_validated(&manifest))
+        .context("the metrics of the run cannot be opened")?;
+    Ok(Start { run_dir, state, manifest, metrics, resumed })
+}
+
+/// Whether parameters of one fit the other; where the line starts does not matter once it has started.
+fn same_network(saved: &ModelConfig, asked: &ModelConfig) -> bool {
+    saved == asked || matches!((saved, asked), (ModelConfig::Line(_), ModelConfig::Line(_)))
+}
+
+fn is_validated(manifest: &Manifest) -> bool {
+    manifest.validation.is_some_and(|validation| validation.step == manifest.step)
+}
+
+/// What the engine must know.
+pub(crate) fn engine_config(config: &RunConfig, manifest: &Manifest, resumed: bool) -> EngineConfig {
+    let slot_bytes = config.source.training_slot(1, 0).positions() * 8;
+    let fitting = (MAX_LEASE_BYTES / slot_bytes.max(1)).max(1) as u32;
+    let start = match resumed {
+        false => engine::Start::Fresh,
+        true => engine::Start::Resumed {
+            step: manifest.step,
+            validated: is_validated(manifest),
+            classes: manifest.device_classes.iter().filter_map(|class| parse_class(class)).collect(),
+        },
+    };
+    EngineConfig {
+        total_steps: config.schedule.steps,
+        slots: config.batch.slots,
+        eval_slots: config.evaluation.slots,
+        evaluate_every_steps: config.evaluation.every_steps,
+        sample_every_steps: config.sampling.every_steps,
+        checkpoint_every_steps: config.checkpoint.every_steps,
+        stop_after: config.checkpoint.stop_after,
+        min_workers: config.cluster.min_workers,
+        exact: config.cluster.exact,
+        liveness_timeout: config.cluster.liveness_timeout,
+        max_slots_per_lease: 1 << fitting.ilog2(),
+        start,
+    }
+}
+
+fn parse_class(text: &str) -> Option<DeviceClass> {
+    let bytes: Option<Vec<u8>> = (0..32).map(|i| u8::from_str_radix(text.get(i * 2..i * 2 + 2)?, 16).ok()).collect();
+    Some(DeviceClass(bytes?.try_into().ok()?))
+}
+
+/// What every joiner is told: the model, and a gradient and an evaluation of the run's own shapes as the probe.
+pub(crate) fn invitation(config: &RunConfig, identity: &Identity) -> v1::Invitation {
+    let probe = |task, batch| v1::Lease {
+        lease_id: 0,
+        step: 1,
+        version: 0,
+        block: Some(translate::block(Block::leaf(0))),
+        task: Some(task),
+        slots: vec![translate::slot(0, &batch)],
+        seed: config.seed,
+        traceparent: traceparent(&identity.run_id, 0),
+    };
+    let gradient = v1::lease::Task::Gradient(v1::GradientTask {});
+    let mut probes = vec![probe(gradient, config.source.training_slot(1, 0))];
+    if config.evaluation.slots > 0 {
+        let evaluate = v1::lease::Task::Evaluate(v1::EvaluateTask {});
+        probes.push(probe(evaluate, config.source.validation_slot(0)));
+    }
+    v1::Invitation {
+        run_id: identity.run_id.clone(),
+        incarnation: identity.incarnation,
+        model: Some(translate::model(&config.model)),
+        layout: Some(translate::layout(&Layout::of(&config.model))),
+        probe: probes,
+        heartbeat_interval_ms: config.cluster.heartbeat_interval.as_millis() as u32,
+        liveness_timeout_ms: config.cluster.liveness_timeout.as_millis() as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_class_survives_the_manifest() {
+        let class = DeviceClass(std::array::from_fn(|i| i as u8));
+        assert_eq!(parse_class(&hex(&class.0)), Some(class));
+        assert_eq!(parse_class("00"), None);
+    }
+}

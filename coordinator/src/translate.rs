@@ -1,0 +1,78 @@
+//! Domain to wire: what the coordinator says, in the contract's types.
+
+use lockstep_model::batch::{Batch, Column, Values};
+use lockstep_model::config::{Gelu, ModelConfig};
+use lockstep_model::layout::{Layout, TensorSpec};
+use lockstep_model::tree::Block;
+use lockstep_proto::v1;
+
+/// The model to compute.
+pub(crate) fn model(model: &ModelConfig) -> v1::Model {
+    let kind = match model {
+        ModelConfig::Gpt(gpt) => v1::model::Kind::Gpt(v1::Gpt {
+            vocab_size: gpt.vocab_size as u32,
+            context: gpt.context as u32,
+            layers: gpt.layers as u32,
+            heads: gpt.heads as u32,
+            width: gpt.width as u32,
+            bias: gpt.bias,
+            tied_head: gpt.tied_head,
+            gelu_tanh: gpt.gelu == Gelu::Tanh,
+            norm_epsilon: gpt.norm_epsilon,
+            dropout: gpt.dropout,
+        }),
+        ModelConfig::Line(_) => v1::model::Kind::Line(v1::Line {}),
+    };
+    v1::Model { kind: Some(kind) }
+}
+
+/// The parameters' names and places.
+pub(crate) fn layout(layout: &Layout) -> v1::Layout {
+    let tensor = |tensor: &TensorSpec| v1::TensorSpec {
+        name: tensor.name.clone(),
+        shape: tensor.shape.iter().map(|&size| size as u32).collect(),
+        offset_elements: tensor.offset as u64,
+        decay: tensor.decay,
+        trainable: tensor.trainable,
+    };
+    v1::Layout { tensors: layout.tensors.iter().map(tensor).collect(), total_elements: layout.len() as u64 }
+}
+
+/// One slot's rows.
+pub(crate) fn slot(number: u32, batch: &Batch) -> v1::Slot {
+    v1::Slot { slot: number, columns: batch.columns.iter().map(column).collect() }
+}
+
+fn column(column: &Column) -> v1::Column {
+    let (element_type, data) = match &column.values {
+        Values::U32(values) => (v1::ElementType::U32, little_endian(values, |value| value.to_le_bytes())),
+        Values::F32(values) => (v1::ElementType::F32, little_endian(values, |value| value.to_le_bytes())),
+    };
+    let shape = column.shape.iter().map(|&size| size as u32).collect();
+    v1::Column { name: column.name.clone(), element_type: element_type.into(), shape, data: data.into() }
+}
+
+fn little_endian<T: Copy>(values: &[T], bytes: impl Fn(T) -> [u8; 4]) -> Vec<u8> {
+    values.iter().flat_map(|&value| bytes(value)).collect()
+}
+
+/// A node of the slot tree.
+pub(crate) fn block(block: Block) -> v1::Block {
+    v1::Block { level: block.level, index: block.index }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_column_is_little_endian_and_row_major() {
+        let batch = Batch {
+            columns: vec![Column { name: "tokens".into(), shape: [1, 2], values: Values::U32(vec![1, 0x0203]) }],
+        };
+        let slot = slot(4, &batch);
+        assert_eq!(slot.slot, 4);
+        assert_eq!(slot.columns[0].shape, [1, 2]);
+        assert_eq!(slot.columns[0].data.as_ref(), [1, 0, 0, 0, 3, 2, 0, 0]);
+    }
+}

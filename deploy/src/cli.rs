@@ -1,0 +1,199 @@
+//! The command line: what can be asked, and what it says of itself.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+use lockstep_model::device::DeviceChoice;
+
+/// Train language models on whatever machines there are: every run is the same run.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100, after_help = "RUST_LOG filters what is logged, for example RUST_LOG=debug.")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Train on this machine: a coordinator here, and workers as processes of their own.
+    Train(Train),
+    /// Coordinate a run that workers join from elsewhere.
+    Coordinator(Coordinator),
+    /// Compute for a coordinator.
+    Worker(Worker),
+    /// List what this machine can compute on.
+    Devices,
+    /// Continue a prompt with a trained model.
+    Generate(Generate),
+    /// Validate a recipe and print what it would take.
+    Check(Check),
+    /// Show what a run or a checkpoint holds.
+    Inspect(Inspect),
+    /// Show what a live run is doing.
+    Status(Status),
+    /// Print a completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: Shell,
+    },
+}
+
+/// A recipe and what is changed in it.
+#[derive(Args, Debug)]
+pub(crate) struct RecipeArgs {
+    /// An embedded recipe (quickstart, shakespeare-char-cpu, shakespeare-char, line) or the path of a TOML file.
+    #[arg(default_value = "quickstart")]
+    pub(crate) recipe: String,
+    /// Override a key of the recipe; may be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+/// What a coordinator writes besides its run directory.
+#[derive(Args, Debug)]
+pub(crate) struct Outputs {
+    /// Continue the run in the run directory from its newest checkpoint.
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Write the spans of all processes to this file, in Chrome's trace format (open it in ui.perfetto.dev).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  lockstep train
+  lockstep train --workers 4 --set schedule.steps=2000
+  lockstep train shakespeare-char-cpu --set data.input=input.txt --run runs/shakespeare
+  lockstep train --run runs/quickstart-1 --resume")]
+pub(crate) struct Train {
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+    /// Worker processes.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) workers: u32,
+    /// What workers compute on: auto, cpu, wgpu or wgpu:INDEX.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: DeviceChoice,
+    /// CPU threads of each worker [default: cores / workers, at least 1].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+    /// Directory of the run [default: runs/RECIPE-N, the first N that is free].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) outputs: Outputs,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  lockstep coordinator quickstart --listen 127.0.0.1:7070 --run runs/shared
+  lockstep coordinator my.toml --listen 0.0.0.0:7070 --run runs/lab --insecure")]
+pub(crate) struct Coordinator {
+    /// An embedded recipe (quickstart, shakespeare-char-cpu, shakespeare-char, line) or the path of a TOML file.
+    pub(crate) recipe: String,
+    /// Override a key of the recipe; may be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Address to listen on; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: SocketAddr,
+    /// Directory of the run.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run: PathBuf,
+    /// Listen beyond this machine although traffic is neither encrypted nor authenticated.
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    #[command(flatten)]
+    pub(crate) outputs: Outputs,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  lockstep worker --join 127.0.0.1:7070
+  lockstep worker --join 10.0.0.5:7070 --device wgpu:0")]
+pub(crate) struct Worker {
+    /// The coordinator, as HOST:PORT.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) join: String,
+    /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: DeviceChoice,
+    /// CPU threads [default: all cores].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+    /// A name for logs and status [default: HOST:PROCESS].
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// End when standard input does: how `train` takes its workers with it.
+    #[arg(long, hide = true)]
+    pub(crate) end_with_stdin: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  lockstep generate --run runs/quickstart-1 --prompt \"And God said\"
+  lockstep generate --run runs/quickstart-1/checkpoints/step-000000400 --prompt \"In the\" --temperature 0")]
+pub(crate) struct Generate {
+    /// Directory of a run (its newest checkpoint is taken) or of a checkpoint.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run: PathBuf,
+    /// Text to continue.
+    #[arg(long)]
+    pub(crate) prompt: String,
+    /// Tokens to generate.
+    #[arg(long, default_value_t = 300)]
+    pub(crate) tokens: usize,
+    /// 0 takes the likeliest token; higher is more varied.
+    #[arg(long, default_value_t = 0.8)]
+    pub(crate) temperature: f64,
+    /// Draw among the K likeliest tokens; 0 for all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// Draw among the fewest likeliest tokens whose probabilities reach P.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f64,
+    /// The same seed gives the same text.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: DeviceChoice,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  lockstep check shakespeare-char --set data.input=input.txt --bandwidth-mbit 100")]
+pub(crate) struct Check {
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+    /// Bandwidth of the coordinator's link, in megabits a second.
+    #[arg(long, value_name = "MBIT", default_value_t = 1000.0)]
+    pub(crate) bandwidth_mbit: f64,
+    /// Tokens a second of one worker [default: measured here, on one slot].
+    #[arg(long, value_name = "RATE")]
+    pub(crate) worker_tokens_per_sec: Option<f64>,
+    /// What to measure on: auto, cpu, wgpu or wgpu:INDEX.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: DeviceChoice,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Inspect {
+    /// Directory of a run or of a checkpoint.
+    pub(crate) dir: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Status {
+    /// The coordinator, as HOST:PORT.
+    pub(crate) address: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,57 @@
+//! `lockstep check`: what a recipe would take.
+
+use std::time::Instant;
+
+use anyhow::Context as _;
+use lockstep_model::compute::{Computer, SlotKey};
+use lockstep_model::device::ComputeDevice;
+use lockstep_model::layout::initial_parameters;
+
+use super::{Usage, prepare};
+use crate::cli::Check;
+use crate::plan::Plan;
+use crate::recipe::Recipe;
+use crate::telemetry;
+
+/// Slots measured; the fastest counts.
+const MEASURED_SLOTS: u32 = 3;
+
+/// Validates a recipe and prints its plan.
+pub(crate) fn run(args: &Check) -> anyhow::Result<()> {
+    telemetry::init("warn", false);
+    let positive = |value: f64| value.is_finite() && value > 0.0;
+    if !positive(args.bandwidth_mbit) || args.worker_tokens_per_sec.is_some_and(|rate| !positive(rate)) {
+        let text = "--bandwidth-mbit and --worker-tokens-per-sec must be positive; for example --bandwidth-mbit 1000";
+        return Err(Usage(text.into()).into());
+    }
+    let recipe = prepare::recipe(&args.recipe)?;
+    let data = prepare::data(&recipe)?;
+    let (rate, origin) = match args.worker_tokens_per_sec {
+        Some(rate) => (rate, "given".to_string()),
+        None => {
+            let device = ComputeDevice::open(args.device)?;
+            let rate = measure(&recipe, &data, &device)?;
+            (rate, format!("measured on {} with all cores", device.description))
+        }
+    };
+    println!("{}", Plan::of(&recipe, data.vocab_size(), args.bandwidth_mbit * 1e6, rate));
+    println!("worker speed      {rate:.0} tokens/s, {origin}");
+    Ok(())
+}
+
+/// Tokens a second of this machine, on the recipe's own first slot.
+fn measure(recipe: &Recipe, data: &prepare::Data, device: &ComputeDevice) -> anyhow::Result<f64> {
+    let model = recipe.model.with_vocabulary(data.vocab_size());
+    let mut computer = Computer::new(&model, device);
+    computer.load(&initial_parameters(&model, recipe.seed))?;
+    let batch = data.source.training_slot(1, 0);
+    let mut fastest = f64::INFINITY;
+    for slot in 0..MEASURED_SLOTS {
+        let start = Instant::now();
+        computer
+            .gradient(&batch, SlotKey { seed: recipe.seed, step: 1, slot })
+            .context("the slot cannot be computed here")?;
+        fastest = fastest.min(start.elapsed().as_secs_f64());
+    }
+    Ok(batch.positions() as f64 / fastest)
+}

@@ -1,0 +1,43 @@
+//! One file for each command.
+
+mod check;
+mod coordinator;
+mod devices;
+mod generate;
+mod inspect;
+mod prepare;
+mod status;
+mod train;
+mod worker;
+
+use clap::CommandFactory as _;
+
+use crate::cli::{Cli, Command};
+
+/// A command that was asked for something it cannot mean.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Usage(pub(crate) String);
+
+/// Does what the command line asks.
+pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Train(args) => train::run(args),
+        Command::Coordinator(args) => coordinator::run(args),
+        Command::Worker(args) => worker::run(args),
+        Command::Devices => devices::run(),
+        Command::Generate(args) => generate::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Status(args) => status::run(args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "lockstep", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+/// Runs a command's asynchronous part.
+fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(future)
+}

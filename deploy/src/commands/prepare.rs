@@ -1,0 +1,90 @@
+//! From a recipe to a run: the corpus is read and everything is put together.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lockstep_coordinator::{RunConfig, run_dir};
+use lockstep_model::checkpoint;
+use lockstep_model::corpus::{self, Corpus};
+use lockstep_model::sampler::{LineSource, Source, TokenSource};
+use lockstep_model::tokenizer::Tokenizer;
+
+use crate::builtin;
+use crate::cli::RecipeArgs;
+use crate::recipe::{self, Input, ModelRecipe, Recipe};
+
+/// Reads the recipe that the command line names.
+pub(crate) fn recipe(args: &RecipeArgs) -> anyhow::Result<Recipe> {
+    Ok(Recipe::load(&args.recipe, &args.set)?)
+}
+
+/// What a recipe is about once its corpus is read.
+pub(crate) struct Data {
+    /// Where batches come from.
+    pub(crate) source: Source,
+    /// How text becomes tokens.
+    pub(crate) tokenizer: Option<Tokenizer>,
+}
+
+impl Data {
+    /// Distinct tokens; 0 where there is no text.
+    pub(crate) fn vocab_size(&self) -> usize {
+        self.tokenizer.as_ref().map_or(0, Tokenizer::vocab_size)
+    }
+}
+
+/// Reads and tokenizes the recipe's corpus.
+pub(crate) fn data(recipe: &Recipe) -> anyhow::Result<Data> {
+    let (ModelRecipe::Gpt(model), Some(data)) = (&recipe.model, &recipe.data) else {
+        return Ok(Data { source: Source::Line(LineSource { batch: recipe.batch }), tokenizer: None });
+    };
+    let text = match &data.input {
+        Input::KingJames => builtin::king_james()?,
+        Input::Path(path) => corpus::read_text(path)?,
+    };
+    let corpus = Corpus::of_text(&text, data.tokenizer, data.train_fraction)?;
+    recipe.check_corpus(corpus.tokenizer.vocab_size(), corpus.training.len(), corpus.validation.len())?;
+    let source = TokenSource {
+        training: corpus.training,
+        validation: corpus.validation,
+        context: model.context,
+        order: data.order,
+        seed: recipe.seed,
+        batch: recipe.batch,
+    };
+    Ok(Data { source: Source::Tokens(source), tokenizer: Some(corpus.tokenizer) })
+}
+
+/// Everything a coordinator must know. A resumed run's recipe may differ only where that does not change the run.
+pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow::Result<RunConfig> {
+    if resume {
+        check_resume(recipe, &run)?;
+    }
+    let data = data(recipe)?;
+    Ok(RunConfig {
+        recipe_name: recipe.name.clone(),
+        recipe_toml: recipe.to_toml(),
+        seed: recipe.seed,
+        model: recipe.model.with_vocabulary(data.vocab_size()),
+        tokenizer: data.tokenizer,
+        source: Arc::new(data.source),
+        optimizer: recipe.optimizer.clone(),
+        schedule: recipe.schedule.clone(),
+        batch: recipe.batch,
+        evaluation: recipe.evaluation.clone(),
+        sampling: recipe.sampling.clone(),
+        checkpoint: recipe.checkpoint.clone(),
+        cluster: recipe.cluster.clone(),
+        run_dir: run,
+        resume,
+    })
+}
+
+fn check_resume(recipe: &Recipe, run: &Path) -> anyhow::Result<()> {
+    let (newest, _) = checkpoint::newest(&run_dir::checkpoints(run))?;
+    if let Some((_, checkpoint)) = newest {
+        let saved = Recipe::from_toml(&checkpoint.manifest.recipe_name, &checkpoint.manifest.recipe, &[])?;
+        recipe::resume::check(&saved, recipe)?;
+    }
+    Ok(())
+}

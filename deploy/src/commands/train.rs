@@ -1,0 +1,82 @@
+//! `lockstep train`: a whole cluster on this machine.
+
+use std::path::{Path, PathBuf};
+
+use lockstep_coordinator::metrics::{self, Line};
+use lockstep_model::config::ModelConfig;
+
+use super::coordinator::{bind, conclude, coordinate};
+use super::worker::cores;
+use super::{Usage, block_on, prepare};
+use crate::cli::Train;
+use crate::launcher::{Launch, supervise};
+use crate::telemetry;
+
+/// Where runs go by default.
+const RUNS: &str = "runs";
+/// At how many evenly spaced steps the losses are listed in the end.
+const LISTED_LOSSES: u64 = 5;
+
+/// Trains with local workers.
+pub(crate) fn run(args: Train) -> anyhow::Result<()> {
+    let recorder = telemetry::init("warn", args.outputs.trace.is_some());
+    let recipe = prepare::recipe(&args.recipe)?;
+    let run = match args.run {
+        Some(run) => run,
+        None if args.outputs.resume => {
+            return Err(Usage("--resume needs the run to continue: add --run DIR".into()).into());
+        }
+        None => free_run_dir(&recipe.name),
+    };
+    let threads = args.threads.unwrap_or_else(|| (cores() as u32 / args.workers).max(1));
+    let config = prepare::run_config(&recipe, run.clone(), args.outputs.resume)?;
+    let text = matches!(config.model, ModelConfig::Gpt(_));
+    eprintln!(
+        "training {} with {} {} of {threads} {}; everything goes to {}",
+        recipe.name,
+        args.workers,
+        if args.workers == 1 { "worker" } else { "workers" },
+        if threads == 1 { "thread" } else { "threads" },
+        run.display()
+    );
+    let summary = block_on(async {
+        let listener = bind(([127, 0, 0, 1], 0).into()).await?;
+        let workers = supervise(Launch {
+            address: listener.local_addr()?,
+            workers: args.workers,
+            device: args.device,
+            threads,
+            log_dir: run.join("logs"),
+        });
+        coordinate(config, listener, recorder, args.outputs.trace, workers).await
+    })?;
+    conclude(&summary, &run)?;
+    list_losses(&run)?;
+    if text {
+        println!("\nTry it:\n  lockstep generate --run {} --prompt \"The \"", run.display());
+    }
+    Ok(())
+}
+
+/// `runs/NAME-1`, or the first number that is free.
+fn free_run_dir(name: &str) -> PathBuf {
+    let numbered = |number: u32| Path::new(RUNS).join(format!("{name}-{number}"));
+    (1..u32::MAX).map(numbered).find(|dir| !dir.exists()).unwrap_or_else(|| numbered(u32::MAX))
+}
+
+/// Prints the training loss at evenly spaced steps.
+fn list_losses(run: &Path) -> anyhow::Result<()> {
+    let lines = metrics::read(&run.join("metrics.jsonl"))?;
+    let steps = lines.iter().filter_map(|line| match line {
+        Line::Step(line) => Some((line.step, line.loss)),
+        Line::Validation(_) => None,
+    });
+    let steps: Vec<(u64, f64)> = steps.collect();
+    let Some(&(last, _)) = steps.last() else { return Ok(()) };
+    println!("\nstep     training loss");
+    let every = (last / LISTED_LOSSES).max(1);
+    for (step, loss) in steps.iter().filter(|(step, _)| step.is_multiple_of(every)) {
+        println!("{step:<8} {loss:.4}");
+    }
+    Ok(())
+}

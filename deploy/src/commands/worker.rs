@@ -1,0 +1,69 @@
+//! `lockstep worker`.
+
+use std::io::Read as _;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use lockstep_model::device::ComputeDevice;
+use lockstep_worker::{Ended, WorkerConfig};
+use tokio::sync::oneshot;
+
+use super::block_on;
+use crate::cli::Worker;
+use crate::{stop, telemetry};
+
+/// Joins a coordinator and computes for it until it is released.
+pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
+    let recorder = telemetry::init("info", true);
+    let threads = args.threads.map_or_else(cores, |threads| threads as usize);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("CPU threads cannot be started")?;
+    let mut device = ComputeDevice::open(args.device)?;
+    device.description =
+        format!("{}, {threads} {}", device.description, if threads == 1 { "thread" } else { "threads" });
+    let config = WorkerConfig {
+        address: args.join,
+        name: args.name.unwrap_or_else(|| format!("{}:{}", host_name(), std::process::id())),
+        device,
+        spans: Arc::new(move || recorder.take()),
+    };
+    let ended = block_on(async {
+        let orphaned = args.end_with_stdin.then(end_of_stdin).transpose()?;
+        let shutdown = async move {
+            match orphaned {
+                Some(orphaned) => tokio::select! {
+                    reason = stop::requested() => drop(reason),
+                    _ = orphaned => {}
+                },
+                None => drop(stop::requested().await),
+            }
+        };
+        Ok(lockstep_worker::run(config, shutdown).await?)
+    })?;
+    match ended {
+        Ended::Released(reason) => tracing::info!("released: {reason}"),
+        Ended::Shutdown => tracing::info!("shut down"),
+    }
+    Ok(())
+}
+
+/// Cores of this machine that the process may use.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// Completes when standard input ends, which happens when the process that started this one is gone, however it went.
+fn end_of_stdin() -> anyhow::Result<oneshot::Receiver<()>> {
+    let (gone, orphaned) = oneshot::channel();
+    std::thread::Builder::new().name("stdin".into()).spawn(move || {
+        let mut ignored = [0; 256];
+        while std::io::stdin().read(&mut ignored).is_ok_and(|read| read > 0) {}
+        let _ = gone.send(());
+    })?;
+    Ok(orphaned)
+}
+
+fn host_name() -> String {
+    let from_file = std::fs::read_to_string("/etc/hostname").ok().map(|name| name.trim().to_string());
+    let name = std::env::var("HOSTNAME").ok().or_else(|| std::env::var("COMPUTERNAME").ok()).or(from_file);
+    name.filter(|name| !name.is_empty()).unwrap_or_else(|| "worker".into())
+}

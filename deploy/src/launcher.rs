@@ -1,0 +1,124 @@
+//! The local cluster of `train`: worker processes of this very program, which do not outlive it.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use lockstep_model::device::DeviceChoice;
+use tokio::process::{Child, Command};
+use tokio::task::JoinSet;
+
+/// A worker that ends sooner than this after its start counts as failed to start.
+const STARTED: Duration = Duration::from_secs(5);
+/// Failed starts in a row after which a worker is not started again.
+const ATTEMPTS: u32 = 3;
+/// Pause before a worker is started again.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Lines of a worker's log shown when it cannot be started.
+const LOG_LINES: usize = 12;
+
+/// How workers are started.
+#[derive(Clone, Debug)]
+pub(crate) struct Launch {
+    /// Where the coordinator listens.
+    pub(crate) address: SocketAddr,
+    /// How many workers.
+    pub(crate) workers: u32,
+    /// What they compute on.
+    pub(crate) device: DeviceChoice,
+    /// CPU threads of each.
+    pub(crate) threads: u32,
+    /// Where their logs go.
+    pub(crate) log_dir: PathBuf,
+}
+
+/// Keeps the workers running until dropped; then their standard input closes and they end. Completes only with an error:
+/// when a worker cannot be started.
+pub(crate) async fn supervise(launch: Launch) -> anyhow::Error {
+    let mut workers = JoinSet::new();
+    for number in 1..=launch.workers {
+        workers.spawn(keep_running(launch.clone(), number));
+    }
+    match workers.join_next().await {
+        Some(Ok(error)) => error,
+        Some(Err(panic)) => anyhow::Error::new(panic).context("the supervisor of a worker failed"),
+        None => anyhow::anyhow!("there are no workers to supervise"),
+    }
+}
+
+/// Starts worker `number`, and starts it again whenever it ends without having been released.
+async fn keep_running(launch: Launch, number: u32) -> anyhow::Error {
+    let log = launch.log_dir.join(format!("worker-{number}.log"));
+    let mut failures = 0;
+    loop {
+        let started = Instant::now();
+        let ended = match start(&launch, number, &log) {
+            Ok(mut child) => {
+                // Taken out, or waiting would close it and so end the worker.
+                let _lifeline = child.stdin.take();
+                child.wait().await.context("a worker cannot be waited for")
+            }
+            Err(error) => Err(error),
+        };
+        let status = match ended {
+            // Released: the run is over, and so is this worker.
+            Ok(status) if status.success() => std::future::pending().await,
+            Ok(status) => status,
+            Err(error) => return error,
+        };
+        failures = if started.elapsed() < STARTED && !killed(status) { failures + 1 } else { 0 };
+        if failures == ATTEMPTS {
+            let said = last_lines(&log);
+            return anyhow::anyhow!("worker {number} ended {ATTEMPTS} times right after its start ({status}):\n{said}");
+        }
+        tracing::warn!("worker {number} ended ({status}); starting it again");
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+fn start(launch: &Launch, number: u32, log: &Path) -> anyhow::Result<Child> {
+    let shown = log.display();
+    if let Err(error) = fs::create_dir_all(&launch.log_dir) {
+        bail!("{}: cannot create the directory of the workers' logs: {error}", launch.log_dir.display());
+    }
+    let log = File::options().create(true).append(true).open(log);
+    let log = log.with_context(|| format!("{shown}: cannot write the worker's log"))?;
+    let program = std::env::current_exe().context("the program's own file cannot be found")?;
+    Command::new(&program)
+        .args(["worker", "--join", &launch.address.to_string(), "--device", &launch.device.to_string()])
+        .args(["--threads", &launch.threads.to_string(), "--name", &format!("local-{number}"), "--end-with-stdin"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()
+        .with_context(|| format!("{}: cannot start a worker", program.display()))
+}
+
+/// Whether a process was ended from outside: not its own failure.
+#[cfg(unix)]
+fn killed(status: ExitStatus) -> bool {
+    use std::os::unix::process::ExitStatusExt as _;
+    status.signal().is_some()
+}
+
+#[cfg(not(unix))]
+fn killed(_: ExitStatus) -> bool {
+    false
+}
+
+fn last_lines(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let mut lines = VecDeque::new();
+    for line in text.lines() {
+        lines.push_back(line);
+        if lines.len() > LOG_LINES {
+            lines.pop_front();
+        }
+    }
+    Vec::from(lines).join("\n")
+}

@@ -1,0 +1,34 @@
+//! The `lockstep` program.
+
+mod builtin;
+mod cli;
+mod commands;
+mod launcher;
+mod plan;
+mod progress;
+mod recipe;
+mod stop;
+mod telemetry;
+mod trace;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::cli::Cli;
+use crate::recipe::RecipeError;
+
+/// Exit status of a command that was asked for something impossible.
+const BAD_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match commands::dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let usage = error.is::<RecipeError>() || error.is::<commands::Usage>();
+            if usage { ExitCode::from(BAD_USAGE) } else { ExitCode::FAILURE }
+        }
+    }
+}

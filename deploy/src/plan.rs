@@ -1,0 +1,423 @@
+//! What a recipe takes, before it runs: parameters, memory, traffic, and how many workers are worth having.
+
+use std::fmt;
+
+use indicatif::{DecimalBytes, HumanCount};
+use lockstep_model::config::{ModelConfig, UpdateRule};
+use lockstep_model::layout::Layout;
+
+use crate::recipe::{BYTES_PER_TOKEN, Recipe};
+
+/// A further worker is worth having if it makes the step shorter by this share.
+const WORTHWHILE: f64 = 0.05;
+/// Bytes of an f32.
+const FLOAT_BYTES: u64 = 4;
+
+/// What a recipe takes, for workers of equal speed that share the coordinator's one link.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Plan {
+    /// The recipe's name.
+    pub(crate) recipe: String,
+    /// The model in words.
+    pub(crate) model: String,
+    /// Elements of the flat vector.
+    pub(crate) parameters: u64,
+    /// Optimizer steps of the run.
+    pub(crate) steps: u64,
+    /// Slots a step.
+    pub(crate) slots: u32,
+    /// Sequences (rows) in each slot.
+    pub(crate) sequences_per_slot: u32,
+    /// Tokens of a sequence; 1 for a row of the straight line.
+    pub(crate) tokens_per_sequence: u64,
+    /// Memory of a worker.
+    pub(crate) worker: WorkerMemory,
+    /// Memory of the coordinator, beside the corpus.
+    pub(crate) coordinator: CoordinatorMemory,
+    /// Of the coordinator's link, in bits a second.
+    pub(crate) bandwidth_bits_per_sec: f64,
+    /// Of one worker, in training.
+    pub(crate) worker_tokens_per_sec: f64,
+    /// The step with 1, 2, 4, … workers.
+    pub(crate) outlook: Vec<Step>,
+    /// The most workers of whom the last still makes the step shorter by at least 5 %, compared to any fewer.
+    pub(crate) useful_workers: u32,
+}
+
+/// What a worker holds at most. All in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WorkerMemory {
+    /// Parameters as they came, and as the device's tensors.
+    pub(crate) parameters: u64,
+    /// The device's gradient, the same as a flat vector, and sums of earlier slots that wait for their sibling in the tree.
+    pub(crate) gradients: u64,
+    /// Activations of one slot, kept for the backward pass.
+    pub(crate) activations: u64,
+}
+
+/// What the coordinator holds. All in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CoordinatorMemory {
+    /// Master parameters and the vector that is published.
+    pub(crate) parameters: u64,
+    /// The optimizer's moments.
+    pub(crate) moments: u64,
+    /// Each block that waits to be added.
+    pub(crate) block: u64,
+    /// A copy of parameters and moments, while a checkpoint is written.
+    pub(crate) checkpoint: u64,
+}
+
+/// One step with a number of workers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Step {
+    /// How many there are.
+    pub(crate) workers: u32,
+    /// Leases of the step, each answered with one vector.
+    pub(crate) blocks: u32,
+    /// Bytes over the coordinator's link: parameters to each worker, a gradient for each block, the tokens of all slots.
+    pub(crate) wire_bytes: u64,
+    /// Until the busiest worker has computed.
+    pub(crate) compute_secs: f64,
+    /// Until the link has carried everything.
+    pub(crate) transfer_secs: f64,
+}
+
+impl WorkerMemory {
+    fn total(&self) -> u64 {
+        self.parameters + self.gradients + self.activations
+    }
+}
+
+impl CoordinatorMemory {
+    fn total(&self, blocks: u32) -> u64 {
+        self.parameters + self.moments + self.block * u64::from(blocks)
+    }
+}
+
+impl Step {
+    /// Computing, then transferring.
+    pub(crate) fn secs(&self) -> f64 {
+        self.compute_secs + self.transfer_secs
+    }
+}
+
+impl Plan {
+    /// The plan of a recipe whose corpus has `vocab_size` distinct tokens. Both rates are above 0.
+    pub(crate) fn of(
+        recipe: &Recipe,
+        vocab_size: usize,
+        bandwidth_bits_per_sec: f64,
+        worker_tokens_per_sec: f64,
+    ) -> Self {
+        let model = recipe.model.with_vocabulary(vocab_size);
+        let parameters = Layout::of(&model).len() as u64;
+        let vector = parameters * FLOAT_BYTES;
+        let moments = match recipe.optimizer.rule {
+            UpdateRule::Adamw { .. } => 2 * vector,
+            UpdateRule::Sgd => 0,
+        };
+        let waiting_sums = u64::from(recipe.batch.slots.next_power_of_two().ilog2());
+        let mut plan = Self {
+            recipe: recipe.name.clone(),
+            model: in_words(&model),
+            parameters,
+            steps: recipe.schedule.steps,
+            slots: recipe.batch.slots,
+            sequences_per_slot: recipe.batch.sequences_per_slot,
+            tokens_per_sequence: recipe.model.tokens_per_sequence() as u64,
+            worker: WorkerMemory {
+                parameters: 2 * vector,
+                gradients: (2 + waiting_sums) * vector,
+                activations: activation_bytes(&model, u64::from(recipe.batch.sequences_per_slot)),
+            },
+            coordinator: CoordinatorMemory {
+                parameters: 2 * vector,
+                moments,
+                block: vector,
+                checkpoint: vector + moments,
+            },
+            bandwidth_bits_per_sec,
+            worker_tokens_per_sec,
+            outlook: Vec::new(),
+            useful_workers: 1,
+        };
+        plan.outlook = (0..=plan.slots.next_power_of_two().ilog2()).map(|exponent| plan.step(1 << exponent)).collect();
+        plan.useful_workers = plan.count_useful_workers();
+        plan
+    }
+
+    /// Tokens (or rows) that a step learns from.
+    pub(crate) fn tokens_per_step(&self) -> u64 {
+        u64::from(self.slots) * self.tokens_per_slot()
+    }
+
+    fn tokens_per_slot(&self) -> u64 {
+        u64::from(self.sequences_per_slot) * self.tokens_per_sequence
+    }
+
+    /// One step with `workers` workers.
+    ///
+    /// Each leases the largest block of the tree, a power of two of slots, that is within its share and fits into a
+    /// message, then another until all are done.
+    fn step(&self, workers: u32) -> Step {
+        let share = (self.slots / workers).max(1);
+        let slot_bytes = self.tokens_per_slot() * BYTES_PER_TOKEN;
+        let fitting = (lockstep_proto::MAX_MESSAGE_BYTES as u64 / 4 / slot_bytes).max(1);
+        let fitting = 1u64 << fitting.ilog2();
+        let largest = if workers == 1 { share.next_power_of_two() } else { 1 << share.ilog2() };
+        let block_slots = u64::from(largest).min(fitting) as u32;
+        let blocks = self.slots.div_ceil(block_slots);
+        let busiest_slots = (blocks.div_ceil(workers) * block_slots).min(self.slots);
+
+        let vector = self.parameters * FLOAT_BYTES;
+        let vectors = u64::from(workers) + u64::from(blocks);
+        let wire_bytes = vectors * vector + self.tokens_per_step() * BYTES_PER_TOKEN;
+        Step {
+            workers,
+            blocks,
+            wire_bytes,
+            compute_secs: (u64::from(busiest_slots) * self.tokens_per_slot()) as f64 / self.worker_tokens_per_sec,
+            transfer_secs: wire_bytes as f64 * 8.0 / self.bandwidth_bits_per_sec,
+        }
+    }
+
+    fn count_useful_workers(&self) -> u32 {
+        let (mut useful, mut shortest) = (1, self.step(1).secs());
+        for workers in 2..=self.slots {
+            let secs = self.step(workers).secs();
+            if secs <= shortest * (1.0 - WORTHWHILE) {
+                useful = workers;
+            }
+            shortest = shortest.min(secs);
+        }
+        useful
+    }
+}
+
+/// An estimate of what one slot of `rows` sequences keeps for its backward pass, in bytes of f32.
+///
+/// Per token and layer, with width C, H heads and T tokens of context, after Korthikanti et al. (arXiv:2205.05198,
+/// section 4.1, counted in elements): 16 C (both norms' inputs, query, key, value, the attention's output, the feed-forward
+/// layer's input, its four-fold hidden values before and after GELU, a mask on each residual branch) and 3 H T for
+/// materialised attention (probabilities, their mask, and what is left of them). Then 3 V for logits, log-probabilities and
+/// their gradient, and 2 C for the embedding and the last norm.
+fn activation_bytes(model: &ModelConfig, rows: u64) -> u64 {
+    match model {
+        ModelConfig::Gpt(gpt) => {
+            let sizes = [gpt.layers, gpt.width, gpt.heads, gpt.context, gpt.vocab_size];
+            let [layers, c, h, t, v] = sizes.map(|size| size as u64);
+            let per_token = layers * (16 * c + 3 * h * t) + 2 * c + 3 * v;
+            rows * t * per_token * FLOAT_BYTES
+        }
+        // Prediction, residual and its square.
+        ModelConfig::Line(_) => rows * 3 * FLOAT_BYTES,
+    }
+}
+
+fn in_words(model: &ModelConfig) -> String {
+    match model {
+        ModelConfig::Gpt(gpt) => format!(
+            "Transformer of {} layers, {} heads, {} wide, context {}, vocabulary {}",
+            gpt.layers, gpt.heads, gpt.width, gpt.context, gpt.vocab_size
+        ),
+        ModelConfig::Line(_) => "straight line".into(),
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { slots, sequences_per_slot, tokens_per_sequence, steps, .. } = self;
+        let tokens = self.tokens_per_step();
+        let all_tokens = HumanCount(tokens.saturating_mul(*steps));
+        let vector = DecimalBytes(self.parameters * FLOAT_BYTES);
+        let (worker, coordinator) = (&self.worker, &self.coordinator);
+        let useful = self.step(self.useful_workers);
+
+        writeln!(f, "recipe            {}", self.recipe)?;
+        writeln!(f, "model             {}", self.model)?;
+        writeln!(f, "parameters        {} ({vector})", HumanCount(self.parameters))?;
+        let sequences = match tokens_per_sequence {
+            1 => "rows".into(),
+            length => format!("sequences of {length}"),
+        };
+        writeln!(f, "tokens a step     {}: {slots} slots of {sequences_per_slot} {sequences}", HumanCount(tokens))?;
+        writeln!(f, "the run           {} steps, {all_tokens} tokens", HumanCount(*steps))?;
+        writeln!(f)?;
+        writeln!(f, "on the wire, a step")?;
+        writeln!(f, "  parameters      {vector} to each worker")?;
+        writeln!(f, "  gradients       {vector} for each block of slots that is leased")?;
+        writeln!(f, "  tokens          {} in all", DecimalBytes(tokens * BYTES_PER_TOKEN))?;
+        writeln!(f)?;
+        writeln!(f, "memory, about, beside program and corpus")?;
+        writeln!(
+            f,
+            "  a worker        {}: parameters {}, gradients {}, activations of a slot {}",
+            DecimalBytes(worker.total()),
+            DecimalBytes(worker.parameters),
+            DecimalBytes(worker.gradients),
+            DecimalBytes(worker.activations)
+        )?;
+        writeln!(
+            f,
+            "  the coordinator {}: parameters {}, moments {}, gradients of {} waiting blocks {}",
+            DecimalBytes(coordinator.total(useful.blocks)),
+            DecimalBytes(coordinator.parameters),
+            DecimalBytes(coordinator.moments),
+            useful.blocks,
+            DecimalBytes(coordinator.block * u64::from(useful.blocks))
+        )?;
+        writeln!(
+            f,
+            "                  and {} more while a checkpoint is written",
+            DecimalBytes(coordinator.checkpoint)
+        )?;
+        writeln!(f)?;
+        writeln!(
+            f,
+            "with {:.0} tokens/s a worker and {} Mbit/s at the coordinator",
+            self.worker_tokens_per_sec,
+            self.bandwidth_bits_per_sec / 1e6
+        )?;
+        writeln!(f, "  workers  blocks  wire a step     compute    transfer        step    tokens/s")?;
+        for step in &self.outlook {
+            let tokens_per_sec = (tokens as f64 / step.secs()).round();
+            writeln!(
+                f,
+                "  {:>7}  {:>6}  {:>11}  {:>10}  {:>10}  {:>10}  {:>10}",
+                step.workers,
+                step.blocks,
+                DecimalBytes(step.wire_bytes).to_string(),
+                seconds(step.compute_secs),
+                seconds(step.transfer_secs),
+                seconds(step.secs()),
+                HumanCount(tokens_per_sec as u64).to_string()
+            )?;
+        }
+        write!(f, "useful workers    {}: more shorten the step by less than 5 %, or not at all", self.useful_workers)
+    }
+}
+
+/// A duration with three or more significant digits and a fitting unit.
+fn seconds(secs: f64) -> String {
+    match secs {
+        secs if secs < 1e-3 => format!("{:.1} µs", secs * 1e6),
+        secs if secs < 1.0 => format!("{:.1} ms", secs * 1e3),
+        secs => format!("{secs:.2} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+
+    fn plan(name: &str, overrides: &[&str], bandwidth_bits_per_sec: f64, worker_tokens_per_sec: f64) -> Plan {
+        let overrides: Vec<String> = overrides.iter().map(|set| set.to_string()).collect();
+        let recipe = Recipe::load(name, &overrides).unwrap();
+        Plan::of(&recipe, 65, bandwidth_bits_per_sec, worker_tokens_per_sec)
+    }
+
+    #[test]
+    fn the_plan_of_a_transformer() {
+        expect![[r#"
+            recipe            shakespeare-char-cpu
+            model             Transformer of 4 layers, 4 heads, 128 wide, context 64, vocabulary 65
+            parameters        804,096 (3.22 MB)
+            tokens a step     768: 4 slots of 3 sequences of 64
+            the run           2,000 steps, 1,536,000 tokens
+
+            on the wire, a step
+              parameters      3.22 MB to each worker
+              gradients       3.22 MB for each block of slots that is leased
+              tokens          6.14 kB in all
+
+            memory, about, beside program and corpus
+              a worker        28.30 MB: parameters 6.43 MB, gradients 12.87 MB, activations of a slot 9.00 MB
+              the coordinator 19.30 MB: parameters 6.43 MB, moments 6.43 MB, gradients of 2 waiting blocks 6.43 MB
+                              and 9.65 MB more while a checkpoint is written
+
+            with 4000 tokens/s a worker and 1000 Mbit/s at the coordinator
+              workers  blocks  wire a step     compute    transfer        step    tokens/s
+                    1       1      6.44 MB    192.0 ms     51.5 ms    243.5 ms       3,154
+                    2       2     12.87 MB     96.0 ms    103.0 ms    199.0 ms       3,860
+                    4       4     25.74 MB     48.0 ms    205.9 ms    253.9 ms       3,025
+            useful workers    2: more shorten the step by less than 5 %, or not at all"#]]
+        .assert_eq(&plan("shakespeare-char-cpu", &[], 1e9, 4000.0).to_string());
+    }
+
+    #[test]
+    fn the_plan_of_the_line() {
+        expect![[r#"
+            recipe            line
+            model             straight line
+            parameters        2 (8 B)
+            tokens a step     10: 2 slots of 5 rows
+            the run           200 steps, 2,000 tokens
+
+            on the wire, a step
+              parameters      8 B to each worker
+              gradients       8 B for each block of slots that is leased
+              tokens          80 B in all
+
+            memory, about, beside program and corpus
+              a worker        100 B: parameters 16 B, gradients 24 B, activations of a slot 60 B
+              the coordinator 32 B: parameters 16 B, moments 0 B, gradients of 2 waiting blocks 16 B
+                              and 8 B more while a checkpoint is written
+
+            with 1000000 tokens/s a worker and 1000 Mbit/s at the coordinator
+              workers  blocks  wire a step     compute    transfer        step    tokens/s
+                    1       1         96 B     10.0 µs      0.8 µs     10.8 µs     928,678
+                    2       2        112 B      5.0 µs      0.9 µs      5.9 µs   1,696,065
+            useful workers    2: more shorten the step by less than 5 %, or not at all"#]]
+        .assert_eq(&plan("line", &[], 1e9, 1e6).to_string());
+    }
+
+    #[test]
+    fn wire_bytes_are_vectors_and_tokens() {
+        let plan = plan("shakespeare-char-cpu", &[], 1e9, 4000.0);
+        let vector = 804_096 * 4;
+        let tokens = 4 * 3 * 64 * 8;
+        // One worker pulls once and pushes the whole tree; four pull and push each.
+        assert_eq!(plan.step(1).wire_bytes, 2 * vector + tokens);
+        assert_eq!(plan.step(4).wire_bytes, 8 * vector + tokens);
+        assert!((plan.step(4).transfer_secs - (8 * vector + tokens) as f64 * 8.0 / 1e9).abs() < 1e-12);
+    }
+
+    #[test]
+    fn slots_are_leased_in_aligned_blocks() {
+        let plan = plan("line", &["batch.slots=12"], 1e9, 1e6);
+        let blocks = [(1, 1), (2, 3), (3, 3), (4, 6), (5, 6), (7, 12), (12, 12)];
+        for (workers, blocks) in blocks {
+            assert_eq!(plan.step(workers).blocks, blocks, "{workers} workers");
+        }
+        // Three blocks of four slots for two workers: one of them computes two.
+        assert!((plan.step(2).compute_secs - 8.0 * 5.0 / 1e6).abs() < 1e-12);
+        assert!((plan.step(3).compute_secs - 4.0 * 5.0 / 1e6).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_lease_is_one_message() {
+        // A slot of 4 MiB: two of them fill a lease.
+        let plan = plan("line", &["batch.slots=8", "batch.sequences_per_slot=524288"], 1e9, 1e6);
+        assert_eq!(plan.step(1).blocks, 4);
+    }
+
+    #[test]
+    fn a_slow_link_needs_few_workers_and_a_fast_one_takes_all() {
+        let useful = |bandwidth| plan("shakespeare-char-cpu", &["batch.slots=16"], bandwidth, 4000.0).useful_workers;
+        assert_eq!(useful(1e12), 16);
+        assert_eq!(useful(1e6), 1);
+        let all = [1e6, 1e7, 1e8, 1e9, 1e10, 1e12].map(useful);
+        assert!(all.is_sorted(), "{all:?}");
+    }
+
+    #[test]
+    fn a_worker_that_only_waits_is_not_useful() {
+        // With four slots, a third worker leaves the busiest with two all the same.
+        let plan = plan("shakespeare-char-cpu", &[], 2e8, 4000.0);
+        assert!(plan.step(3).secs() > plan.step(2).secs());
+        assert_ne!(plan.useful_workers, 3);
+    }
+}

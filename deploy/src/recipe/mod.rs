@@ -1,0 +1,232 @@
+//! Recipes: all that makes a run what it is, as TOML.
+//!
+//! A text and overrides become [`values`] of the keys in the table of [`keys`], complete and without strangers; these
+//! become a [`Recipe`] of [validated](validate) types, once, before anything starts.
+
+mod error;
+mod keys;
+pub(crate) mod resume;
+mod validate;
+mod values;
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
+use lockstep_model::config::{
+    BatchConfig, Gelu, GptConfig, LineConfig, ModelConfig, OptimizerConfig, ScheduleConfig, WindowOrder,
+};
+use lockstep_model::tokenizer::TokenizerKind;
+
+pub(crate) use self::error::RecipeError;
+use self::values::Values;
+use crate::builtin;
+
+/// The recipes that come with the program, by name.
+const EMBEDDED: [(&str, &str); 4] = [
+    ("quickstart", include_str!("../../recipes/quickstart.toml")),
+    ("shakespeare-char-cpu", include_str!("../../recipes/shakespeare-char-cpu.toml")),
+    ("shakespeare-char", include_str!("../../recipes/shakespeare-char.toml")),
+    ("line", include_str!("../../recipes/line.toml")),
+];
+
+/// Bytes that a position (or the line's row) takes in a batch: what is read and what is to be predicted, 4 each.
+pub(crate) const BYTES_PER_TOKEN: u64 = 8;
+
+/// A whole recipe, validated. To change one, load it with overrides.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Recipe {
+    /// For people, and for the name of the run's directory.
+    pub(crate) name: String,
+    /// Seed of everything drawn at random.
+    pub(crate) seed: u64,
+    /// The model, as far as it is known without its corpus.
+    pub(crate) model: ModelRecipe,
+    /// The corpus; `None` where the model reads no text.
+    pub(crate) data: Option<DataRecipe>,
+    /// The update rule.
+    pub(crate) optimizer: OptimizerConfig,
+    /// The learning rate over time.
+    pub(crate) schedule: ScheduleConfig,
+    /// How a step is cut into slots.
+    pub(crate) batch: BatchConfig,
+    /// Validation; no slots where there is none.
+    pub(crate) evaluation: EvaluationConfig,
+    /// Text sampled while training.
+    pub(crate) sampling: SamplingConfig,
+    /// What is kept on disk.
+    pub(crate) checkpoint: CheckpointConfig,
+    /// Who may take part.
+    pub(crate) cluster: ClusterConfig,
+    values: Values,
+}
+
+/// A model whose vocabulary is not known yet.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum ModelRecipe {
+    /// A decoder-only Transformer of GPT-2 shape.
+    Gpt(GptRecipe),
+    /// The straight line, which has none.
+    Line(LineConfig),
+}
+
+/// [`GptConfig`] without its vocabulary.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct GptRecipe {
+    /// Longest sequence, in tokens.
+    pub(crate) context: usize,
+    /// Transformer blocks.
+    pub(crate) layers: usize,
+    /// Attention heads; divides `width`.
+    pub(crate) heads: usize,
+    /// Width of the residual stream.
+    pub(crate) width: usize,
+    /// Whether linear layers and layer norms have biases.
+    pub(crate) bias: bool,
+    /// Whether the output head shares the token embedding's weights.
+    pub(crate) tied_head: bool,
+    /// Which GELU.
+    pub(crate) gelu: Gelu,
+    /// Added to the variance in layer norms.
+    pub(crate) norm_epsilon: f64,
+    /// Probability of zeroing an activation during training, in `[0, 1)`.
+    pub(crate) dropout: f64,
+}
+
+/// The corpus, how it is cut and how it becomes tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct DataRecipe {
+    /// Where the text is.
+    pub(crate) input: Input,
+    /// In which order windows are drawn.
+    pub(crate) order: WindowOrder,
+    /// The share of the text, from its beginning, that is trained on, in `(0, 1]`; the rest is validated on.
+    pub(crate) train_fraction: f64,
+    /// How text becomes tokens.
+    pub(crate) tokenizer: TokenizerKind,
+}
+
+/// Where a corpus is.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Input {
+    /// Within the program: the King James text.
+    KingJames,
+    /// A text file or a directory of such, relative to the current directory.
+    Path(PathBuf),
+}
+
+impl Recipe {
+    /// The embedded recipe of this name, or else the file at this path, changed by overrides of the form `key=value`.
+    ///
+    /// # Errors
+    /// If there is neither, or it is refused.
+    pub(crate) fn load(name_or_path: &str, overrides: &[String]) -> Result<Self, RecipeError> {
+        if let Some((name, text)) = EMBEDDED.iter().find(|(name, _)| *name == name_or_path) {
+            return Self::from_toml(name, text, overrides);
+        }
+        let path = Path::new(name_or_path);
+        let text = fs::read_to_string(path).map_err(|problem| {
+            let embedded = EMBEDDED.map(|(name, _)| name).join(", ");
+            let looks_like_a_name = path.extension().is_none() && path.components().count() <= 1;
+            if problem.kind() == ErrorKind::NotFound && looks_like_a_name {
+                RecipeError::NoSuchRecipe { name: name_or_path.into(), hint: nearest_embedded(name_or_path), embedded }
+            } else {
+                RecipeError::Unreadable { path: path.into(), problem, embedded }
+            }
+        })?;
+        let name = path.file_stem().map_or("recipe".into(), |stem| stem.to_string_lossy());
+        Self::from_toml(&name, &text, overrides)
+    }
+
+    /// The recipe of a TOML text, called `name` unless it names itself, changed by overrides of the form `key=value`.
+    ///
+    /// # Errors
+    /// If the text is no TOML, an override is none, or a key or value is refused.
+    pub(crate) fn from_toml(name: &str, text: &str, overrides: &[String]) -> Result<Self, RecipeError> {
+        validate::recipe(Values::complete(name, text, overrides)?)
+    }
+
+    /// The recipe in full, overrides applied and defaults filled in, as TOML that [`Self::from_toml`] reads back to an
+    /// equal recipe.
+    pub(crate) fn to_toml(&self) -> String {
+        self.values.to_toml()
+    }
+
+    /// Refuses what does not fit the corpus: a vocabulary that makes the model too large, and a context that is longer
+    /// than the text. Training, and validation where there is any, need a window of `context + 1` tokens each.
+    ///
+    /// # Errors
+    /// Names the key, and the part that is too short.
+    pub(crate) fn check_corpus(
+        &self,
+        vocab_size: usize,
+        training_tokens: usize,
+        validation_tokens: usize,
+    ) -> Result<(), RecipeError> {
+        validate::check_elements(&self.values, &self.model, vocab_size)?;
+        let ModelRecipe::Gpt(GptRecipe { context, .. }) = &self.model else { return Ok(()) };
+        let evaluated = (self.evaluation.slots > 0).then_some(("validate", validation_tokens));
+        let parts = [Some(("train", training_tokens)), evaluated];
+        let Some((purpose, tokens)) = parts.into_iter().flatten().min_by_key(|(_, tokens)| *tokens) else {
+            return Ok(());
+        };
+        if tokens > *context {
+            return Ok(());
+        }
+        let reason = format!(
+            "the corpus has {tokens} tokens to {purpose} on, fewer than the context and the token after it ({} tokens)",
+            context + 1
+        );
+        let example = match tokens.saturating_sub(1) {
+            0 => format!("data.input = \"{}\"", builtin::KJV),
+            longest => format!("model.context = {longest}, or a longer text in data.input"),
+        };
+        Err(self.values.refuse_for("model.context", reason, example))
+    }
+}
+
+impl ModelRecipe {
+    /// The whole model; the straight line has no vocabulary.
+    pub(crate) fn with_vocabulary(&self, vocab_size: usize) -> ModelConfig {
+        match self {
+            Self::Line(line) => ModelConfig::Line(line.clone()),
+            Self::Gpt(gpt) => {
+                let GptRecipe { context, layers, heads, width, bias, tied_head, gelu, norm_epsilon, dropout } = *gpt;
+                ModelConfig::Gpt(GptConfig {
+                    vocab_size,
+                    context,
+                    layers,
+                    heads,
+                    width,
+                    bias,
+                    tied_head,
+                    gelu,
+                    norm_epsilon,
+                    dropout,
+                })
+            }
+        }
+    }
+
+    /// Tokens of a sequence; a row of the straight line counts as one.
+    pub(crate) fn tokens_per_sequence(&self) -> usize {
+        match self {
+            Self::Gpt(gpt) => gpt.context,
+            Self::Line(_) => 1,
+        }
+    }
+}
+
+/// The embedded recipe that a misspelt name may have meant, as a question.
+fn nearest_embedded(name: &str) -> String {
+    const MAX_EDITS: usize = 3;
+    let near = EMBEDDED.iter().map(|(known, _)| (keys::edit_distance(name, known), known)).min();
+    match near {
+        Some((edits, known)) if edits <= MAX_EDITS => format!(" (did you mean {known}?)"),
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

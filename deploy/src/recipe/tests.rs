@@ -1,0 +1,370 @@
+//! Recipes from text to types and back, and what they refuse.
+
+use expect_test::expect;
+use lockstep_model::config::{Decay, UpdateRule};
+use lockstep_model::layout::Layout;
+
+use super::keys::KEYS;
+use super::*;
+
+fn load(name: &str, overrides: &[&str]) -> Result<Recipe, RecipeError> {
+    let overrides: Vec<String> = overrides.iter().map(|set| set.to_string()).collect();
+    Recipe::load(name, &overrides)
+}
+
+/// A recipe whose settings do not change.
+fn fixed(overrides: &[&str]) -> Result<Recipe, RecipeError> {
+    load("shakespeare-char-cpu", overrides)
+}
+
+/// What it says when these keys, separated by spaces, are set.
+fn refusal(overrides: &str) -> String {
+    match fixed(&overrides.split(' ').collect::<Vec<_>>()) {
+        Err(error) => error.to_string(),
+        Ok(_) => panic!("{overrides} is accepted"),
+    }
+}
+
+fn parameters(recipe: &Recipe, vocab_size: usize) -> usize {
+    Layout::of(&recipe.model.with_vocabulary(vocab_size)).len()
+}
+
+#[test]
+fn embedded_recipes_are_whole_and_carry_their_own_names() {
+    for (name, _) in EMBEDDED {
+        assert_eq!(load(name, &[]).unwrap().name, name);
+    }
+}
+
+#[test]
+fn a_recipe_survives_being_written() {
+    let mut recipes: Vec<Recipe> = EMBEDDED.iter().map(|(name, _)| load(name, &[]).unwrap()).collect();
+    for set in [
+        "optimizer.epsilon=6.02214076e-23",
+        "optimizer.lr=0.30000000000000004",
+        "optimizer.lr=1",
+        "optimizer.kind=sgd",
+        "schedule.decay=constant",
+        "model.kind=line",
+        "data.input=C:\\texts\\\"odd\" name.txt",
+        "sampling.prompts=[\"\\n\", \"'\\\"\\\\\\t\\u007f\\u0000\", \"第一\"]",
+        "checkpoint.stop_after=10",
+        "name=a b",
+        "seed=9223372036854775807",
+    ] {
+        recipes.push(fixed(&[set]).unwrap());
+    }
+    for recipe in recipes {
+        let text = recipe.to_toml();
+        let again = Recipe::from_toml("another name", &text, &[]).unwrap_or_else(|error| panic!("{error}\n{text}"));
+        assert_eq!(again, recipe);
+        assert_eq!(again.to_toml(), text);
+    }
+}
+
+#[test]
+fn the_whole_text_names_every_key_that_is_read() {
+    expect![[r#"
+        name = "line"
+        seed = 1
+
+        [model]
+        kind = "line"
+        initial_weight = 0.35
+        initial_bias = 0.01
+
+        [optimizer]
+        kind = "sgd"
+        lr = 0.01
+        grad_clip = 0.0
+
+        [schedule]
+        steps = 200
+        warmup_steps = 0
+        decay = "constant"
+
+        [batch]
+        slots = 2
+        sequences_per_slot = 5
+
+        [evaluation]
+        every_steps = 0
+        slots = 32
+
+        [checkpoint]
+        every_steps = 0
+        keep_last = 2
+        stop_after = 0
+
+        [cluster]
+        min_workers = 1
+        exact = true
+        heartbeat_interval_ms = 1000
+        liveness_timeout_ms = 10000
+    "#]]
+    .assert_eq(&load("line", &[]).unwrap().to_toml());
+    for (name, _) in EMBEDDED {
+        let values = load(name, &[]).unwrap().values;
+        let kinds = values.kinds().unwrap();
+        for key in KEYS {
+            assert_eq!(values.find(key.path).is_some(), key.reader.includes(kinds), "{name}: {}", key.path);
+        }
+    }
+}
+
+#[test]
+fn quickstart_explains_every_key_of_a_transformer() {
+    let (_, text) = EMBEDDED[0];
+    let table: toml::Table = text.parse().unwrap();
+    let kinds = load("quickstart", &[]).unwrap().values.kinds().unwrap();
+    for key in KEYS.iter().filter(|key| key.reader.includes(kinds) && key.path != "name") {
+        let section = if key.section().is_empty() { Some(&table) } else { table[key.section()].as_table() };
+        assert!(section.unwrap().contains_key(key.leaf()), "{} is not in quickstart.toml", key.path);
+        let line = text.lines().find(|line| line.starts_with(&format!("{} ", key.leaf())));
+        assert!(line.is_some(), "{} does not begin a line", key.path);
+    }
+}
+
+#[test]
+fn a_recipe_needs_only_what_has_no_default() {
+    const LEAST: &str = "
+        [model]
+        layers = 1
+        heads = 1
+        width = 7
+        context = 8
+        [data]
+        input = 'text.txt'
+        [optimizer]
+        lr = 1
+        [schedule]
+        steps = 10
+        [batch]
+        slots = 3
+        sequences_per_slot = 1";
+    let recipe = Recipe::from_toml("least", LEAST, &[]).unwrap();
+    assert_eq!(recipe.name, "least");
+    assert_eq!(recipe.optimizer.lr, 1.0);
+    assert_eq!(recipe.evaluation, EvaluationConfig { every_steps: 0, slots: 0 });
+    for line in LEAST.lines().filter(|line| line.contains('=')) {
+        let error = Recipe::from_toml("least", &LEAST.replace(line, ""), &[]).unwrap_err().to_string();
+        assert!(error.contains("is missing; for example"), "{error}");
+    }
+}
+
+#[test]
+fn the_reference_settings_are_exact() {
+    let cpu = load("shakespeare-char-cpu", &[]).unwrap();
+    assert_eq!(parameters(&cpu, 65), 804_096);
+    assert_eq!(cpu.schedule.decay, Decay::Cosine { steps: 2000 });
+    assert_eq!(cpu.batch.slots * cpu.batch.sequences_per_slot, 12);
+    assert_eq!(cpu.evaluation.slots * cpu.batch.sequences_per_slot, 200 * 12);
+    let adamw = UpdateRule::Adamw { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
+    assert_eq!(cpu.optimizer, OptimizerConfig { rule: adamw.clone(), lr: 1e-3, grad_clip: Some(1.0) });
+
+    let gpu = load("shakespeare-char", &[]).unwrap();
+    assert_eq!(gpu.batch.slots * gpu.batch.sequences_per_slot, 64);
+    assert_eq!(gpu.evaluation.slots * gpu.batch.sequences_per_slot, 200 * 64);
+    assert_eq!((gpu.schedule.steps, gpu.evaluation.every_steps, gpu.optimizer.rule), (5000, 250, adamw));
+    assert!(matches!(gpu.model, ModelRecipe::Gpt(GptRecipe { dropout: 0.2, context: 256, .. })));
+
+    let line = load("line", &[]).unwrap();
+    assert_eq!(line.model, ModelRecipe::Line(LineConfig { weight: 0.35, bias: 0.01 }));
+    assert_eq!(line.optimizer, OptimizerConfig { rule: UpdateRule::Sgd, lr: 0.01, grad_clip: None });
+    assert_eq!(line.schedule, ScheduleConfig { steps: 200, warmup_steps: 0, decay: Decay::Constant, min_lr: 0.0 });
+    assert_eq!(line.batch, BatchConfig { slots: 2, sequences_per_slot: 5 });
+    assert_eq!(line.data, None);
+
+    let quickstart = load("quickstart", &[]).unwrap();
+    assert!((800_000..1_000_000).contains(&parameters(&quickstart, 80)));
+}
+
+#[test]
+fn overrides_are_toml_values_or_bare_texts() {
+    let recipe = fixed(&["data.input=a/b.txt", "model.heads = 2", "sampling.prompts=['a']", "seed=3", "seed=4"]);
+    let recipe = recipe.unwrap();
+    assert_eq!(recipe.data.unwrap().input, Input::Path("a/b.txt".into()));
+    assert_eq!((recipe.sampling.prompts, recipe.seed), (vec!["a".to_string()], 4));
+    expect![[r#"
+        --set steps: must have the form KEY=VALUE; for example --set schedule.steps=100
+        --set =3: has no key before the =; for example --set schedule.steps=100"#]]
+    .assert_eq(&["steps", "=3"].map(refusal).join("\n"));
+}
+
+#[test]
+fn another_kind_needs_no_cleaning_up() {
+    let sgd = fixed(&["optimizer.kind=sgd"]).unwrap();
+    assert_eq!(sgd.optimizer.rule, UpdateRule::Sgd);
+    let constant = fixed(&["schedule.decay=constant"]).unwrap();
+    assert_eq!(constant.schedule.decay, Decay::Constant);
+    let line = fixed(&["model.kind=line", "batch.sequences_per_slot=1000000"]).unwrap();
+    assert_eq!((line.data, line.sampling.every_steps), (None, 0));
+}
+
+#[test]
+fn decays_end_with_the_run_unless_told_otherwise() {
+    let decay = |sets: &[&str]| fixed(sets).unwrap().schedule.decay;
+    assert_eq!(decay(&["schedule.steps=500"]), Decay::Cosine { steps: 500 });
+    assert_eq!(decay(&["schedule.decay=linear", "schedule.decay_steps=9000"]), Decay::Linear { steps: 9000 });
+    assert_eq!(decay(&["schedule.steps=500", "schedule.decay=wsd"]), Decay::Wsd { steps: 100 });
+    assert_eq!(decay(&["schedule.steps=110", "schedule.decay=wsd"]), Decay::Wsd { steps: 10 });
+    assert_eq!(decay(&["schedule.decay=wsd", "schedule.decay_steps=7"]), Decay::Wsd { steps: 7 });
+}
+
+#[test]
+fn refusals_name_key_value_reason_and_example() {
+    let refusals = [
+        "model.heads=5",
+        "model.heads=four",
+        "model.layers=0",
+        "model.kind=gtp",
+        "model.gelu=3",
+        "model.bias=yes",
+        "model.dropout=1.0",
+        "model.width=65536 model.layers=100",
+        "optimizer.lr=nan",
+        "optimizer.weight_decay=-0.1",
+        "schedule.decay=fast",
+        "schedule.steps=20",
+        "schedule.min_lr=0.1",
+        "schedule.decay_steps=20",
+        "schedule.decay=wsd schedule.decay_steps=9000",
+        "schedule.decay=wsd schedule.warmup_steps=2000",
+        "schedule.steps=9223372036854775807",
+        "batch.slots=65537",
+        "batch.sequences_per_slot=16385",
+        "model.context=1 batch.sequences_per_slot=1000000 batch.slots=65536",
+        "evaluation.slots=0",
+        "data.train_fraction=1.0",
+        "data.input=",
+        "data.input=builtin:moby",
+        "sampling.prompts=[]",
+        "sampling.prompts=[\"\"]",
+        "sampling.temperature=-1",
+        "checkpoint.keep_last=0",
+        "checkpoint.stop_after=2001",
+        "cluster.min_workers=0",
+        "cluster.liveness_timeout_ms=2999",
+        "name=../escape",
+        "seed=-1",
+    ];
+    expect![[r#"
+        recipe shakespeare-char-cpu: model.heads = 5: heads must divide model.width = 128; for example model.heads = 4
+        recipe shakespeare-char-cpu: model.heads = "four": must be a whole number from 1 to 65536; for example model.heads = 4
+        recipe shakespeare-char-cpu: model.layers = 0: must be a whole number from 1 to 1024; for example model.layers = 4
+        recipe shakespeare-char-cpu: model.kind = "gtp": must be `gpt` or `line`; for example model.kind = "gpt"
+        recipe shakespeare-char-cpu: model.gelu = 3: must be `exact` or `tanh`; for example model.gelu = "exact"
+        recipe shakespeare-char-cpu: model.bias = "yes": must be true or false; for example model.bias = true
+        recipe shakespeare-char-cpu: model.dropout = 1.0: must be a number of at least 0 and below 1; for example model.dropout = 0.0
+        recipe shakespeare-char-cpu: model.width = 65536: the model would have 5153978187776 parameters, more than the 2147483648 there may be; for example model.width = 128
+        recipe shakespeare-char-cpu: optimizer.lr = nan: must be a number above 0; for example optimizer.lr = 0.001
+        recipe shakespeare-char-cpu: optimizer.weight_decay = -0.1: must be a number of at least 0; for example optimizer.weight_decay = 0.01
+        recipe shakespeare-char-cpu: schedule.decay = "fast": must be one of `cosine`, `linear`, `wsd`, `constant`; for example schedule.decay = "cosine"
+        recipe shakespeare-char-cpu: schedule.warmup_steps = 100: the warm-up is longer than the run, which has schedule.steps = 20; for example schedule.warmup_steps = 2
+        recipe shakespeare-char-cpu: schedule.min_lr = 0.1: the rate would rise from its peak, optimizer.lr = 0.001; for example schedule.min_lr = 0.0001
+        recipe shakespeare-char-cpu: schedule.decay_steps = 20: the decay ends before schedule.warmup_steps = 100; for example schedule.decay_steps = 2000
+        recipe shakespeare-char-cpu: schedule.decay_steps = 9000: the run has only 1900 steps after its warm-up; for example schedule.decay_steps = 1900
+        recipe shakespeare-char-cpu: schedule.warmup_steps = 2000: leaves no step to the final decay, as schedule.steps = 2000; for example schedule.warmup_steps = 0
+        recipe shakespeare-char-cpu: schedule.steps = 9223372036854775807: the run would read more than 9223372036854775807 tokens; for example schedule.steps = 1000
+        recipe shakespeare-char-cpu: batch.slots = 65537: must be a whole number from 1 to 65536; for example batch.slots = 4
+        recipe shakespeare-char-cpu: batch.sequences_per_slot = 16385: a slot's batch would have 8389120 bytes (64 tokens a sequence, 8 bytes each), and one message carries at most 8388608; for example batch.sequences_per_slot = 16384
+        recipe shakespeare-char-cpu: batch.slots = 65536: with 1000000 sequences each, there would be more than 4294967295 sequences; for example batch.slots = 4
+        recipe shakespeare-char-cpu: evaluation.slots = 0: must be a whole number from 1 to 65536; for example evaluation.slots = 32
+        recipe shakespeare-char-cpu: data.train_fraction = 1.0: leaves no text to evaluate on; lower it, or set evaluation.every_steps = 0; for example data.train_fraction = 0.9
+        recipe shakespeare-char-cpu: data.input = "": must be a text in quotes, and not an empty one; for example data.input = "builtin:kjv"
+        recipe shakespeare-char-cpu: data.input = "builtin:moby": the only built-in text is builtin:kjv; for example data.input = "builtin:kjv"
+        recipe shakespeare-char-cpu: sampling.prompts = []: there is nothing to continue; set sampling.every_steps = 0 for no samples; for example sampling.prompts = ["\n"]
+        recipe shakespeare-char-cpu: sampling.prompts = [""]: must be a list of texts in quotes, none of them empty; for example sampling.prompts = ["\n"]
+        recipe shakespeare-char-cpu: sampling.temperature = -1.0: must be a number of at least 0; for example sampling.temperature = 0.8
+        recipe shakespeare-char-cpu: checkpoint.keep_last = 0: must be a whole number from 1 to 1000000; for example checkpoint.keep_last = 2
+        recipe shakespeare-char-cpu: checkpoint.stop_after = 2001: the run ends before, at schedule.steps = 2000; 0 goes on to the end; for example checkpoint.stop_after = 0
+        recipe shakespeare-char-cpu: cluster.min_workers = 0: must be a whole number from 1 to 4294967295; for example cluster.min_workers = 1
+        recipe shakespeare-char-cpu: cluster.liveness_timeout_ms = 2999: a worker must be given time for 3 heartbeats, one every cluster.heartbeat_interval_ms = 1000; for example cluster.liveness_timeout_ms = 3000
+        recipe ../escape: name = "../escape": must be fit for a directory's name, of at most 64 bytes; for example name = "mine"
+        recipe shakespeare-char-cpu: seed = -1: must be a whole number of at least 0; for example seed = 1"#]].assert_eq(&refusals.map(refusal).join("\n"));
+}
+
+#[test]
+fn keys_that_nothing_reads_are_refused() {
+    let refusals = [
+        "optimizer.kind=sgd optimizer.beta1=0.5",
+        "model.initial_weight=1",
+        "model.head=4",
+        "train.steps=4",
+        "model=4",
+        "model.heads.x=4",
+        "colour=red",
+    ];
+    expect![[r#"
+        recipe shakespeare-char-cpu: optimizer.beta1 = 0.5: nothing reads this key beside the others; leave it out, or change the kind; for example optimizer.kind = "adamw"
+        recipe shakespeare-char-cpu: model.initial_weight = 1: nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "line"
+        recipe shakespeare-char-cpu: model.head = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, width, context, bias, tied_head, gelu, norm_epsilon, dropout, initial_weight, initial_bias
+        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed
+        recipe shakespeare-char-cpu: model = 4: unknown key; the keys of [model] are kind, layers, heads, width, context, bias, tied_head, gelu, norm_epsilon, dropout, initial_weight, initial_bias
+        recipe shakespeare-char-cpu: model.heads.x = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, width, context, bias, tied_head, gelu, norm_epsilon, dropout, initial_weight, initial_bias
+        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed"#]].assert_eq(&refusals.map(refusal).join("\n"));
+
+    let text = |text: &str| Recipe::from_toml("mine", text, &[]).unwrap_err().to_string();
+    expect![[r#"recipe mine: tokenizer.kind = "chars": nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "gpt""#]].assert_eq(&text("[model]\nkind = 'line'\n[tokenizer]\nkind = 'chars'"));
+    expect!["recipe mine: modle = {}: unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed"].assert_eq(&text("[modle]"));
+}
+
+#[test]
+fn what_is_no_toml_is_shown_with_its_line() {
+    let error = Recipe::from_toml("mine", "seed = 1\nmodel = [", &[]).unwrap_err();
+    expect![[r#"
+        recipe mine: TOML parse error at line 2, column 10
+          |
+        2 | model = [
+          |          ^
+        unclosed array, expected `]`"#]]
+    .assert_eq(&error.to_string());
+}
+
+#[test]
+fn every_key_is_checked() {
+    for (recipe, text) in EMBEDDED {
+        let read = load(recipe, &[]).unwrap();
+        for key in KEYS.iter().filter(|key| read.values.find(key.path).is_some()) {
+            // A date is right for no key.
+            let error = Recipe::from_toml(recipe, text, &[format!("{}=2026-01-01", key.path)]).unwrap_err();
+            assert!(error.to_string().starts_with(&format!("recipe {recipe}: {} = 2026-01-01: ", key.path)), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_context_longer_than_the_corpus_is_refused() {
+    let recipe = fixed(&[]).unwrap();
+    recipe.check_corpus(80, 65, 65).unwrap();
+    let refused = |(training, validation)| recipe.check_corpus(80, training, validation).unwrap_err().to_string();
+    expect![[r#"
+        recipe shakespeare-char-cpu: model.context = 64: the corpus has 64 tokens to train on, fewer than the context and the token after it (65 tokens); for example model.context = 63, or a longer text in data.input
+        recipe shakespeare-char-cpu: model.context = 64: the corpus has 50 tokens to validate on, fewer than the context and the token after it (65 tokens); for example model.context = 49, or a longer text in data.input
+        recipe shakespeare-char-cpu: model.context = 64: the corpus has 0 tokens to validate on, fewer than the context and the token after it (65 tokens); for example data.input = "builtin:kjv""#]].assert_eq(&[(64, 65), (600, 50), (9, 0)].map(refused).join("\n"));
+
+    let unwatched = fixed(&["evaluation.every_steps=0"]).unwrap();
+    unwatched.check_corpus(80, 65, 0).unwrap();
+    load("line", &[]).unwrap().check_corpus(0, 0, 0).unwrap();
+}
+
+#[test]
+fn a_vocabulary_that_makes_the_model_too_large_is_refused() {
+    let wide = fixed(&["model.width=8192", "model.layers=2"]).unwrap();
+    wide.check_corpus(80, 1000, 1000).unwrap();
+    expect!["recipe shakespeare-char-cpu: model.width = 8192: the model would have 2839977984 parameters, more than the 2147483648 there may be; for example model.width = 128"].assert_eq(&wide.check_corpus(150_000, 1000, 1000).unwrap_err().to_string());
+}
+
+#[test]
+fn recipes_come_from_files_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.toml");
+    std::fs::write(&path, EMBEDDED[0].1).unwrap();
+    let recipe = load(path.to_str().unwrap(), &["seed=5"]).unwrap();
+    assert_eq!((recipe.name.as_str(), recipe.seed), ("mine", 5));
+
+    let error = load("quikstart", &[]).unwrap_err();
+    expect![[r#"there is no recipe "quikstart" (did you mean quickstart?); give the path of a TOML file or an embedded recipe: quickstart, shakespeare-char-cpu, shakespeare-char, line"#]].assert_eq(&error.to_string());
+    let error = load("no/such.toml", &[]).unwrap_err();
+    expect!["no/such.toml: the recipe cannot be read: No such file or directory (os error 2); give the path of a TOML file or an embedded recipe: quickstart, shakespeare-char-cpu, shakespeare-char, line"].assert_eq(&error.to_string());
+}

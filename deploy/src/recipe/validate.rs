@@ -1,0 +1,302 @@
+//! From values to a recipe: each value alone, then those that must fit together.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
+use lockstep_model::config::{BatchConfig, Decay, LineConfig, OptimizerConfig, ScheduleConfig, UpdateRule};
+use lockstep_model::layout::Layout;
+
+use super::error::RecipeError;
+use super::keys::{DecayKind, ModelKind, OptimizerKind};
+use super::values::Values;
+use super::{BYTES_PER_TOKEN, DataRecipe, GptRecipe, Input, ModelRecipe, Recipe};
+use crate::builtin;
+
+/// Most elements of a flat vector: 8 GiB of parameters.
+const MAX_ELEMENTS: usize = 1 << 31;
+/// Most bytes of one slot's batch: a lease is one message.
+pub(super) const MAX_SLOT_BYTES: i64 = lockstep_proto::MAX_MESSAGE_BYTES as i64 / 4;
+/// Most slots of a step or an evaluation.
+const MAX_SLOTS: i64 = 1 << 16;
+/// Most tokens of a sequence: a slot holds at least one.
+const MAX_CONTEXT: i64 = MAX_SLOT_BYTES / BYTES_PER_TOKEN as i64;
+const MAX_LAYERS: i64 = 1024;
+const MAX_WIDTH: i64 = 1 << 16;
+/// Longest time between heartbeats.
+const MAX_INTERVAL_MS: i64 = 3_600_000;
+/// A worker is not given up for fewer heartbeats missed.
+const MIN_HEARTBEATS: i64 = 3;
+
+/// The recipe that these values describe.
+pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
+    let v = &values;
+    let kinds = v.kinds()?;
+    let (model, data) = match kinds.model {
+        ModelKind::Gpt => (ModelRecipe::Gpt(gpt(v)?), Some(data(v)?)),
+        ModelKind::Line => (ModelRecipe::Line(line(v)?), None),
+    };
+    check_elements(v, &model, 1)?;
+    let context = model.tokens_per_sequence();
+    let optimizer = optimizer(v, kinds.optimizer)?;
+    let schedule = schedule(v, kinds.decay, optimizer.lr)?;
+    let batch = batch(v, context)?;
+    let evaluation = evaluation(v, data.as_ref(), batch)?;
+    check_length(v, &schedule, batch, context)?;
+    Ok(Recipe {
+        name: name(v)?,
+        seed: v.integer("seed", 0..=i64::MAX)?,
+        sampling: sampling(v, kinds.model)?,
+        checkpoint: checkpoint(v, schedule.steps)?,
+        cluster: cluster(v)?,
+        model,
+        data,
+        optimizer,
+        schedule,
+        batch,
+        evaluation,
+        values,
+    })
+}
+
+/// Refuses a model whose flat vector would be too long with a vocabulary of `vocab_size`.
+pub(super) fn check_elements(v: &Values, model: &ModelRecipe, vocab_size: usize) -> Result<(), RecipeError> {
+    let elements = Layout::of(&model.with_vocabulary(vocab_size)).len();
+    if elements > MAX_ELEMENTS {
+        let reason = format!("the model would have {elements} parameters, more than the {MAX_ELEMENTS} there may be");
+        return Err(v.refuse("model.width", reason));
+    }
+    Ok(())
+}
+
+/// It becomes part of a directory's name.
+fn name(v: &Values) -> Result<String, RecipeError> {
+    let name = v.text("name")?;
+    let unfit = |c: char| c.is_control() || matches!(c, '/' | '\\');
+    if name.len() > 64 || name.starts_with('.') || name.contains(unfit) {
+        return Err(v.refuse("name", "must be fit for a directory's name, of at most 64 bytes"));
+    }
+    Ok(name)
+}
+
+fn gpt(v: &Values) -> Result<GptRecipe, RecipeError> {
+    let layers = v.integer("model.layers", 1..=MAX_LAYERS)?;
+    let heads: usize = v.integer("model.heads", 1..=MAX_WIDTH)?;
+    let width: usize = v.integer("model.width", 1..=MAX_WIDTH)?;
+    if !width.is_multiple_of(heads) {
+        let fitting = (1..heads.min(width + 1)).rev().find(|heads| width.is_multiple_of(*heads)).unwrap_or(1);
+        let reason = format!("heads must divide model.width = {width}");
+        return Err(v.refuse_for("model.heads", reason, format!("model.heads = {fitting}")));
+    }
+    Ok(GptRecipe {
+        context: v.integer("model.context", 1..=MAX_CONTEXT)?,
+        layers,
+        heads,
+        width,
+        bias: v.boolean("model.bias")?,
+        tied_head: v.boolean("model.tied_head")?,
+        gelu: v.choice("model.gelu")?,
+        norm_epsilon: v.number("model.norm_epsilon", "above 0", |epsilon| epsilon > 0.0)?,
+        dropout: v.number("model.dropout", "of at least 0 and below 1", is_below_one)?,
+    })
+}
+
+fn line(v: &Values) -> Result<LineConfig, RecipeError> {
+    let single = |path| v.number(path, "that single precision can hold", |x| (x as f32).is_finite()).map(|x| x as f32);
+    Ok(LineConfig { weight: single("model.initial_weight")?, bias: single("model.initial_bias")? })
+}
+
+fn data(v: &Values) -> Result<DataRecipe, RecipeError> {
+    let input = v.text("data.input")?;
+    let input = match input.as_str() {
+        builtin::KJV => Input::KingJames,
+        other if other.starts_with("builtin:") => {
+            return Err(v.refuse("data.input", format!("the only built-in text is {}", builtin::KJV)));
+        }
+        path => Input::Path(PathBuf::from(path)),
+    };
+    Ok(DataRecipe {
+        input,
+        order: v.choice("data.order")?,
+        train_fraction: v.number("data.train_fraction", "above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?,
+        tokenizer: v.choice("tokenizer.kind")?,
+    })
+}
+
+fn optimizer(v: &Values, kind: OptimizerKind) -> Result<OptimizerConfig, RecipeError> {
+    let rule = match kind {
+        OptimizerKind::Adamw => UpdateRule::Adamw {
+            beta1: v.number("optimizer.beta1", "of at least 0 and below 1", is_below_one)?,
+            beta2: v.number("optimizer.beta2", "of at least 0 and below 1", is_below_one)?,
+            epsilon: v.number("optimizer.epsilon", "above 0", |epsilon| epsilon > 0.0)?,
+            weight_decay: v.number("optimizer.weight_decay", "of at least 0", |decay| decay >= 0.0)?,
+        },
+        OptimizerKind::Sgd => UpdateRule::Sgd,
+    };
+    let grad_clip = v.number("optimizer.grad_clip", "of at least 0 (0: never clip)", |clip| clip >= 0.0)?;
+    Ok(OptimizerConfig {
+        rule,
+        lr: v.number("optimizer.lr", "above 0", |lr| lr > 0.0)?,
+        grad_clip: (grad_clip > 0.0).then_some(grad_clip),
+    })
+}
+
+fn schedule(v: &Values, kind: DecayKind, lr: f64) -> Result<ScheduleConfig, RecipeError> {
+    let steps: u64 = v.integer("schedule.steps", 1..=i64::MAX)?;
+    let warmup_steps: u64 = v.integer("schedule.warmup_steps", 0..=i64::MAX)?;
+    if warmup_steps > steps {
+        let reason = format!("the warm-up is longer than the run, which has schedule.steps = {steps}");
+        return Err(v.refuse_for("schedule.warmup_steps", reason, format!("schedule.warmup_steps = {}", steps / 10)));
+    }
+    let decay = match kind {
+        DecayKind::Constant => Decay::Constant,
+        DecayKind::Cosine => Decay::Cosine { steps: end_of_decay(v, steps, warmup_steps)? },
+        DecayKind::Linear => Decay::Linear { steps: end_of_decay(v, steps, warmup_steps)? },
+        DecayKind::Wsd => Decay::Wsd { steps: length_of_decay(v, steps, warmup_steps)? },
+    };
+    let min_lr = match decay {
+        Decay::Constant => 0.0,
+        _ => v.number("schedule.min_lr", "of at least 0", |min| min >= 0.0)?,
+    };
+    if min_lr > lr {
+        let reason = format!("the rate would rise from its peak, optimizer.lr = {lr:?}");
+        return Err(v.refuse_for("schedule.min_lr", reason, format!("schedule.min_lr = {:?}", lr / 10.0)));
+    }
+    Ok(ScheduleConfig { steps, warmup_steps, decay, min_lr })
+}
+
+/// The step at which a cosine or a straight line reaches the minimum.
+fn end_of_decay(v: &Values, steps: u64, warmup_steps: u64) -> Result<u64, RecipeError> {
+    match v.integer("schedule.decay_steps", 0..=i64::MAX)? {
+        0 => Ok(steps),
+        end if end < warmup_steps => {
+            let reason = format!("the decay ends before schedule.warmup_steps = {warmup_steps}");
+            Err(v.refuse_for("schedule.decay_steps", reason, format!("schedule.decay_steps = {steps}")))
+        }
+        end => Ok(end),
+    }
+}
+
+/// The length of a final decay.
+fn length_of_decay(v: &Values, steps: u64, warmup_steps: u64) -> Result<u64, RecipeError> {
+    let most = steps - warmup_steps;
+    if most == 0 {
+        let reason = format!("leaves no step to the final decay, as schedule.steps = {steps}");
+        return Err(v.refuse_for("schedule.warmup_steps", reason, "schedule.warmup_steps = 0"));
+    }
+    match v.integer("schedule.decay_steps", 0..=i64::MAX)? {
+        0 => Ok((steps / 5).clamp(1, most)),
+        length if length > most => {
+            let reason = format!("the run has only {most} steps after its warm-up");
+            Err(v.refuse_for("schedule.decay_steps", reason, format!("schedule.decay_steps = {most}")))
+        }
+        length => Ok(length),
+    }
+}
+
+fn batch(v: &Values, context: usize) -> Result<BatchConfig, RecipeError> {
+    let slots: u32 = v.integer("batch.slots", 1..=MAX_SLOTS)?;
+    let sequences_per_slot: u32 = v.integer("batch.sequences_per_slot", 1..=i64::from(u32::MAX))?;
+    let row_bytes = context as u64 * BYTES_PER_TOKEN;
+    let slot_bytes = u64::from(sequences_per_slot) * row_bytes;
+    if slot_bytes > MAX_SLOT_BYTES as u64 {
+        let reason = format!(
+            "a slot's batch would have {slot_bytes} bytes ({context} tokens a sequence, {BYTES_PER_TOKEN} bytes each), and \
+             one message carries at most {MAX_SLOT_BYTES}"
+        );
+        let most = MAX_SLOT_BYTES as u64 / row_bytes;
+        let example = format!("batch.sequences_per_slot = {most}");
+        return Err(v.refuse_for("batch.sequences_per_slot", reason, example));
+    }
+    check_sequences(v, "batch.slots", slots, sequences_per_slot)?;
+    Ok(BatchConfig { slots, sequences_per_slot })
+}
+
+fn evaluation(v: &Values, data: Option<&DataRecipe>, batch: BatchConfig) -> Result<EvaluationConfig, RecipeError> {
+    let every_steps: u64 = v.integer("evaluation.every_steps", 0..=i64::MAX)?;
+    let slots: u32 = v.integer("evaluation.slots", 1..=MAX_SLOTS)?;
+    if every_steps == 0 {
+        return Ok(EvaluationConfig { every_steps, slots: 0 });
+    }
+    if data.is_some_and(|data| data.train_fraction == 1.0) {
+        let reason = "leaves no text to evaluate on; lower it, or set evaluation.every_steps = 0";
+        return Err(v.refuse("data.train_fraction", reason));
+    }
+    check_sequences(v, "evaluation.slots", slots, batch.sequences_per_slot)?;
+    Ok(EvaluationConfig { every_steps, slots })
+}
+
+fn sampling(v: &Values, model: ModelKind) -> Result<SamplingConfig, RecipeError> {
+    if model == ModelKind::Line {
+        return Ok(SamplingConfig { every_steps: 0, prompts: Vec::new(), tokens: 0, temperature: 0.0, top_k: 0 });
+    }
+    let sampling = SamplingConfig {
+        every_steps: v.integer("sampling.every_steps", 0..=i64::MAX)?,
+        prompts: v.texts("sampling.prompts")?,
+        tokens: v.integer("sampling.tokens", 1..=1_000_000)?,
+        temperature: v.number("sampling.temperature", "of at least 0", |temperature| temperature >= 0.0)?,
+        top_k: v.integer("sampling.top_k", 0..=i64::MAX)?,
+    };
+    if sampling.every_steps > 0 && sampling.prompts.is_empty() {
+        return Err(
+            v.refuse("sampling.prompts", "there is nothing to continue; set sampling.every_steps = 0 for no samples")
+        );
+    }
+    Ok(sampling)
+}
+
+fn checkpoint(v: &Values, steps: u64) -> Result<CheckpointConfig, RecipeError> {
+    let stop_after: u64 = v.integer("checkpoint.stop_after", 0..=i64::MAX)?;
+    if stop_after > steps {
+        let reason = format!("the run ends before, at schedule.steps = {steps}; 0 goes on to the end");
+        return Err(v.refuse("checkpoint.stop_after", reason));
+    }
+    Ok(CheckpointConfig {
+        every_steps: v.integer("checkpoint.every_steps", 0..=i64::MAX)?,
+        keep_last: v.integer("checkpoint.keep_last", 1..=1_000_000)?,
+        stop_after: (stop_after > 0).then_some(stop_after),
+    })
+}
+
+fn cluster(v: &Values) -> Result<ClusterConfig, RecipeError> {
+    let interval_ms: i64 = v.integer("cluster.heartbeat_interval_ms", 1..=MAX_INTERVAL_MS)?;
+    let timeout_ms: i64 = v.integer("cluster.liveness_timeout_ms", 1..=MAX_INTERVAL_MS * 100)?;
+    let least_ms = interval_ms * MIN_HEARTBEATS;
+    if timeout_ms < least_ms {
+        let reason = format!(
+            "a worker must be given time for {MIN_HEARTBEATS} heartbeats, one every \
+             cluster.heartbeat_interval_ms = {interval_ms}"
+        );
+        let example = format!("cluster.liveness_timeout_ms = {least_ms}");
+        return Err(v.refuse_for("cluster.liveness_timeout_ms", reason, example));
+    }
+    Ok(ClusterConfig {
+        min_workers: v.integer("cluster.min_workers", 1..=i64::from(u32::MAX))?,
+        exact: v.boolean("cluster.exact")?,
+        heartbeat_interval: Duration::from_millis(interval_ms.unsigned_abs()),
+        liveness_timeout: Duration::from_millis(timeout_ms.unsigned_abs()),
+    })
+}
+
+/// Refuses more sequences at once than can be numbered.
+fn check_sequences(v: &Values, path: &str, slots: u32, sequences_per_slot: u32) -> Result<(), RecipeError> {
+    if slots.checked_mul(sequences_per_slot).is_none() {
+        let reason =
+            format!("with {sequences_per_slot} sequences each, there would be more than {} sequences", u32::MAX);
+        return Err(v.refuse(path, reason));
+    }
+    Ok(())
+}
+
+/// Refuses a run of more tokens than can be numbered.
+fn check_length(v: &Values, schedule: &ScheduleConfig, batch: BatchConfig, context: usize) -> Result<(), RecipeError> {
+    let sequences = u128::from(schedule.steps) * u128::from(batch.slots) * u128::from(batch.sequences_per_slot);
+    if sequences * context as u128 > i64::MAX as u128 {
+        return Err(v.refuse("schedule.steps", format!("the run would read more than {} tokens", i64::MAX)));
+    }
+    Ok(())
+}
+
+fn is_below_one(x: f64) -> bool {
+    (0.0..1.0).contains(&x)
+}

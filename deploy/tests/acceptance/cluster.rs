@@ -1,0 +1,183 @@
+//! Runs the `lockstep` program and what is needed to watch it.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// A small Transformer with dropout that trains in a second or two.
+pub(crate) const SMALL: &[&str] = &[
+    "model.layers=2",
+    "model.heads=2",
+    "model.width=32",
+    "model.context=16",
+    "model.dropout=0.1",
+    "batch.slots=5",
+    "batch.sequences_per_slot=2",
+    "schedule.steps=24",
+    "schedule.warmup_steps=4",
+    "evaluation.every_steps=8",
+    "evaluation.slots=7",
+    "sampling.every_steps=0",
+    "checkpoint.every_steps=6",
+    "cluster.heartbeat_interval_ms=200",
+    "cluster.liveness_timeout_ms=5000",
+];
+
+/// The program with arguments, and with `--set` for each override.
+pub(crate) fn lockstep(arguments: &[&str], overrides: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+    command.args(arguments).args(overrides.iter().flat_map(|set| ["--set", set]));
+    command.env_remove("RUST_LOG").stdin(Stdio::null());
+    command
+}
+
+/// Runs to the end and expects success.
+pub(crate) fn succeed(mut command: Command) -> Output {
+    let output = command.output().expect("the program starts");
+    assert!(output.status.success(), "{command:?}\n{}\n{}", text(&output.stdout), text(&output.stderr));
+    output
+}
+
+/// Runs to the end and expects this exit status; what was said on standard error.
+pub(crate) fn fail(mut command: Command, status: i32) -> String {
+    let output = command.output().expect("the program starts");
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{command:?}\n{said}");
+    said
+}
+
+/// Bytes as text.
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// `lockstep inspect --json` of a run.
+pub(crate) fn inspect(run: &Path) -> Value {
+    let output = succeed(lockstep(&["inspect", path(run), "--json"], &[]));
+    serde_json::from_slice(&output.stdout).expect("inspect prints JSON")
+}
+
+/// What makes two runs the same: step, parameters, optimizer state and validation loss.
+pub(crate) fn fingerprint(run: &Path) -> Value {
+    let shown = inspect(run);
+    let keys = ["step", "params_sha256", "optimizer_sha256", "val_loss", "train_loss", "tokens"];
+    keys.iter().map(|key| (key.to_string(), shown[*key].clone())).collect()
+}
+
+/// A path that is text, as all of ours are.
+pub(crate) fn path(path: &Path) -> &str {
+    path.to_str().expect("temporary paths are UTF-8")
+}
+
+/// A process that dies with this value.
+pub(crate) struct Running {
+    child: Child,
+    lines: Option<BufReader<ChildStderr>>,
+    /// All that was read so far.
+    pub(crate) said: String,
+}
+
+impl Running {
+    /// Starts a program whose standard error is read.
+    pub(crate) fn start(mut command: Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("the program starts");
+        let lines = child.stderr.take().map(BufReader::new);
+        Self { child, lines, said: String::new() }
+    }
+
+    /// Reads on until a line contains `wanted`, and returns it.
+    pub(crate) fn wait_for(&mut self, wanted: &str) -> String {
+        let lines = self.lines.as_mut().expect("standard error is read until the end only once");
+        loop {
+            let mut line = String::new();
+            let read = lines.read_line(&mut line).expect("standard error is readable");
+            assert!(read > 0, "ended before it said {wanted:?}:\n{}", self.said);
+            self.said.push_str(&line);
+            if line.contains(wanted) {
+                return line;
+            }
+        }
+    }
+
+    /// Kills it as `kill -9` does.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().expect("the process can be killed");
+        self.child.wait().expect("the process can be waited for");
+    }
+
+    /// Sends a signal by name, as `kill` does.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status();
+        assert!(sent.expect("kill is there").success());
+    }
+
+    /// The process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Reads what is left and returns the exit status.
+    pub(crate) fn wait(&mut self) -> Option<i32> {
+        if let Some(mut lines) = self.lines.take() {
+            lines.read_to_string(&mut self.said).expect("standard error is UTF-8");
+        }
+        self.child.wait().expect("the process can be waited for").code()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A coordinator that others join, and its address.
+pub(crate) fn coordinator(recipe: &str, run: &Path, more: &[&str], overrides: &[&str]) -> (Running, String) {
+    let mut arguments = vec!["coordinator", recipe, "--listen", "127.0.0.1:0", "--run", path(run)];
+    arguments.extend_from_slice(more);
+    let mut running = Running::start(lockstep(&arguments, overrides));
+    let line = running.wait_for("listening on");
+    let address = line.split_whitespace().find_map(|word| word.strip_suffix(';')).expect("the line names the address");
+    (running, address.to_string())
+}
+
+/// A worker of one thread on the CPU.
+pub(crate) fn worker(address: &str, name: &str) -> Running {
+    let arguments = ["worker", "--join", address, "--device", "cpu", "--threads", "1", "--name", name];
+    Running::start(lockstep(&arguments, &[]))
+}
+
+/// A file or directory below `LOCKSTEP_DATA`, or `None` after saying that the test skips.
+pub(crate) fn data(test: &str, relative: &str) -> Option<PathBuf> {
+    let found = std::env::var_os("LOCKSTEP_DATA").map(|root| Path::new(&root).join(relative)).filter(|p| p.exists());
+    if found.is_none() {
+        skip(test, &format!("LOCKSTEP_DATA names no directory that holds {relative}"));
+    }
+    found
+}
+
+/// A Python interpreter that has these modules, or `None` after saying that the test skips.
+pub(crate) fn python(test: &str, modules: &[&str]) -> Option<PathBuf> {
+    let interpreter = std::env::var_os("LOCKSTEP_PYTHON").map_or_else(|| PathBuf::from("python3"), PathBuf::from);
+    let imports: Vec<String> = modules.iter().map(|module| format!("import {module}")).collect();
+    let found = Command::new(&interpreter).args(["-c", &imports.join("; ")]).output();
+    if found.is_ok_and(|output| output.status.success()) {
+        return Some(interpreter);
+    }
+    skip(test, &format!("no Python with {} (LOCKSTEP_PYTHON names the interpreter)", modules.join(" and ")));
+    None
+}
+
+/// Says that a test skips, and why: on standard error, and in the file named by `LOCKSTEP_SKIPS`.
+pub(crate) fn skip(test: &str, reason: &str) {
+    eprintln!("SKIPPED {test}: {reason}");
+    if let Some(path) = std::env::var_os("LOCKSTEP_SKIPS") {
+        let file = fs::OpenOptions::new().create(true).append(true).open(path);
+        file.and_then(|mut file| writeln!(file, "{test}: {reason}")).expect("the list of skips is writable");
+    }
+}

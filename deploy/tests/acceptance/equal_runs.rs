@@ -1,0 +1,123 @@
+//! Every run is the same run: whatever the number of workers, whoever dies, however often it stops.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::cluster::{SMALL, coordinator, fingerprint, lockstep, path, succeed, worker};
+
+fn train(run: &Path, more: &[&str], overrides: &[&str]) {
+    let mut arguments = vec!["train", "quickstart", "--device", "cpu", "--run", path(run)];
+    arguments.extend_from_slice(more);
+    succeed(lockstep(&arguments, &[SMALL, overrides].concat()));
+}
+
+/// The run that nothing happens to.
+fn quiet(dir: &Path) -> Value {
+    let run = dir.join("quiet");
+    train(&run, &["--workers", "1", "--threads", "1"], &[]);
+    fingerprint(&run)
+}
+
+#[test]
+fn any_number_of_workers_and_threads_gives_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let quiet = quiet(dir.path());
+    for (workers, threads) in [("2", "1"), ("3", "2"), ("4", "1")] {
+        let run = dir.path().join(format!("{workers}-workers"));
+        train(&run, &["--workers", workers, "--threads", threads], &[]);
+        assert_eq!(fingerprint(&run), quiet, "{workers} workers of {threads} threads");
+    }
+    let other = dir.path().join("other-seed");
+    train(&other, &["--workers", "2"], &["seed=2"]);
+    assert_ne!(fingerprint(&other)["params_sha256"], quiet["params_sha256"], "another seed is another run");
+}
+
+#[test]
+fn a_run_stopped_and_resumed_gives_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let quiet = quiet(dir.path());
+    let run = dir.path().join("resumed");
+    train(&run, &["--workers", "2"], &["checkpoint.stop_after=9"]);
+    assert_eq!(fingerprint(&run)["step"], 9);
+    train(&run, &["--workers", "3", "--resume"], &["checkpoint.stop_after=17"]);
+    train(&run, &["--workers", "1", "--resume"], &[]);
+    assert_eq!(fingerprint(&run), quiet);
+    assert_eq!(logged_steps(&run), (1..=24).collect::<Vec<u64>>(), "each step is logged once");
+}
+
+#[test]
+fn a_killed_worker_costs_time_and_no_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let quiet = quiet(dir.path());
+    let run = dir.path().join("killed");
+    let (mut coordinator, address) = coordinator("quickstart", &run, &[], SMALL);
+    let mut first = worker(&address, "first");
+    coordinator.wait_for("step 2/24");
+    let mut second = worker(&address, "second");
+    coordinator.wait_for("worker 2 joined");
+    coordinator.wait_for("step ");
+    first.kill();
+    coordinator.wait_for("worker 1 left");
+    assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
+    assert_eq!(second.wait(), Some(0), "a released worker ends well: {}", second.said);
+    assert_eq!(fingerprint(&run), quiet);
+}
+
+#[test]
+fn interrupted_once_it_saves_and_ends_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let quiet = quiet(dir.path());
+    let run = dir.path().join("interrupted");
+    let (mut coordinator, address) = coordinator("quickstart", &run, &[], SMALL);
+    let mut only = worker(&address, "only");
+    coordinator.wait_for("step 3/24");
+    coordinator.signal("INT");
+    assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
+    assert_eq!(only.wait(), Some(0), "{}", only.said);
+    let step = fingerprint(&run)["step"].as_u64().unwrap();
+    assert!((3..24).contains(&step), "stopped at step {step}");
+    train(&run, &["--workers", "2", "--resume"], &[]);
+    assert_eq!(fingerprint(&run), quiet);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn no_worker_outlives_a_killed_train() {
+    use crate::cluster::Running;
+
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("orphans");
+    let arguments = ["train", "quickstart", "--device", "cpu", "--run", path(&run)];
+    let mut train = Running::start(lockstep(&arguments, &[SMALL, &["schedule.steps=100000"]].concat()));
+    train.wait_for("step 5000/100000");
+    let workers = children(train.id());
+    assert_eq!(workers.len(), 2);
+    train.kill();
+    // They notice that their standard input ended; nothing tells us when, so look until they are gone.
+    while workers.iter().any(|worker| is_alive(*worker)) {
+        std::thread::yield_now();
+    }
+}
+
+/// Processes started by any thread of `id`.
+#[cfg(target_os = "linux")]
+fn children(id: u32) -> Vec<u32> {
+    let threads = std::fs::read_dir(format!("/proc/{id}/task")).unwrap().map(|thread| thread.unwrap().path());
+    let lists = threads.map(|thread| std::fs::read_to_string(thread.join("children")).unwrap_or_default());
+    lists.flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<u32>>()).collect()
+}
+
+/// Whether a process is there and no zombie.
+#[cfg(target_os = "linux")]
+fn is_alive(id: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
+}
+
+fn logged_steps(run: &Path) -> Vec<u64> {
+    let file: PathBuf = run.join("metrics.jsonl");
+    let lines = std::fs::read_to_string(file).unwrap();
+    let lines = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter(|line| line.get("loss").is_some()).map(|line| line["step"].as_u64().unwrap()).collect()
+}

@@ -1,0 +1,12 @@
+//! What the program promises, seen from outside: the real binary, real processes, real files.
+//!
+//! Tests that need a corpus take it from the directory named by `LOCKSTEP_DATA`, and those that need Python from the
+//! interpreter named by `LOCKSTEP_PYTHON` (or `python3`); without them they say why they skip.
+
+mod bad_input;
+mod cluster;
+mod equal_runs;
+mod line;
+mod quickstart;
+mod tidy;
+mod tracing;

@@ -1,0 +1,254 @@
+"""A second opinion on the Transformer: loss and gradients of a GPT-2 shaped model in plain PyTorch.
+
+The model follows the comments of `message Gpt` in proto/lockstep.proto and shares nothing with the Rust code.
+Parameters and batches come from formulas, so that both sides have them without exchanging any.
+
+    python torch_gpt.py                 writes ../golden/gpt.json
+    python torch_gpt.py --check FILE    compares losses and gradients in FILE, of the same form, with PyTorch's in f64;
+                                        exits with 1 where ||g - g'|| / ||g'|| is above 1e-4
+
+A case's batch has `rows` sequences of `length` positions, element i (row by row) being
+    tokens[i]  = (i * 7919 + 13) mod vocab_size
+    targets[i] = (i * 104729 + 7) mod vocab_size
+    weights[i] = [1.0, 0.5, 0.0, 2.0][i mod 4] where `weighted`, else 1.0
+and its parameters are `golden.hashed(i, parameter_scale)`, rounded to f32, over the flat vector in layout order.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, gelu, layer_norm, scaled_dot_product_attention
+
+import golden
+
+TOLERANCE = 1e-4
+"""Largest relative error of a tensor's gradient, and of the loss."""
+
+
+@dataclass(frozen=True)
+class GptConfig:
+    """Sizes of a GPT-2 shaped Transformer, named as in the contract."""
+
+    vocab_size: int
+    context: int
+    layers: int
+    heads: int
+    width: int
+    bias: bool
+    tied_head: bool
+    gelu: str
+    """"exact" or "tanh"."""
+    norm_epsilon: float
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.gelu not in ("exact", "tanh") or self.dropout != 0.0:
+            raise ValueError(f"heads must divide width, gelu be exact or tanh, and dropout be 0: {self}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a model, its parameters and a batch."""
+
+    name: str
+    config: GptConfig
+    parameter_scale: float
+    rows: int
+    length: int
+    weighted: bool
+
+
+WITH_BIAS = GptConfig(11, 8, 2, 2, 16, bias=True, tied_head=False, gelu="exact", norm_epsilon=1e-5)
+WITHOUT_BIAS = GptConfig(11, 8, 3, 2, 8, bias=False, tied_head=True, gelu="tanh", norm_epsilon=1e-5)
+ODD_SIZES = GptConfig(13, 7, 1, 3, 12, bias=True, tied_head=True, gelu="tanh", norm_epsilon=1e-2)
+
+# The probe's small parameters keep attention almost uniform and activations almost linear. The larger ones do not, so
+# that a mistake in the scale of scores or in the kind of GELU is far above the tolerance.
+CASES = [
+    Case("probe_bias_untied_exact_weighted", WITH_BIAS, golden.PROBE_SCALE, rows=3, length=8, weighted=True),
+    Case("probe_no_bias_tied_tanh", WITHOUT_BIAS, golden.PROBE_SCALE, rows=3, length=8, weighted=False),
+    Case("large_bias_untied_exact", WITH_BIAS, 2.0, rows=3, length=8, weighted=False),
+    Case("large_no_bias_tied_tanh_weighted", WITHOUT_BIAS, 2.0, rows=3, length=8, weighted=True),
+    Case("odd_sizes_short_rows_weighted", ODD_SIZES, 2.0, rows=2, length=5, weighted=True),
+]
+
+
+def layout(config: GptConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors, in the order of the flat vector."""
+    c = config.width
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, c), "wpe.weight": (config.context, c)}
+
+    def affine(name: str, *shape: int) -> None:
+        shapes[f"{name}.weight"] = shape
+        if config.bias:
+            shapes[f"{name}.bias"] = shape[-1:]
+
+    for i in range(config.layers):
+        affine(f"h.{i}.ln_1", c)
+        affine(f"h.{i}.attn.c_attn", c, 3 * c)
+        affine(f"h.{i}.attn.c_proj", c, c)
+        affine(f"h.{i}.ln_2", c)
+        affine(f"h.{i}.mlp.c_fc", c, 4 * c)
+        affine(f"h.{i}.mlp.c_proj", 4 * c, c)
+    affine("ln_f", c)
+    if not config.tied_head:
+        shapes["lm_head.weight"] = (config.vocab_size, c)
+    return shapes
+
+
+def logits(config: GptConfig, parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Logits [B, T, V] for tokens [B, T]."""
+    b, t = tokens.shape
+    c = config.width
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return layer_norm(x, (c,), parameters[f"{name}.weight"], parameters.get(f"{name}.bias"), config.norm_epsilon)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        y = x @ parameters[f"{name}.weight"]
+        return y + parameters[f"{name}.bias"] if config.bias else y
+
+    def heads(x: Tensor) -> Tensor:
+        return x.view(b, t, config.heads, c // config.heads).transpose(1, 2)  # [B, H, T, D]
+
+    x = parameters["wte.weight"][tokens] + parameters["wpe.weight"][:t]  # [B, T, C]
+    for i in range(config.layers):
+        q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(c, dim=2)
+        attended = scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True)
+        x = x + linear(attended.transpose(1, 2).reshape(b, t, c), f"h.{i}.attn.c_proj")
+        hidden = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        x = x + linear(gelu(hidden, approximate="tanh" if config.gelu == "tanh" else "none"), f"h.{i}.mlp.c_proj")
+    head = parameters["wte.weight" if config.tied_head else "lm_head.weight"]
+    return norm(x, "ln_f") @ head.T
+
+
+def case_parameters(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The case's parameters, rounded to f32 whatever `dtype` they are computed with."""
+    parameters = {}
+    offset = 0
+    for name, shape in layout(case.config).items():
+        count = math.prod(shape)
+        values = [golden.hashed(offset + i, case.parameter_scale) for i in range(count)]
+        tensor = torch.tensor(values, dtype=torch.float32).to(dtype).view(shape)
+        parameters[name] = tensor.requires_grad_()
+        offset += count
+    return parameters
+
+
+def case_batch(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, targets and weights, each [rows, length]."""
+    indices = range(case.rows * case.length)
+    shape = (case.rows, case.length)
+    vocab_size = case.config.vocab_size
+    tokens = torch.tensor([(i * 7919 + 13) % vocab_size for i in indices]).view(shape)
+    targets = torch.tensor([(i * 104729 + 7) % vocab_size for i in indices]).view(shape)
+    weights = [[1.0, 0.5, 0.0, 2.0][i % 4] if case.weighted else 1.0 for i in indices]
+    return tokens, targets, torch.tensor(weights, dtype=dtype).view(shape)
+
+
+def compute(case: Case, dtype: torch.dtype) -> tuple[float, float, dict[str, Tensor]]:
+    """Weighted loss sum, weight sum, and the gradient of the loss sum for each tensor, computed in `dtype`."""
+    parameters = case_parameters(case, dtype)
+    tokens, targets, weights = case_batch(case, dtype)
+    losses = cross_entropy(logits(case.config, parameters, tokens).flatten(0, 1), targets.flatten(), reduction="none")
+    loss_sum = (losses * weights.flatten()).sum()
+    loss_sum.backward()
+    gradients = {name: tensor.grad for name, tensor in parameters.items() if tensor.grad is not None}
+    return loss_sum.item(), weights.sum().item(), gradients
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """||ours - reference|| / ||reference||, in f64."""
+    ours, reference = ours.double().flatten(), reference.double().flatten()
+    if ours.shape != reference.shape:
+        return math.inf
+    norm = reference.norm().item()
+    difference = (ours - reference).norm().item()
+    return difference / norm if norm > 0 else math.inf if difference > 0 else 0.0
+
+
+def golden_case(case: Case) -> dict[str, Any]:
+    """A case with its results; prints how close PyTorch's own f32 comes to its f64."""
+    loss_sum, weight_sum, gradients = compute(case, torch.float64)
+    loss_sum_f32, _, gradients_f32 = compute(case, torch.float32)
+    worst = max(gradients, key=lambda name: relative_error(gradients_f32[name], gradients[name]))
+    error = relative_error(gradients_f32[worst], gradients[worst])
+    print(f"{case.name}: f32 differs from f64 by {error:.1e} in {worst}")
+    tensors = [
+        {
+            "name": name,
+            "shape": list(gradient.shape),
+            "norm": golden.significant([gradient.norm().item()], 9)[0],
+            "gradient": golden.significant(gradient.flatten().tolist(), 6),
+        }
+        for name, gradient in gradients.items()
+    ]
+    sums = {"weight_sum": weight_sum, "loss_sum": loss_sum, "loss_sum_f32": loss_sum_f32}
+    return asdict(case) | sums | {"tensors": tensors}
+
+
+def write_golden() -> None:
+    """Writes the golden file."""
+    about = (
+        "Losses and gradients of GPT-2 shaped models, by PyTorch in f64 (loss_sum_f32: f32), of the sum over positions "
+        "of weight * cross-entropy. Written by peer/torch_gpt.py, which says how parameters and batches are made."
+    )
+    golden.write("gpt.json", {"about": about, "torch": torch.__version__, "cases": [golden_case(c) for c in CASES]})
+
+
+def check_case(found: dict[str, Any]) -> float:
+    """Compares one case of a file with PyTorch, a line for each tensor; returns the largest relative error."""
+    case = Case(
+        name=found["name"],
+        config=GptConfig(**found["config"]),
+        parameter_scale=found["parameter_scale"],
+        rows=found["rows"],
+        length=found["length"],
+        weighted=found["weighted"],
+    )
+    loss_sum, weight_sum, gradients = compute(case, torch.float64)
+    ours = {tensor["name"]: torch.tensor(tensor["gradient"], dtype=torch.float64) for tensor in found["tensors"]}
+    if ours.keys() != gradients.keys():
+        sys.exit(f"{case.name}: tensors {sorted(ours.keys() ^ gradients.keys())} are on one side alone")
+    errors = {
+        "(loss_sum)": abs(found["loss_sum"] - loss_sum) / abs(loss_sum),
+        "(weight_sum)": abs(found["weight_sum"] - weight_sum) / abs(weight_sum),
+    }
+    errors |= {name: relative_error(ours[name], gradients[name]) for name in gradients}
+    for name, error in errors.items():
+        print(f"{case.name}  {name:24}  {error:.2e}{'' if error <= TOLERANCE else '  TOO LARGE'}")
+    # A NaN compares as neither larger nor smaller: it counts as the largest.
+    return max(math.inf if math.isnan(error) else error for error in errors.values())
+
+
+def check(path: Path) -> None:
+    """Compares all cases of a file, and exits with 1 where one is too far off."""
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    if not cases:
+        sys.exit(f"{path}: there are no cases in it")
+    worst = max(check_case(case) for case in cases)
+    print(f"largest relative error {worst:.2e}, allowed {TOLERANCE:.0e}")
+    sys.exit(worst > TOLERANCE)
+
+
+def main() -> None:
+    """Writes the golden file, or checks another."""
+    parser = argparse.ArgumentParser(description="Losses and gradients of a GPT-2 shaped model by PyTorch.")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="compare the losses and gradients in FILE")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.check:
+        check(arguments.check)
+    else:
+        write_golden()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+//! What one slot is computed from: named columns of whole rows.
+
+use serde::{Deserialize, Serialize};
+
+/// Sums over the positions (or rows) of one or more slots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sums {
+    /// Sum of weighted losses: nats, or squared error.
+    pub loss: f64,
+    /// Sum of the weights: how many tokens or rows count.
+    pub weight: f64,
+}
+
+impl Sums {
+    /// The loss per unit of weight.
+    pub fn mean(self) -> f64 {
+        self.loss / self.weight
+    }
+}
+
+impl std::ops::Add for Sums {
+    type Output = Self;
+
+    fn add(self, right: Self) -> Self {
+        Self { loss: self.loss + right.loss, weight: self.weight + right.weight }
+    }
+}
+
+/// The rows of one slot, as named columns.
+///
+/// A Transformer reads `tokens` and `targets`, u32 `[rows, length]`, and where present `weights`, f32 `[rows, length]`,
+/// by which each position's loss counts (1 where absent). The straight line reads `x` and `y`, f32 `[rows, 1]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Batch {
+    /// The columns, in a fixed order.
+    pub columns: Vec<Column>,
+}
+
+/// One named, row-major array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Column {
+    /// What it holds, e.g. `tokens`.
+    pub name: String,
+    /// `[rows, length]`.
+    pub shape: [usize; 2],
+    /// The elements.
+    pub values: Values,
+}
+
+/// The elements of a column.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Values {
+    /// Token numbers.
+    U32(Vec<u32>),
+    /// Weights or measurements.
+    F32(Vec<f32>),
+}
+
+/// Why a batch cannot be computed.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum BatchError {
+    /// A column is not there, or of another type.
+    #[error("the batch has no {element} column {name:?}; coordinator and worker disagree on the model")]
+    Missing {
+        /// The column.
+        name: &'static str,
+        /// Its element type.
+        element: &'static str,
+    },
+    /// A column's size is not its shape's, or not that of the others.
+    #[error(
+        "column {name:?} holds {found} elements in shape {shape:?}, which do not fit together or beside the others"
+    )]
+    Shape {
+        /// The column.
+        name: String,
+        /// Its shape.
+        shape: [usize; 2],
+        /// Its element count.
+        found: usize,
+    },
+}
+
+impl Batch {
+    /// A column of token numbers and its shape.
+    ///
+    /// # Errors
+    /// If there is none of that name, or its size is not its shape's.
+    pub fn u32(&self, name: &'static str) -> Result<(&[u32], [usize; 2]), BatchError> {
+        match self.column(name)? {
+            Some((Values::U32(values), shape)) => Ok((values, shape)),
+            _ => Err(BatchError::Missing { name, element: "u32" }),
+        }
+    }
+
+    /// A column of floats and its shape, if there is one.
+    ///
+    /// # Errors
+    /// If it is of another type, or its size is not its shape's.
+    pub fn optional_f32(&self, name: &'static str) -> Result<Option<(&[f32], [usize; 2])>, BatchError> {
+        match self.column(name)? {
+            Some((Values::F32(values), shape)) => Ok(Some((values, shape))),
+            Some(_) => Err(BatchError::Missing { name, element: "f32" }),
+            None => Ok(None),
+        }
+    }
+
+    /// A column of floats and its shape.
+    ///
+    /// # Errors
+    /// If there is none of that name and type, or its size is not its shape's.
+    pub fn f32(&self, name: &'static str) -> Result<(&[f32], [usize; 2]), BatchError> {
+        self.optional_f32(name)?.ok_or(BatchError::Missing { name, element: "f32" })
+    }
+
+    /// How many positions (or rows) there are, weighted or not.
+    pub fn positions(&self) -> usize {
+        self.columns.first().map_or(0, |column| column.shape.iter().product())
+    }
+
+    fn column(&self, name: &'static str) -> Result<Option<(&Values, [usize; 2])>, BatchError> {
+        let Some(column) = self.columns.iter().find(|column| column.name == name) else { return Ok(None) };
+        let found = match &column.values {
+            Values::U32(values) => values.len(),
+            Values::F32(values) => values.len(),
+        };
+        if column.shape[0].checked_mul(column.shape[1]) != Some(found) || column.shape != self.columns[0].shape {
+            return Err(BatchError::Shape { name: column.name.clone(), shape: column.shape, found });
+        }
+        Ok(Some((&column.values, column.shape)))
+    }
+}

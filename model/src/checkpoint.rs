@@ -1,0 +1,481 @@
+//! What a run keeps on disk: parameters and optimizer state as safetensors, with a manifest that seals them.
+//!
+//! A checkpoint is a directory `step-000000123` of three files. It is written beside its final name, flushed to the
+//! disk, and renamed: a name that looks right is whole, whatever happened in between. The manifest holds the SHA-256 of
+//! each file, and reading checks them.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, SafeTensors, View};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::config::ModelConfig;
+use crate::digest::{hex, vector_sha256, vectors_sha256};
+use crate::layout::{Layout, TensorSpec};
+use crate::optimizer::OptimizerState;
+use crate::tokenizer::Tokenizer;
+
+/// Version of the manifest's form.
+pub const FORMAT_VERSION: u32 = 1;
+
+const MANIFEST: &str = "manifest.json";
+const PARAMETERS: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const FIRST_MOMENT: &str = "first_moment.";
+const SECOND_MOMENT: &str = "second_moment.";
+
+/// What a checkpoint says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT_VERSION`] of the program that wrote it.
+    pub format_version: u32,
+    /// The run.
+    pub run_id: String,
+    /// Optimizer steps committed.
+    pub step: u64,
+    /// Mean training loss of that step; none before the first.
+    pub train_loss: Option<f64>,
+    /// Mean validation loss, and the step it was measured after.
+    pub validation: Option<Validation>,
+    /// The model.
+    pub model: ModelConfig,
+    /// How text becomes tokens.
+    pub tokenizer: Option<Tokenizer>,
+    /// SHA-256 of the corpus' tokens, hexadecimal.
+    pub corpus_sha256: String,
+    /// The recipe's name.
+    pub recipe_name: String,
+    /// The recipe in full, as TOML.
+    pub recipe: String,
+    /// Device classes of the workers that contributed, hexadecimal.
+    pub device_classes: Vec<String>,
+    /// Tokens (or rows) trained on so far.
+    pub tokens: u64,
+    /// SHA-256 of the parameters as little-endian f32 in layout order, hexadecimal.
+    pub params_sha256: String,
+    /// SHA-256 of first and second moments likewise, one after the other.
+    pub optimizer_sha256: String,
+    /// The other files.
+    pub files: BTreeMap<String, FileSeal>,
+}
+
+/// A validation result.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Validation {
+    /// Optimizer steps applied when it was measured.
+    pub step: u64,
+    /// Mean loss.
+    pub loss: f64,
+}
+
+/// Size and digest of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileSeal {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// SHA-256, hexadecimal.
+    pub sha256: String,
+}
+
+/// A checkpoint in memory.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    /// What it says of itself.
+    pub manifest: Manifest,
+    /// Flat parameters in layout order.
+    pub parameters: Vec<f32>,
+    /// Moments.
+    pub optimizer: OptimizerState,
+}
+
+/// Why a checkpoint was not written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The system refused.
+    #[error("{path}: cannot {action}: {source}", path = path.display())]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The files do not agree with one another.
+    #[error("{path}: the checkpoint is damaged: {reason}", path = path.display())]
+    Damaged {
+        /// The checkpoint or file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// There is none.
+    #[error("{path}: no checkpoint here; give the directory of a run or of a checkpoint", path = path.display())]
+    NotFound {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+}
+
+impl CheckpointError {
+    fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Self::Io { path, action, source }
+    }
+
+    fn damaged(path: &Path, reason: impl Into<String>) -> Self {
+        Self::Damaged { path: path.into(), reason: reason.into() }
+    }
+}
+
+/// Name of the directory of step `step`.
+pub fn directory_name(step: u64) -> String {
+    format!("step-{step:09}")
+}
+
+/// Writes a checkpoint into `directory` (of all checkpoints of a run), whole or not at all, and returns its path.
+/// Fills in the manifest's digests and seals.
+///
+/// # Errors
+/// If the system refuses, for example because the disk is full; nothing is then left behind.
+pub fn write(
+    directory: &Path,
+    mut manifest: Manifest,
+    parameters: &[f32],
+    optimizer: &OptimizerState,
+) -> Result<PathBuf, CheckpointError> {
+    let target = directory.join(directory_name(manifest.step));
+    let partial = directory.join(format!(".{}.partial", directory_name(manifest.step)));
+    let layout = Layout::of(&manifest.model);
+    manifest.params_sha256 = hex(&vector_sha256(parameters));
+    manifest.optimizer_sha256 = hex(&vectors_sha256(&[&optimizer.first_moment, &optimizer.second_moment]));
+
+    fs::create_dir_all(directory).map_err(CheckpointError::io(directory, "create the directory"))?;
+    let written = write_files(&partial, manifest, &layout, parameters, optimizer).and_then(|()| {
+        if target.exists() {
+            fs::remove_dir_all(&target).map_err(CheckpointError::io(&target, "replace"))?;
+        }
+        fs::rename(&partial, &target).map_err(CheckpointError::io(&target, "rename into place"))?;
+        sync_directory(directory)
+    });
+    if written.is_err() {
+        // The error says what went wrong; that the remains of an attempt cannot be removed either adds nothing.
+        let _ = fs::remove_dir_all(&partial);
+    }
+    written.map(|()| target)
+}
+
+fn write_files(
+    partial: &Path,
+    mut manifest: Manifest,
+    layout: &Layout,
+    parameters: &[f32],
+    optimizer: &OptimizerState,
+) -> Result<(), CheckpointError> {
+    if partial.exists() {
+        fs::remove_dir_all(partial).map_err(CheckpointError::io(partial, "remove an unfinished checkpoint"))?;
+    }
+    fs::create_dir_all(partial).map_err(CheckpointError::io(partial, "create the directory"))?;
+    let tensors = |prefix: &str, vector| Tensors { prefix: prefix.into(), layout, vector };
+    let moments = [(FIRST_MOMENT, &optimizer.first_moment), (SECOND_MOMENT, &optimizer.second_moment)];
+    let moments = moments.into_iter().filter(|(_, vector)| !vector.is_empty());
+    let moments: Vec<_> = moments.map(|(prefix, vector)| tensors(prefix, vector.as_slice())).collect();
+    for (name, groups) in [(PARAMETERS, vec![tensors("", parameters)]), (OPTIMIZER, moments)] {
+        let path = partial.join(name);
+        let views = groups.iter().flat_map(Tensors::views);
+        let metadata = Some([("format".to_string(), "pt".to_string())].into());
+        safetensors::serialize_to_file(views, metadata, &path)
+            .map_err(|error| CheckpointError::io(&path, "write")(std::io::Error::other(error)))?;
+        sync_file(&path)?;
+        manifest.files.insert(name.into(), seal(&path)?);
+    }
+    let path = partial.join(MANIFEST);
+    let text = serde_json::to_string_pretty(&manifest)
+        .map_err(|error| CheckpointError::io(&path, "write")(std::io::Error::other(error)))?;
+    fs::write(&path, text).map_err(CheckpointError::io(&path, "write"))?;
+    sync_file(&path)?;
+    sync_directory(partial)
+}
+
+/// Reads a checkpoint and checks every digest.
+///
+/// # Errors
+/// If it is not there, unreadable or damaged.
+pub fn read(path: &Path) -> Result<Checkpoint, CheckpointError> {
+    let manifest = read_manifest(path)?;
+    let layout = Layout::of(&manifest.model);
+    let file = |name: &str| {
+        let (path, sealed) = (path.join(name), manifest.files.get(name));
+        let bytes = fs::read(&path).map_err(CheckpointError::io(&path, "read"))?;
+        let found = FileSeal { bytes: bytes.len() as u64, sha256: hex(&Sha256::digest(&bytes)) };
+        match sealed == Some(&found) {
+            true => Ok((path, bytes)),
+            false => Err(CheckpointError::damaged(&path, "its size or SHA-256 is not the manifest's")),
+        }
+    };
+    let (parameters_path, parameters) = file(PARAMETERS)?;
+    let parameters = flatten(&parameters_path, &parameters, "", &layout)?;
+    let (optimizer_path, moments) = file(OPTIMIZER)?;
+    let moment = |prefix: &str| match has_prefix(&optimizer_path, &moments, prefix)? {
+        true => flatten(&optimizer_path, &moments, prefix, &layout),
+        false => Ok(Vec::new()),
+    };
+    let optimizer = OptimizerState { first_moment: moment(FIRST_MOMENT)?, second_moment: moment(SECOND_MOMENT)? };
+    if hex(&vector_sha256(&parameters)) != manifest.params_sha256
+        || hex(&vectors_sha256(&[&optimizer.first_moment, &optimizer.second_moment])) != manifest.optimizer_sha256
+    {
+        return Err(CheckpointError::damaged(
+            path,
+            "parameters or moments have another SHA-256 than the manifest says",
+        ));
+    }
+    Ok(Checkpoint { manifest, parameters, optimizer })
+}
+
+/// Reads a checkpoint's manifest alone.
+///
+/// # Errors
+/// If it is not there, unreadable, or of another format version.
+pub fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
+    let file = path.join(MANIFEST);
+    let text = match fs::read_to_string(&file) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(CheckpointError::NotFound { path: path.into() });
+        }
+        Err(error) => return Err(CheckpointError::io(&file, "read")(error)),
+    };
+    let manifest: Manifest =
+        serde_json::from_str(&text).map_err(|error| CheckpointError::damaged(&file, error.to_string()))?;
+    if manifest.format_version != FORMAT_VERSION {
+        let reason = format!("format version {}, this program reads {FORMAT_VERSION}", manifest.format_version);
+        return Err(CheckpointError::damaged(&file, reason));
+    }
+    Ok(manifest)
+}
+
+/// The checkpoints in `directory`, oldest first. Empty where there is no such directory.
+///
+/// # Errors
+/// If the directory cannot be read.
+pub fn list(directory: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(CheckpointError::io(directory, "list"))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(CheckpointError::io(directory, "list"))?.path();
+        let named = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("step-"));
+        if named && path.is_dir() {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The newest checkpoint in `directory` that is whole, with what was wrong with newer ones; `None` where there is none.
+///
+/// # Errors
+/// If the directory cannot be read.
+#[allow(clippy::type_complexity)]
+pub fn newest(directory: &Path) -> Result<(Option<(PathBuf, Checkpoint)>, Vec<CheckpointError>), CheckpointError> {
+    let mut damaged = Vec::new();
+    for path in list(directory)?.into_iter().rev() {
+        match read(&path) {
+            Ok(checkpoint) => return Ok((Some((path, checkpoint)), damaged)),
+            Err(error) => damaged.push(error),
+        }
+    }
+    Ok((None, damaged))
+}
+
+/// Removes all but the `keep_last` newest checkpoints and the one of the least validation loss.
+///
+/// # Errors
+/// If the directory cannot be read or a checkpoint not be removed.
+pub fn prune(directory: &Path, keep_last: usize) -> Result<(), CheckpointError> {
+    let all = list(directory)?;
+    let loss = |path: &PathBuf| {
+        let manifest = read_manifest(path).ok()?;
+        manifest.validation.filter(|validation| validation.step == manifest.step).map(|validation| validation.loss)
+    };
+    let best = all.iter().filter_map(|path| Some((loss(path)?, path))).min_by(|a, b| a.0.total_cmp(&b.0));
+    let best = best.map(|(_, path)| path);
+    let old = all.len().saturating_sub(keep_last.max(1));
+    for path in all[..old].iter().filter(|path| Some(*path) != best) {
+        fs::remove_dir_all(path).map_err(CheckpointError::io(path, "remove an old checkpoint"))?;
+    }
+    Ok(())
+}
+
+/// One vector's tensors under a name prefix, as safetensors writes them.
+struct Tensors<'a> {
+    prefix: String,
+    layout: &'a Layout,
+    vector: &'a [f32],
+}
+
+impl<'a> Tensors<'a> {
+    fn views(&self) -> impl Iterator<Item = (String, TensorView<'a>)> {
+        self.layout.tensors.iter().map(|tensor| {
+            let view = TensorView { shape: &tensor.shape, values: &self.vector[tensor.range()] };
+            (format!("{}{}", self.prefix, tensor.name), view)
+        })
+    }
+}
+
+struct TensorView<'a> {
+    shape: &'a [usize],
+    values: &'a [f32],
+}
+
+impl View for TensorView<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>().into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.values.len() * 4
+    }
+}
+
+/// The flat vector of the tensors under `prefix`.
+fn flatten(path: &Path, bytes: &[u8], prefix: &str, layout: &Layout) -> Result<Vec<f32>, CheckpointError> {
+    let file = SafeTensors::deserialize(bytes).map_err(|error| CheckpointError::damaged(path, error.to_string()))?;
+    let mut vector = Vec::with_capacity(layout.len());
+    for TensorSpec { name, shape, .. } in &layout.tensors {
+        let name = format!("{prefix}{name}");
+        let tensor = file.tensor(&name).map_err(|error| CheckpointError::damaged(path, error.to_string()))?;
+        if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
+            let reason = format!("{name} is {:?} {:?}, the model has F32 {shape:?}", tensor.dtype(), tensor.shape());
+            return Err(CheckpointError::damaged(path, reason));
+        }
+        vector.extend(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+    }
+    Ok(vector)
+}
+
+fn has_prefix(path: &Path, bytes: &[u8], prefix: &str) -> Result<bool, CheckpointError> {
+    let file = SafeTensors::deserialize(bytes).map_err(|error| CheckpointError::damaged(path, error.to_string()))?;
+    Ok(file.names().iter().any(|name| name.starts_with(prefix)))
+}
+
+fn seal(path: &Path) -> Result<FileSeal, CheckpointError> {
+    let mut file = File::open(path).map_err(CheckpointError::io(path, "read back"))?;
+    let (mut hasher, mut bytes, mut buffer) = (Sha256::new(), 0, vec![0; 1 << 20]);
+    loop {
+        let read = file.read(&mut buffer).map_err(CheckpointError::io(path, "read back"))?;
+        if read == 0 {
+            return Ok(FileSeal { bytes, sha256: hex(&hasher.finalize()) });
+        }
+        hasher.update(&buffer[..read]);
+        bytes += read as u64;
+    }
+}
+
+fn sync_file(path: &Path) -> Result<(), CheckpointError> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(CheckpointError::io(path, "flush to the disk"))
+}
+
+/// Makes a rename within `path` durable. Only Unix can open a directory for that.
+fn sync_directory(path: &Path) -> Result<(), CheckpointError> {
+    if cfg!(unix) { sync_file(path) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::LineConfig;
+
+    fn manifest(step: u64, val_loss: Option<f64>) -> Manifest {
+        Manifest {
+            format_version: FORMAT_VERSION,
+            run_id: "r".into(),
+            step,
+            train_loss: Some(1.0),
+            validation: val_loss.map(|loss| Validation { step, loss }),
+            model: ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }),
+            tokenizer: None,
+            corpus_sha256: String::new(),
+            recipe_name: "line".into(),
+            recipe: String::new(),
+            device_classes: vec![],
+            tokens: 0,
+            params_sha256: String::new(),
+            optimizer_sha256: String::new(),
+            files: BTreeMap::new(),
+        }
+    }
+
+    fn moments() -> OptimizerState {
+        OptimizerState { first_moment: vec![0.5, -0.5], second_moment: vec![1e-9, f32::MAX] }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        for optimizer in [moments(), OptimizerState::default()] {
+            let path = write(dir.path(), manifest(7, None), &[1.5, -0.0], &optimizer).unwrap();
+            let back = read(&path).unwrap();
+            assert_eq!(path, dir.path().join("step-000000007"));
+            assert_eq!(back.parameters.iter().map(|p| p.to_bits()).collect::<Vec<_>>(), [0x3fc0_0000, 0x8000_0000]);
+            assert_eq!(back.optimizer, optimizer);
+            assert_eq!(back.manifest.params_sha256, hex(&vector_sha256(&[1.5, -0.0])));
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_cut_or_changed_anywhere_is_passed_over_for_an_older_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = write(dir.path(), manifest(1, None), &[1.0, 2.0], &moments()).unwrap();
+        for name in [MANIFEST, PARAMETERS, OPTIMIZER] {
+            let new = write(dir.path(), manifest(2, None), &[3.0, 4.0], &moments()).unwrap();
+            let whole = fs::read(new.join(name)).unwrap();
+            for cut in [0, 1, whole.len() / 2, whole.len() - 1] {
+                fs::write(new.join(name), &whole[..cut]).unwrap();
+                let (found, damaged) = newest(dir.path()).unwrap();
+                assert_eq!(found.unwrap().0, old, "{name} cut to {cut} bytes");
+                assert_eq!(damaged.len(), 1);
+            }
+            let mut changed = whole.clone();
+            *changed.last_mut().unwrap() ^= 1;
+            fs::write(new.join(name), &changed).unwrap();
+            assert_eq!(newest(dir.path()).unwrap().0.unwrap().0, old, "{name} changed");
+        }
+    }
+
+    #[test]
+    fn a_refused_write_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let blocked = dir.path().join("checkpoints");
+        fs::write(&blocked, "a file where the directory should be").unwrap();
+        assert!(matches!(write(&blocked, manifest(1, None), &[1.0, 2.0], &moments()), Err(CheckpointError::Io { .. })));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_newest_and_the_best_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        for (step, loss) in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.2)] {
+            write(dir.path(), manifest(step, Some(loss)), &[1.0, 2.0], &moments()).unwrap();
+        }
+        prune(dir.path(), 2).unwrap();
+        let kept: Vec<u64> = list(dir.path()).unwrap().iter().map(|path| read_manifest(path).unwrap().step).collect();
+        assert_eq!(kept, [2, 4, 5]);
+    }
+}

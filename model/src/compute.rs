@@ -1,0 +1,500 @@
+//! One device's share of a training step: the loss and the gradient of one slot.
+//!
+//! The gradient is that of the *sum* of weighted losses; the mean is taken once, over the whole step, by the optimizer.
+
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{Device, Gradients, Int, Tensor, TensorData, Transaction};
+
+use crate::batch::{Batch, BatchError, Sums};
+use crate::config::ModelConfig;
+use crate::device::ComputeDevice;
+use crate::dropout::Dropout;
+use crate::layout::Layout;
+use crate::line::Line;
+use crate::transformer::Gpt;
+
+/// Names one slot of one step of one run: all that dropout depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotKey {
+    /// Seed of the run.
+    pub seed: u64,
+    /// The optimizer step, from 1.
+    pub step: u64,
+    /// The slot within the step.
+    pub slot: u32,
+}
+
+/// What one slot gives.
+#[derive(Clone, Debug)]
+pub struct SlotGradient {
+    /// Sum of weighted losses, and of weights.
+    pub sums: Sums,
+    /// Gradient of the loss sum, flat in layout order.
+    pub gradient: Vec<f32>,
+}
+
+/// Why a slot could not be computed.
+#[derive(Debug, thiserror::Error)]
+pub enum ComputeError {
+    /// The batch is not one for this model.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// A token or sequence is outside the model.
+    #[error("{0}")]
+    Input(String),
+    /// Parameters of another layout.
+    #[error("{found} parameters for a model of {expected}: coordinator and worker disagree on the layout")]
+    Parameters {
+        /// Elements of the layout.
+        expected: usize,
+        /// Elements given.
+        found: usize,
+    },
+    /// The device failed.
+    #[error("the device failed: {0}")]
+    Device(String),
+}
+
+/// A model on a device, ready to compute slots with the parameters loaded last.
+#[derive(Debug)]
+pub struct Computer {
+    model: ModelConfig,
+    layout: Layout,
+    device: Device,
+    leaves: Vec<Leaf>,
+}
+
+impl Computer {
+    /// A computer for `model`, with all parameters 0 until [`Self::load`].
+    pub fn new(model: &ModelConfig, device: &ComputeDevice) -> Self {
+        let layout = Layout::of(model);
+        let device = device.handle().clone().autodiff();
+        Self { model: model.clone(), layout, device, leaves: Vec::new() }
+    }
+
+    /// The flat vector's layout.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Takes `parameters`, flat in layout order, to the device.
+    ///
+    /// # Errors
+    /// If their number is not the layout's.
+    pub fn load(&mut self, parameters: &[f32]) -> Result<(), ComputeError> {
+        if parameters.len() != self.layout.len() {
+            return Err(ComputeError::Parameters { expected: self.layout.len(), found: parameters.len() });
+        }
+        let leaf = |tensor: &crate::layout::TensorSpec| {
+            let values = parameters[tensor.range()].to_vec();
+            match *tensor.shape.as_slice() {
+                [rows, columns] => Leaf::Matrix(
+                    Tensor::from_data(TensorData::new(values, [rows, columns]), &self.device)
+                        .set_require_grad(tensor.trainable),
+                ),
+                _ => {
+                    let length = values.len();
+                    let values = TensorData::new(values, [length]);
+                    Leaf::Vector(Tensor::from_data(values, &self.device).set_require_grad(tensor.trainable))
+                }
+            }
+        };
+        self.leaves = self.layout.tensors.iter().map(leaf).collect();
+        Ok(())
+    }
+
+    /// Loss and gradient of one slot, dropout active.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model, or the device fails.
+    pub fn gradient(&self, batch: &Batch, key: SlotKey) -> Result<SlotGradient, ComputeError> {
+        let forward = tracing::info_span!(target: "lockstep", "forward", step = key.step, slot = key.slot).entered();
+        let (loss, weight) = self.network(&self.leaves).loss(batch, Some(key), &self.device)?;
+        drop(forward);
+        let _backward = tracing::info_span!(target: "lockstep", "backward", step = key.step, slot = key.slot).entered();
+        let mut gradients = loss.backward();
+        let mut read = Transaction::default().register(loss.inner());
+        for leaf in &self.leaves {
+            read = leaf.register_gradient(&mut gradients, read);
+        }
+        let mut read = read.try_execute().map_err(|error| ComputeError::Device(error.to_string()))?.into_iter();
+
+        let loss = read.next().map(floats).transpose()?.and_then(|values| values.first().copied());
+        let loss = loss.ok_or_else(|| ComputeError::Device("no loss came back".into()))?;
+        let mut gradient = Vec::with_capacity(self.layout.len());
+        for (tensor, leaf) in self.layout.tensors.iter().zip(&self.leaves) {
+            if leaf.is_trainable() {
+                gradient.extend(read.next().map(floats).transpose()?.unwrap_or_default());
+            } else {
+                gradient.resize(tensor.range().end, 0.0);
+            }
+        }
+        if gradient.len() != self.layout.len() {
+            let found = gradient.len();
+            return Err(ComputeError::Device(format!("{found} gradient elements came back of {}", self.layout.len())));
+        }
+        Ok(SlotGradient { sums: Sums { loss: f64::from(loss), weight }, gradient })
+    }
+
+    /// Loss of one slot, dropout inactive.
+    ///
+    /// # Errors
+    /// If the batch does not fit the model, or the device fails.
+    pub fn loss(&self, batch: &Batch) -> Result<Sums, ComputeError> {
+        let _forward = tracing::info_span!(target: "lockstep", "forward").entered();
+        let (device, leaves) = self.inference();
+        let (loss, weight) = self.network(&leaves).loss(batch, None, &device)?;
+        let loss = loss.try_into_scalar::<f32>().map_err(|error| ComputeError::Device(error.to_string()))?;
+        Ok(Sums { loss: f64::from(loss), weight })
+    }
+
+    /// The logits after the last of `tokens` (1 to `context` of them), one for each vocabulary entry.
+    ///
+    /// # Errors
+    /// If the model is no Transformer, the tokens do not fit it, or the device fails.
+    pub fn next_token_logits(&self, tokens: &[u32]) -> Result<Vec<f32>, ComputeError> {
+        let (device, leaves) = self.inference();
+        let Network::Gpt { gpt, vocab_size, context, .. } = self.network(&leaves) else {
+            return Err(ComputeError::Input("the straight line generates no text; choose a Transformer's run".into()));
+        };
+        let tokens_tensor = token_tensor(tokens, [1, tokens.len()], vocab_size, context, "tokens", &device)?;
+        let logits = gpt.logits(tokens_tensor, Dropout::inactive()); // [T, V]
+        let last = logits.slice(tokens.len() - 1..tokens.len());
+        floats(last.try_into_data().map_err(|error| ComputeError::Device(error.to_string()))?)
+    }
+
+    /// The line's prediction for `x`.
+    ///
+    /// # Errors
+    /// If the model is no line, or the device fails.
+    pub fn predict(&self, x: f32) -> Result<f32, ComputeError> {
+        let (device, leaves) = self.inference();
+        let Network::Line(line) = self.network(&leaves) else {
+            return Err(ComputeError::Input("a Transformer predicts tokens, not numbers".into()));
+        };
+        let y = line.predict(Tensor::from_data([[x]], &device));
+        y.try_into_scalar::<f32>().map_err(|error| ComputeError::Device(error.to_string()))
+    }
+
+    /// Device and leaves without gradient tracking.
+    fn inference(&self) -> (Device, Vec<Leaf>) {
+        (self.device.clone().inner(), self.leaves.iter().map(Leaf::untracked).collect())
+    }
+
+    fn network(&self, leaves: &[Leaf]) -> Network {
+        let mut leaves = Leaves(leaves.iter());
+        match &self.model {
+            ModelConfig::Gpt(config) => Network::Gpt {
+                gpt: Box::new(Gpt::assemble(config, &mut leaves)),
+                vocab_size: config.vocab_size,
+                context: config.context,
+                dropout: config.dropout,
+            },
+            ModelConfig::Line(_) => Network::Line(Line::assemble(&mut leaves)),
+        }
+    }
+}
+
+/// A model's tensors in working order.
+enum Network {
+    Gpt { gpt: Box<Gpt>, vocab_size: usize, context: usize, dropout: f64 },
+    Line(Line),
+}
+
+impl Network {
+    /// The weighted loss sum `[1]` and the weight sum; dropout is active where there is a key.
+    fn loss(&self, batch: &Batch, key: Option<SlotKey>, device: &Device) -> Result<(Tensor<1>, f64), ComputeError> {
+        match self {
+            Self::Gpt { gpt, vocab_size, context, dropout } => {
+                let (tokens, shape) = batch.u32("tokens")?;
+                let (targets, _) = batch.u32("targets")?;
+                let weights = batch.optional_f32("weights")?;
+                let tokens = token_tensor(tokens, shape, *vocab_size, *context, "tokens", device)?;
+                let targets = token_tensor(targets, shape, *vocab_size, *context, "targets", device)?;
+                let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(*dropout, key));
+                let positions = shape[0] * shape[1];
+                let log_probabilities = log_softmax(gpt.logits(tokens, dropout), 1); // [B·T, V]
+                let losses = -log_probabilities.gather(1, targets.reshape([positions, 1])).reshape([positions]);
+                Ok(match weights {
+                    None => (losses.sum(), positions as f64),
+                    Some((weights, _)) => {
+                        let weight = weights.iter().map(|&w| f64::from(w)).sum();
+                        let weights = Tensor::from_data(TensorData::new(weights.to_vec(), [positions]), device);
+                        ((losses * weights).sum(), weight)
+                    }
+                })
+            }
+            Self::Line(line) => {
+                let ((x, shape), (y, _)) = (batch.f32("x")?, batch.f32("y")?);
+                let x = Tensor::from_data(TensorData::new(x.to_vec(), shape), device); // [rows, 1]
+                let y = Tensor::from_data(TensorData::new(y.to_vec(), shape), device);
+                let error = line.predict(x) - y;
+                Ok(((error.clone() * error).sum(), shape[0] as f64))
+            }
+        }
+    }
+}
+
+/// Parameter tensors, handed out in layout order.
+pub(crate) struct Leaves<'a>(std::slice::Iter<'a, Leaf>);
+
+impl Leaves<'_> {
+    /// The next tensor, which the layout says is a matrix.
+    pub(crate) fn matrix(&mut self) -> Tensor<2> {
+        match self.0.next() {
+            Some(Leaf::Matrix(matrix)) => matrix.clone(),
+            _ => unreachable!("layout and assembly name the same tensors; load() comes before computing"),
+        }
+    }
+
+    /// The next tensor, which the layout says is a vector.
+    pub(crate) fn vector(&mut self) -> Tensor<1> {
+        match self.0.next() {
+            Some(Leaf::Vector(vector)) => vector.clone(),
+            _ => unreachable!("layout and assembly name the same tensors; load() comes before computing"),
+        }
+    }
+}
+
+/// One parameter tensor on the device.
+#[derive(Clone, Debug)]
+pub(crate) enum Leaf {
+    Matrix(Tensor<2>),
+    Vector(Tensor<1>),
+}
+
+impl Leaf {
+    fn is_trainable(&self) -> bool {
+        match self {
+            Self::Matrix(tensor) => tensor.is_require_grad(),
+            Self::Vector(tensor) => tensor.is_require_grad(),
+        }
+    }
+
+    fn untracked(&self) -> Self {
+        match self {
+            Self::Matrix(tensor) => Self::Matrix(tensor.clone().inner()),
+            Self::Vector(tensor) => Self::Vector(tensor.clone().inner()),
+        }
+    }
+
+    /// Adds this tensor's gradient to what is to be read back; zeros where the loss does not depend on it.
+    fn register_gradient(&self, gradients: &mut Gradients, read: Transaction) -> Transaction {
+        match self {
+            _ if !self.is_trainable() => read,
+            Self::Matrix(tensor) => {
+                let gradient = tensor.grad_remove(gradients);
+                read.register(gradient.unwrap_or_else(|| tensor.clone().inner().zeros_like()))
+            }
+            Self::Vector(tensor) => {
+                let gradient = tensor.grad_remove(gradients);
+                read.register(gradient.unwrap_or_else(|| tensor.clone().inner().zeros_like()))
+            }
+        }
+    }
+}
+
+/// Token numbers `[B, T]` on the device, checked against the model.
+fn token_tensor(
+    tokens: &[u32],
+    shape: [usize; 2],
+    vocab_size: usize,
+    context: usize,
+    column: &str,
+    device: &Device,
+) -> Result<Tensor<2, Int>, ComputeError> {
+    if shape[1] == 0 || shape[1] > context {
+        let length = shape[1];
+        return Err(ComputeError::Input(format!("{column} of length {length} for a context of {context}")));
+    }
+    if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
+        return Err(ComputeError::Input(format!("{column}: token {token} in a vocabulary of {vocab_size}")));
+    }
+    let numbers: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
+    Ok(Tensor::from_data(TensorData::new(numbers, shape), device))
+}
+
+/// Read-back data as f32.
+fn floats(data: TensorData) -> Result<Vec<f32>, ComputeError> {
+    data.try_into_vec::<f32>()
+        .map_err(|error| ComputeError::Device(format!("data came back in another type: {error:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{Column, Values};
+    use crate::config::{Gelu, GptConfig, LineConfig, OptimizerConfig, UpdateRule};
+    use crate::device::DeviceChoice;
+    use crate::layout::initial_parameters;
+    use crate::optimizer::{self, OptimizerState};
+    use crate::random::{Stream, normal};
+    use crate::tree::add_vectors;
+
+    const KEY: SlotKey = SlotKey { seed: 1, step: 1, slot: 0 };
+
+    fn gpt(dropout: f64) -> ModelConfig {
+        ModelConfig::Gpt(GptConfig {
+            vocab_size: 11,
+            context: 8,
+            layers: 2,
+            heads: 2,
+            width: 16,
+            bias: true,
+            tied_head: false,
+            gelu: Gelu::Exact,
+            norm_epsilon: 1e-5,
+            dropout,
+        })
+    }
+
+    fn batch(rows: usize, weights: Option<Vec<f32>>) -> Batch {
+        let (shape, count) = ([rows, 8], rows * 8);
+        let column = |name: &str, values| Column { name: name.into(), shape, values };
+        let tokens = (0..count).map(|i| ((i * 7919 + 13) % 11) as u32).collect();
+        let targets = (0..count).map(|i| ((i * 104_729 + 7) % 11) as u32).collect();
+        let mut columns = vec![column("tokens", Values::U32(tokens)), column("targets", Values::U32(targets))];
+        columns.extend(weights.map(|weights| column("weights", Values::F32(weights))));
+        Batch { columns }
+    }
+
+    fn computer(model: &ModelConfig, parameters: &[f32]) -> Computer {
+        let mut computer = Computer::new(model, &ComputeDevice::open(DeviceChoice::Cpu).unwrap());
+        computer.load(parameters).unwrap();
+        computer
+    }
+
+    /// Larger than a run's initial values, so that every path carries a gradient worth comparing.
+    fn lively_parameters(model: &ModelConfig) -> Vec<f32> {
+        let mut parameters = initial_parameters(model, 3);
+        let mut noise = vec![0.0; parameters.len()];
+        normal(5, Stream::Initialisation, 0, 0.15, &mut noise);
+        parameters.iter_mut().zip(noise).for_each(|(p, n)| *p += n);
+        parameters
+    }
+
+    #[test]
+    fn an_untrained_model_knows_nothing() {
+        let model = gpt(0.0);
+        let sums = computer(&model, &initial_parameters(&model, 1)).loss(&batch(4, None)).unwrap();
+        assert_eq!(sums.weight, 32.0);
+        assert!((sums.mean() / 11f64.ln() - 1.0).abs() < 0.01, "{}", sums.mean());
+    }
+
+    /// Central differences along a random direction within each tensor, against the gradient.
+    #[test]
+    fn gradients_are_finite_differences() {
+        for (model, batch) in [
+            (gpt(0.0), batch(3, Some((0..24).map(|i| [1.0, 0.5, 0.0, 2.0][i % 4]).collect()))),
+            (gpt(0.3), batch(3, None)),
+        ] {
+            let parameters = lively_parameters(&model);
+            let gradient = computer(&model, &parameters).gradient(&batch, KEY).unwrap().gradient;
+            for (index, tensor) in Layout::of(&model).tensors.iter().enumerate() {
+                let mut direction = vec![0.0; tensor.elements()];
+                normal(9, Stream::Initialisation, index as u64, 1.0, &mut direction);
+                let norm = direction.iter().map(|d| d * d).sum::<f32>().sqrt();
+                let at = |distance: f32| {
+                    let mut moved = parameters.clone();
+                    for (p, d) in moved[tensor.range()].iter_mut().zip(&direction) {
+                        *p += distance * d / norm;
+                    }
+                    // The gradient path, so that dropout is the same.
+                    computer(&model, &moved).gradient(&batch, KEY).unwrap().sums.loss
+                };
+                let measured = (at(2e-3) - at(-2e-3)) / 4e-3;
+                let along = gradient[tensor.range()].iter().zip(&direction);
+                let along: f64 = along.map(|(g, d)| f64::from(g * d / norm)).sum();
+                let scale = gradient[tensor.range()].iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
+                assert!((measured - along).abs() < 0.02 * scale + 0.02, "{}: {measured} is not {along}", tensor.name);
+            }
+        }
+    }
+
+    #[test]
+    fn slots_add_up_to_the_whole_batch() {
+        let model = gpt(0.0);
+        let computer = computer(&model, &lively_parameters(&model));
+        let whole = computer.gradient(&batch(4, None), KEY).unwrap();
+        let part = |rows: std::ops::Range<usize>| {
+            let whole = batch(4, None);
+            let columns = whole.columns.into_iter().map(|column| {
+                let Values::U32(values) = column.values else { unreachable!("tokens and targets") };
+                let values = Values::U32(values[rows.start * 8..rows.end * 8].to_vec());
+                Column { shape: [rows.len(), 8], values, ..column }
+            });
+            computer.gradient(&Batch { columns: columns.collect() }, KEY).unwrap()
+        };
+        for parts in [vec![0..2, 2..4], vec![0..1, 1..2, 2..3, 3..4]] {
+            let parts: Vec<SlotGradient> = parts.into_iter().map(part).collect();
+            let loss: f64 = parts.iter().map(|part| part.sums.loss).sum();
+            let sum = parts.into_iter().map(|part| part.gradient).reduce(|a, b| add_vectors(a, &b)).unwrap();
+            let difference: Vec<f32> = sum.iter().zip(&whole.gradient).map(|(a, b)| a - b).collect();
+            assert!((loss / whole.sums.loss - 1.0).abs() < 1e-6);
+            assert!(optimizer::l2_norm(&difference) < 1e-5 * optimizer::l2_norm(&whole.gradient));
+        }
+    }
+
+    #[test]
+    fn dropout_depends_on_its_key_alone() {
+        let model = gpt(0.2);
+        let computer = computer(&model, &lively_parameters(&model));
+        let batch = batch(2, None);
+        let first = computer.gradient(&batch, KEY).unwrap();
+        let again = computer.gradient(&batch, KEY).unwrap();
+        let other = computer.gradient(&batch, SlotKey { slot: 1, ..KEY }).unwrap();
+        assert_eq!(first.gradient, again.gradient);
+        assert_ne!(first.sums, other.sums);
+        assert_eq!(computer.loss(&batch).unwrap(), computer.loss(&batch).unwrap());
+    }
+
+    #[test]
+    fn one_batch_can_be_learnt_by_heart() {
+        let model = gpt(0.0);
+        let rule = UpdateRule::Adamw { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
+        let config = OptimizerConfig { rule, lr: 1e-2, grad_clip: Some(1.0) };
+        let mut parameters = initial_parameters(&model, 1);
+        let mut state = OptimizerState::new(&config, parameters.len());
+        let (mut computer, batch, mut loss) = (computer(&model, &parameters), batch(2, None), f64::MAX);
+        for step in 1..=150 {
+            let slot = computer.gradient(&batch, KEY).unwrap();
+            loss = slot.sums.mean();
+            let (layout, weight) = (computer.layout().clone(), slot.sums.weight);
+            optimizer::step(&config, &layout, &mut parameters, &mut state, &slot.gradient, weight, config.lr, step);
+            computer.load(&parameters).unwrap();
+        }
+        assert!(loss < 0.05, "{loss}");
+    }
+
+    #[test]
+    fn the_lines_gradient_is_plain_arithmetic() {
+        let model = ModelConfig::Line(LineConfig { weight: 0.35, bias: 0.01 });
+        let computer = computer(&model, &[0.35, 0.01]);
+        let x: Vec<f32> = (0..5).map(|x| x as f32).collect();
+        let column =
+            |name: &str, values: Vec<f32>| Column { name: name.into(), shape: [5, 1], values: Values::F32(values) };
+        let y = x.iter().map(|x| x + 1.0).collect();
+        let slot = computer.gradient(&Batch { columns: vec![column("x", x.clone()), column("y", y)] }, KEY).unwrap();
+        let (mut loss, mut weight, mut bias) = (0f32, 0f32, 0f32);
+        for x in x {
+            let error = x * 0.35f32 + 0.01 - (x + 1.0);
+            loss += error * error;
+            weight += x * (error + error);
+            bias += error + error;
+        }
+        assert_eq!(slot.gradient, [weight, bias]);
+        assert_eq!(slot.sums, Sums { loss: f64::from(loss), weight: 5.0 });
+    }
+
+    #[test]
+    fn input_outside_the_model_is_refused_in_words() {
+        let model = gpt(0.0);
+        let computer = computer(&model, &initial_parameters(&model, 1));
+        let mut wrong = batch(1, None);
+        wrong.columns[0].values = Values::U32(vec![11; 8]);
+        let error = computer.loss(&wrong).unwrap_err().to_string();
+        assert_eq!(error, "tokens: token 11 in a vocabulary of 11");
+        wrong.columns.remove(1);
+        assert!(matches!(computer.loss(&wrong), Err(ComputeError::Batch(_))));
+    }
+}

@@ -1,0 +1,144 @@
+//! What is to be trained and how, as validated values: the recipe of a run once its corpus is known.
+//!
+//! These types say nothing about files or the command line; `deploy` builds them from a TOML recipe.
+
+use serde::{Deserialize, Serialize};
+
+/// The model to train.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum ModelConfig {
+    /// A decoder-only Transformer of GPT-2 shape.
+    Gpt(GptConfig),
+    /// `y = weight * x + bias` on scalars with squared error: the smallest job a cluster can do.
+    Line(LineConfig),
+}
+
+/// Sizes of a GPT-2 shaped Transformer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GptConfig {
+    /// Distinct tokens.
+    pub vocab_size: usize,
+    /// Longest sequence, in tokens.
+    pub context: usize,
+    /// Transformer blocks.
+    pub layers: usize,
+    /// Attention heads; divides `width`.
+    pub heads: usize,
+    /// Width of the residual stream.
+    pub width: usize,
+    /// Whether linear layers and layer norms have biases.
+    pub bias: bool,
+    /// Whether the output head shares the token embedding's weights.
+    pub tied_head: bool,
+    /// Which GELU.
+    pub gelu: Gelu,
+    /// Added to the variance in layer norms.
+    pub norm_epsilon: f64,
+    /// Probability of zeroing an activation during training, in `[0, 1)`.
+    pub dropout: f64,
+}
+
+/// The activation of the feed-forward layers (Hendrycks and Gimpel, arXiv:1606.08415).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Gelu {
+    /// By the error function.
+    Exact,
+    /// The tanh approximation, which GPT-2 was trained with.
+    Tanh,
+}
+
+/// Where the straight line starts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LineConfig {
+    /// Initial slope.
+    pub weight: f32,
+    /// Initial intercept.
+    pub bias: f32,
+}
+
+/// How parameters follow gradients.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OptimizerConfig {
+    /// The update rule.
+    pub rule: UpdateRule,
+    /// Peak learning rate; the schedule scales it.
+    pub lr: f64,
+    /// Gradients of a larger global L2 norm are scaled down to it; `None`: never.
+    pub grad_clip: Option<f64>,
+}
+
+/// An optimizer's update rule.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum UpdateRule {
+    /// Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101).
+    Adamw {
+        /// Decay of the first moment.
+        beta1: f64,
+        /// Decay of the second moment.
+        beta2: f64,
+        /// Added to the root of the second moment.
+        epsilon: f64,
+        /// Decoupled decay, on the layout's decay tensors only.
+        weight_decay: f64,
+    },
+    /// Plain stochastic gradient descent.
+    Sgd,
+}
+
+/// The learning rate over the run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScheduleConfig {
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
+    /// Steps over which the rate rises linearly from 0.
+    pub warmup_steps: u64,
+    /// What follows the warm-up.
+    pub decay: Decay,
+    /// The rate at the end, where `decay` falls.
+    pub min_lr: f64,
+}
+
+/// The shape of a schedule after its warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Decay {
+    /// Stays at the peak.
+    Constant,
+    /// Half a cosine down to the minimum, reached at step `steps`.
+    Cosine {
+        /// Step at which the minimum is reached.
+        steps: u64,
+    },
+    /// A straight line down to the minimum, reached at step `steps`.
+    Linear {
+        /// Step at which the minimum is reached.
+        steps: u64,
+    },
+    /// Stays at the peak, then a straight line over the last `steps` steps of the run (warm-up, stable, decay).
+    Wsd {
+        /// Length of the final decay.
+        steps: u64,
+    },
+}
+
+/// How a step's global batch is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BatchConfig {
+    /// Slots (micro-batches) a step, at least 1.
+    pub slots: u32,
+    /// Sequences (rows) in each slot.
+    pub sequences_per_slot: u32,
+}
+
+/// In which order windows of the corpus are drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WindowOrder {
+    /// Independent uniform positions, with repetition.
+    Random,
+    /// Each non-overlapping window once an epoch, in an order permuted anew every epoch.
+    Epoch,
+}

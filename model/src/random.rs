@@ -1,0 +1,132 @@
+//! Random numbers as pure functions of what they are for.
+//!
+//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a key and a counter into
+//! four random words, without state. The key is the run's seed and the purpose, the counter says which draw: so any
+//! worker, in any order, after any restart, draws the same.
+
+/// What numbers are drawn for. Each purpose has its own sequence under one seed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Stream {
+    /// Initial parameters.
+    Initialisation = 1,
+    /// Random windows of the corpus for training.
+    TrainingWindows = 2,
+    /// The fixed windows for validation.
+    ValidationWindows = 3,
+    /// The order of windows within an epoch.
+    EpochOrder = 4,
+    /// Dropout masks.
+    Dropout = 5,
+    /// Tokens drawn while generating text.
+    Generation = 6,
+}
+
+/// Philox4x32 with 10 rounds.
+#[inline]
+fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    for _ in 0..10 {
+        let (a, b) = (u64::from(counter[0]) * 0xD251_1F53, u64::from(counter[2]) * 0xCD9E_8D57);
+        counter = [(b >> 32) as u32 ^ counter[1] ^ key[0], b as u32, (a >> 32) as u32 ^ counter[3] ^ key[1], a as u32];
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+    }
+    counter
+}
+
+/// One stream under one seed, ready to draw from.
+#[derive(Clone, Copy, Debug)]
+pub struct Draws {
+    key: [u32; 2],
+}
+
+impl Draws {
+    /// The numbers of `stream` under `seed`. The stream is mixed into the seed by one Philox call, so that seeds and
+    /// streams do not collide in a sum.
+    pub fn new(seed: u64, stream: Stream) -> Self {
+        let [a, b, ..] = philox([stream as u32, 0, 0, 0], [seed as u32, (seed >> 32) as u32]);
+        Self { key: [a, b] }
+    }
+
+    /// A sequence of its own for the draw `(high, low)`.
+    pub fn derive(self, high: u64, low: u64) -> Self {
+        let [a, b, ..] = self.words(high, low);
+        Self { key: [a, b] }
+    }
+
+    /// Four random words for the draw `(high, low)`.
+    #[inline]
+    pub fn words(self, high: u64, low: u64) -> [u32; 4] {
+        philox([low as u32, (low >> 32) as u32, high as u32, (high >> 32) as u32], self.key)
+    }
+
+    /// A uniform number below `bound` (at least 1) for the draw `(high, low)`, by multiplication of 64 random bits
+    /// (bias below `bound / 2^64`).
+    pub fn below(self, high: u64, low: u64, bound: u64) -> u64 {
+        let [a, b, ..] = self.words(high, low);
+        let random = u64::from(a) | u64::from(b) << 32;
+        ((u128::from(random) * u128::from(bound)) >> 64) as u64
+    }
+
+    /// A uniform number in `[0, 1)` with 53 random bits for the draw `(high, low)`.
+    pub fn unit(self, high: u64, low: u64) -> f64 {
+        let [a, b, ..] = self.words(high, low);
+        ((u64::from(a) | u64::from(b) << 32) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// Fills `values` from N(0, `std`²) by the Box-Muller transform, element `i` being a pure function of
+/// `(seed, stream, index, i)`. Uses `libm`, so that every platform computes the same bits.
+pub fn normal(seed: u64, stream: Stream, index: u64, std: f64, values: &mut [f32]) {
+    let draws = Draws::new(seed, stream);
+    for (pair, chunk) in values.chunks_mut(2).enumerate() {
+        let [a, b, c, d] = draws.words(index, pair as u64);
+        let uniform = |low: u32, high: u32| {
+            let bits = (u64::from(low) | u64::from(high) << 32) >> 11;
+            (bits as f64 + 0.5) / (1u64 << 53) as f64
+        };
+        let radius = (-2.0 * libm::log(uniform(a, b))).sqrt() * std;
+        let angle = std::f64::consts::TAU * uniform(c, d);
+        let normals = [radius * libm::cos(angle), radius * libm::sin(angle)];
+        for (value, normal) in chunk.iter_mut().zip(normals) {
+            *value = normal as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Known answers published with the Random123 library.
+    #[test]
+    fn philox_gives_the_published_answers() {
+        assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        let ones = u32::MAX;
+        assert_eq!(philox([ones; 4], [ones; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+        let pi = philox([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]);
+        assert_eq!(pi, [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]);
+    }
+
+    #[test]
+    fn streams_and_seeds_differ() {
+        let words = |seed, stream, high, low| Draws::new(seed, stream).words(high, low);
+        let all = [
+            words(1, Stream::Dropout, 0, 0),
+            words(2, Stream::Dropout, 0, 0),
+            words(1, Stream::EpochOrder, 0, 0),
+            words(1, Stream::Dropout, 1, 0),
+            words(1, Stream::Dropout, 0, 1),
+        ];
+        for (i, a) in all.iter().enumerate() {
+            assert!(all[i + 1..].iter().all(|b| a != b));
+        }
+    }
+
+    #[test]
+    fn bounded_draws_cover_their_range_evenly() {
+        let draws = Draws::new(3, Stream::TrainingWindows);
+        let mut counts = [0u32; 7];
+        (0..70_000).for_each(|i| counts[draws.below(0, i, 7) as usize] += 1);
+        assert!(counts.iter().all(|&count| (9_600..10_400).contains(&count)), "{counts:?}");
+    }
+}

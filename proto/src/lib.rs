@@ -1,0 +1,31 @@
+//! The wire contract between a Lockstep coordinator and its workers: generated types and services, and the bounded,
+//! checksummed chunks in which vectors travel.
+//!
+//! `lockstep.proto` is the specification; its comments are complete.
+
+pub mod chunk;
+
+/// Types and services generated from `lockstep.proto`.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
+pub mod v1 {
+    tonic::include_proto!("lockstep.v1");
+}
+
+/// The version of the contract that this build speaks.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Most bytes in one message that is not a [`v1::Chunk`].
+pub const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;
+
+/// Metadata key that names the worker on its control stream: its id in decimal.
+pub const WORKER_ID_KEY: &str = "lockstep-worker-id";
+
+/// Metadata key of the W3C trace context.
+pub const TRACEPARENT_KEY: &str = "traceparent";
+
+/// HTTP/2 flow-control window of one stream, bytes: a few chunks in flight, so that bulk transfers are not paced by
+/// acknowledgements.
+pub const STREAM_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
+
+/// HTTP/2 flow-control window of one connection, bytes.
+pub const CONNECTION_WINDOW_BYTES: u32 = 32 * 1024 * 1024;

@@ -1,0 +1,255 @@
+//! The coordinator as a worker sees it: the calls of the contract, in domain types.
+
+use std::error::Error;
+use std::time::Duration;
+
+use lockstep_proto::chunk::{self, Assembler};
+use lockstep_proto::v1::lockstep_client::LockstepClient;
+use lockstep_proto::{
+    CONNECTION_WINDOW_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, STREAM_WINDOW_BYTES, TRACEPARENT_KEY, WORKER_ID_KEY,
+    v1,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status, Streaming};
+
+use crate::device::Gradient;
+use crate::session::TransferFailure;
+use crate::translate::{self, Invitation, Run, shortened};
+
+/// How long a connection, and the answer to a small call, may take.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Messages waiting to leave on the control stream. A coordinator that takes none of so many is lost.
+const OUTGOING_MESSAGES: usize = 256;
+
+/// Longest names the contract allows, bytes.
+const NAME_LIMIT: usize = 64;
+const DEVICE_LIMIT: usize = 256;
+
+/// Why a call did not succeed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum CallError {
+    /// The coordinator cannot be reached now; it may be later.
+    #[error("{0}")]
+    Lost(String),
+    /// The coordinator says no, or is no coordinator that this build can work for.
+    #[error("{0}")]
+    Final(String),
+}
+
+/// Who this worker is.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    /// For logs and status.
+    pub(crate) name: String,
+    /// The computing device in words.
+    pub(crate) device: String,
+}
+
+/// A connection to a coordinator. Clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Client {
+    rpc: LockstepClient<Channel>,
+}
+
+/// The two ends of a control stream.
+#[derive(Debug)]
+pub(crate) struct Control {
+    pub(crate) outgoing: mpsc::Sender<v1::WorkerMessage>,
+    pub(crate) incoming: Streaming<v1::CoordinatorMessage>,
+}
+
+/// The way to a coordinator at `address`, `HOST:PORT`.
+///
+/// # Errors
+/// If it is not an address.
+pub(crate) fn endpoint(address: &str) -> Result<Endpoint, String> {
+    let port = address.rsplit_once(':').map(|(_, port)| port.parse::<u16>());
+    if !matches!(port, Some(Ok(1..))) {
+        return Err("it does not end in a port".into());
+    }
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|error| in_words(&error))?;
+    Ok(endpoint
+        .connect_timeout(CALL_TIMEOUT)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES))
+}
+
+impl Client {
+    /// Connects.
+    pub(crate) async fn connect(endpoint: &Endpoint) -> Result<Self, CallError> {
+        let channel = endpoint.connect().await.map_err(|error| CallError::Lost(in_words(&error)))?;
+        Ok(Self { rpc: LockstepClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES) })
+    }
+
+    /// Asks what there is to train.
+    pub(crate) async fn join(&mut self, identity: &Identity) -> Result<Invitation, CallError> {
+        let request = v1::JoinRequest {
+            protocol_version: PROTOCOL_VERSION,
+            name: shortened(&identity.name, NAME_LIMIT),
+            device: shortened(&identity.device, DEVICE_LIMIT),
+        };
+        let invitation = in_time("Join", self.rpc.join(request)).await?.into_inner();
+        translate::invitation(invitation).map_err(|error| {
+            CallError::Final(format!(
+                "the coordinator's invitation makes no sense to this build: {error}; run the same version on both sides"
+            ))
+        })
+    }
+
+    /// Shows the probe's digest; the worker's id, if it is admitted.
+    pub(crate) async fn admit(&mut self, run: &Run, identity: &Identity, probe: [u8; 32]) -> Result<u64, CallError> {
+        let request = v1::AdmitRequest {
+            run_id: run.id.clone(),
+            incarnation: run.incarnation,
+            protocol_version: PROTOCOL_VERSION,
+            name: shortened(&identity.name, NAME_LIMIT),
+            device: shortened(&identity.device, DEVICE_LIMIT),
+            probe_sha256: probe.to_vec(),
+        };
+        match in_time("Admit", self.rpc.admit(request)).await?.into_inner().verdict {
+            Some(v1::admit_reply::Verdict::WorkerId(id)) => Ok(id),
+            Some(v1::admit_reply::Verdict::Refusal(reason)) => Err(CallError::Final(reason)),
+            None => Err(CallError::Final("the coordinator neither admitted nor refused this worker".into())),
+        }
+    }
+
+    /// Opens the control stream, which is the membership.
+    pub(crate) async fn control(&mut self, worker_id: u64) -> Result<Control, CallError> {
+        let (outgoing, messages) = mpsc::channel(OUTGOING_MESSAGES);
+        let mut request = Request::new(ReceiverStream::new(messages));
+        request.metadata_mut().insert(WORKER_ID_KEY, MetadataValue::from(worker_id));
+        let incoming = in_time("Control", self.rpc.control(request)).await?.into_inner();
+        Ok(Control { outgoing, incoming })
+    }
+
+    /// Fetches the parameters of one version, `elements` in all.
+    pub(crate) async fn pull(&mut self, run: &Run, version: u64, elements: usize) -> Result<Vec<f32>, TransferFailure> {
+        let request = v1::PullRequest { run_id: run.id.clone(), incarnation: run.incarnation, version };
+        let mut chunks = self.rpc.pull(request).await.map_err(transfer_failure)?.into_inner();
+        let mut vector = Assembler::new(elements);
+        while let Some(chunk) = chunks.message().await.map_err(transfer_failure)? {
+            vector.push(&chunk).map_err(|error| TransferFailure::Damaged(error.to_string()))?;
+        }
+        vector.finish().map_err(|error| TransferFailure::Damaged(error.to_string()))
+    }
+
+    /// Sends the gradient of one lease; `traceparent` names the lease's span to the coordinator.
+    pub(crate) async fn push(
+        &mut self,
+        run: &Run,
+        worker_id: u64,
+        lease_id: u64,
+        gradient: &Gradient,
+        traceparent: &str,
+    ) -> Result<(), TransferFailure> {
+        use v1::push_message::Kind;
+        let header = v1::PushHeader {
+            run_id: run.id.clone(),
+            incarnation: run.incarnation,
+            worker_id,
+            lease_id,
+            total_bytes: gradient.bytes.len() as u64,
+            vector_sha256: gradient.sha256.to_vec(),
+        };
+        let chunks = chunk::split(gradient.bytes.clone()).map(Kind::Chunk);
+        let messages = std::iter::once(Kind::Header(header)).chain(chunks);
+        let messages = messages.map(|kind| v1::PushMessage { kind: Some(kind) });
+        let mut request = Request::new(tokio_stream::iter(messages));
+        if let Ok(traceparent) = traceparent.parse::<MetadataValue<Ascii>>()
+            && !traceparent.is_empty()
+        {
+            request.metadata_mut().insert(TRACEPARENT_KEY, traceparent);
+        }
+        self.rpc.push(request).await.map_err(transfer_failure)?;
+        Ok(())
+    }
+}
+
+/// Waits for the answer to a small call, but not for ever.
+async fn in_time<T>(call: &str, answer: impl Future<Output = Result<T, Status>>) -> Result<T, CallError> {
+    match tokio::time::timeout(CALL_TIMEOUT, answer).await {
+        Ok(answer) => answer.map_err(|status| call_error(call, &status)),
+        Err(_) => Err(CallError::Lost(format!("{call} was not answered within {} s", CALL_TIMEOUT.as_secs()))),
+    }
+}
+
+/// Whether a call is worth another try.
+fn call_error(call: &str, status: &Status) -> CallError {
+    let words = status_in_words(status);
+    match status.code() {
+        Code::Unimplemented => {
+            CallError::Final(format!("it answers {call} with {words}: it is no Lockstep coordinator"))
+        }
+        Code::FailedPrecondition | Code::InvalidArgument if call == "Join" => CallError::Final(words),
+        _ => CallError::Lost(format!("{call}: {words}")),
+    }
+}
+
+/// What can be done about a vector that did not arrive.
+fn transfer_failure(status: Status) -> TransferFailure {
+    let words = status_in_words(&status);
+    match status.code() {
+        Code::DataLoss => TransferFailure::Damaged(words),
+        Code::NotFound
+        | Code::InvalidArgument
+        | Code::FailedPrecondition
+        | Code::PermissionDenied
+        | Code::AlreadyExists
+        | Code::ResourceExhausted => TransferFailure::Refused(words),
+        _ => TransferFailure::Disconnected(words),
+    }
+}
+
+/// A status with what caused it, for people.
+fn status_in_words(status: &Status) -> String {
+    match (status.message(), status.source()) {
+        ("", None) => status.code().description().to_owned(),
+        (message, None) => message.to_owned(),
+        (_, Some(source)) => in_words(source),
+    }
+}
+
+/// An error with all its causes, each said once.
+fn in_words(error: &(dyn Error + 'static)) -> String {
+    let mut words = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let said = cause.to_string();
+        if !words.contains(&said) {
+            words = format!("{words}: {said}");
+        }
+        next = cause.source();
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_host_and_a_port() {
+        for good in ["127.0.0.1:7070", "[::1]:7070", "gpu-box.local:80"] {
+            assert!(endpoint(good).is_ok(), "{good}");
+        }
+        for bad in ["", "7070", "host", "host:0", "host:65536", "host:port", "two words:7070"] {
+            assert!(endpoint(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_status_says_whether_another_try_can_help() {
+        let other_version = Status::failed_precondition("protocol 2 here, 1 there");
+        assert_eq!(call_error("Join", &other_version), CallError::Final("protocol 2 here, 1 there".into()));
+        assert_eq!(call_error("Admit", &Status::unavailable("later")), CallError::Lost("Admit: later".into()));
+        assert!(matches!(call_error("Join", &Status::unimplemented("")), CallError::Final(_)));
+        assert_eq!(transfer_failure(Status::data_loss("crc")), TransferFailure::Damaged("crc".into()));
+        assert_eq!(transfer_failure(Status::not_found("gone")), TransferFailure::Refused("gone".into()));
+        assert_eq!(transfer_failure(Status::unavailable("reset")), TransferFailure::Disconnected("reset".into()));
+    }
+}

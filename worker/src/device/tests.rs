@@ -1,0 +1,116 @@
+//! The device's thread on the straight line, whose sums can be checked against a plain loop.
+
+use lockstep_model::batch::{Batch, Column, Values};
+use lockstep_model::config::LineConfig;
+use lockstep_model::device::DeviceChoice;
+
+use super::*;
+use crate::lease::Lease;
+
+const LINE: ModelConfig = ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 });
+
+fn batch(slot: u32) -> Batch {
+    let column =
+        |name: &str, values: Vec<f32>| Column { name: name.into(), shape: [2, 1], values: Values::F32(values) };
+    let x = vec![0.3 + slot as f32, 1.7 * slot as f32];
+    let y = x.iter().map(|x| 1.9 * x + 0.2).collect();
+    Batch { columns: vec![column("x", x), column("y", y)] }
+}
+
+fn work(task: Task, block: Block, step_slots: u32) -> Arc<Work> {
+    let slots = block.slots(step_slots).map(|number| Slot { number, batch: batch(number) }).collect();
+    let lease = Lease { id: 1, step: 1, version: 0, block, task };
+    Arc::new(Work { lease, slots, seed: 1, traceparent: String::new() })
+}
+
+fn cpu() -> ComputeDevice {
+    ComputeDevice::open(DeviceChoice::Cpu).expect("this build has the CPU backend")
+}
+
+/// The definition: a node is its left child plus its right one, where that covers a slot.
+fn recursive(computer: &Computer, block: Block, step_slots: u32) -> SlotGradient {
+    let Some([left, right]) = block.children() else {
+        let key = SlotKey { seed: 1, step: 1, slot: block.index };
+        return computer.gradient(&batch(block.index), key).unwrap();
+    };
+    let left = recursive(computer, left, step_slots);
+    if !right.exists(step_slots) {
+        return left;
+    }
+    let right = recursive(computer, right, step_slots);
+    SlotGradient { sums: left.sums + right.sums, gradient: add_vectors(left.gradient, &right.gradient) }
+}
+
+#[tokio::test]
+async fn a_block_is_summed_in_tree_order() {
+    let parameters = [0.35, 0.01];
+    let mut computer = Computer::new(&LINE, &cpu());
+    computer.load(&parameters).unwrap();
+    let device = DeviceThread::start(cpu()).unwrap();
+    device.probe(LINE, Vec::new()).await.unwrap();
+    device.load(parameters.to_vec()).await.unwrap();
+
+    let blocks = [(3, 0, 7), (2, 1, 7), (1, 3, 7), (0, 5, 7), (2, 1, 5), (3, 0, 5)];
+    for (level, index, step_slots) in blocks {
+        let block = Block { level, index };
+        let outcome = device.compute(work(Task::Gradient, block, step_slots), Span::none()).await.unwrap();
+        let expected = recursive(&computer, block, step_slots);
+        let bytes = chunk::to_bytes(&expected.gradient);
+        assert_eq!(outcome.sums, expected.sums, "block {block} of {step_slots}");
+        assert_eq!(outcome.gradient, Some(Gradient { sha256: bytes_sha256(&bytes), bytes }));
+        assert_eq!(outcome.slot_sums.len(), block.slots(step_slots).len());
+    }
+}
+
+#[tokio::test]
+async fn an_evaluation_has_sums_and_no_gradient() {
+    let device = DeviceThread::start(cpu()).unwrap();
+    device.probe(LINE, Vec::new()).await.unwrap();
+    device.load(vec![1.9, 0.2]).await.unwrap();
+    let outcome = device.compute(work(Task::Evaluate, Block::root(3), 3), Span::none()).await.unwrap();
+    assert_eq!(outcome.sums.weight, 6.0);
+    assert!(outcome.sums.loss < 1e-9, "{:?}", outcome.sums);
+    assert_eq!((outcome.slot_sums.len(), outcome.gradient), (3, None));
+}
+
+#[tokio::test]
+async fn the_probe_is_the_digest_of_sums_and_gradients_with_the_probes_parameters() {
+    let leases = [work(Task::Gradient, Block::root(2), 2), work(Task::Evaluate, Block::leaf(0), 1)];
+    let mut computer = Computer::new(&LINE, &cpu());
+    computer.load(&probe::parameters(2)).unwrap();
+    let gradient = recursive(&computer, Block::root(2), 2);
+    let mut expected = probe::Digest::new();
+    expected.add_sums(gradient.sums);
+    expected.add_vector(&gradient.gradient);
+    expected.add_sums(computer.loss(&batch(0)).unwrap());
+
+    let device = DeviceThread::start(cpu()).unwrap();
+    let leases = leases.iter().map(|work| Work::clone(work)).collect();
+    assert_eq!(device.probe(LINE, leases).await.unwrap(), expected.finish());
+}
+
+#[tokio::test]
+async fn a_failure_is_told_and_the_thread_goes_on_after_another_load() {
+    let device = DeviceThread::start(cpu()).unwrap();
+    device.probe(LINE, Vec::new()).await.unwrap();
+    device.load(vec![0.35, 0.01]).await.unwrap();
+    let good = work(Task::Gradient, Block::leaf(0), 1);
+    let mut bad = Work::clone(&good);
+    bad.slots[0].batch.columns.pop();
+
+    let failure = device.compute(Arc::new(bad), Span::none()).await.unwrap_err();
+    let expected = "the batch has no f32 column \"y\"; coordinator and worker disagree on the model";
+    assert_eq!(failure.to_string(), expected);
+    let failure = device.compute(good.clone(), Span::none()).await.unwrap_err();
+    assert_eq!(failure.to_string(), "no parameters are loaded");
+    device.load(vec![0.35, 0.01]).await.unwrap();
+    device.compute(good, Span::none()).await.unwrap();
+}
+
+#[test]
+fn a_panic_of_the_backend_names_the_device_and_the_setting_to_change() {
+    let failure = caught::<()>("wgpu (a GPU)", || panic!("out of memory: {} bytes", 7)).unwrap_err();
+    let expected = "wgpu (a GPU) failed: out of memory: 7 bytes; if memory ran out, lower batch.sequences_per_slot in the \
+                    recipe (and raise batch.slots); else start this worker with --device cpu";
+    assert_eq!(failure.to_string(), expected);
+}

@@ -1,0 +1,278 @@
+//! One membership: the loop that carries out what the [`Session`] decides.
+//!
+//! Slow things (transfers, computing) run as tasks that the membership owns; dropping it ends them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use lockstep_proto::v1;
+use tokio::task::JoinSet;
+use tracing::{Instrument, Span, debug, info_span, warn};
+
+use crate::client::{Client, Control};
+use crate::clock_offset::ClockOffset;
+use crate::device::{DeviceFailure, DeviceThread, Outcome};
+use crate::lease::Work;
+use crate::runtime::SpanSource;
+use crate::session::{Command, Departure, Event, Session, Timing, TransferFailure};
+use crate::translate::{self, Instruction, Run, shortened};
+
+/// Longest reason for declining a lease that the contract allows, bytes.
+const REASON_LIMIT: usize = 1024;
+
+/// A worker among a run's members.
+pub(crate) struct Membership {
+    pub(crate) client: Client,
+    pub(crate) control: Control,
+    pub(crate) device: DeviceThread,
+    pub(crate) run: Run,
+    pub(crate) worker_id: u64,
+    /// Elements of a vector.
+    pub(crate) elements: usize,
+    pub(crate) timing: Timing,
+    pub(crate) spans: SpanSource,
+}
+
+impl Membership {
+    /// Serves until the membership ends. `on_first_word` is called when the coordinator first says something.
+    pub(crate) async fn serve(self, on_first_word: impl FnOnce()) -> Departure {
+        let mut service = Service {
+            session: Session::new(self.timing, Duration::ZERO),
+            membership: self,
+            leases: HashMap::new(),
+            tasks: JoinSet::new(),
+            clock_offset: ClockOffset::default(),
+        };
+        service.run(on_first_word).await
+    }
+}
+
+/// A membership at work.
+struct Service {
+    membership: Membership,
+    session: Session,
+    /// What the session knows by name: every lease that is not over.
+    leases: HashMap<u64, Held>,
+    /// Computing, pulling and pushing.
+    tasks: JoinSet<Report>,
+    clock_offset: ClockOffset,
+}
+
+/// A lease and what has become of it.
+struct Held {
+    work: Arc<Work>,
+    /// From the start of work on it to its end.
+    span: Option<Span>,
+    outcome: Option<Outcome>,
+    upload_time: Duration,
+}
+
+/// How a task ended.
+enum Report {
+    Pulled { version: u64, result: Result<(), TransferFailure> },
+    Computed { lease: u64, result: Result<Outcome, DeviceFailure> },
+    Pushed { lease: u64, result: Result<Duration, TransferFailure> },
+}
+
+impl Service {
+    async fn run(&mut self, on_first_word: impl FnOnce()) -> Departure {
+        let began = Instant::now();
+        let mut on_first_word = Some(on_first_word);
+        loop {
+            let deadline = tokio::time::Instant::from_std(began + self.session.next_deadline());
+            let event = tokio::select! {
+                biased;
+                message = self.membership.control.incoming.message() => match message {
+                    Ok(Some(message)) => {
+                        if let Some(on_first_word) = on_first_word.take() {
+                            on_first_word();
+                        }
+                        self.heard(message)
+                    }
+                    Ok(None) => return Departure::Lost("the coordinator closed the control stream".into()),
+                    Err(status) => return Departure::Lost(format!("the control stream broke: {}", status.message())),
+                },
+                Some(report) = self.tasks.join_next() => match report {
+                    Ok(report) => Some(self.note(report)),
+                    Err(error) => return Departure::Lost(format!("a task of this worker failed: {error}")),
+                },
+                () = tokio::time::sleep_until(deadline) => Some(Event::Tick),
+            };
+            for command in event.map_or_else(Vec::new, |event| self.session.handle(event, began.elapsed())) {
+                if let Some(departure) = self.act(command) {
+                    return departure;
+                }
+            }
+        }
+    }
+
+    /// Turns a message into an event, keeping what the session need not see.
+    fn heard(&mut self, message: v1::CoordinatorMessage) -> Option<Event> {
+        let Some(instruction) = translate::instruction(message) else {
+            debug!("the coordinator sent a message of a kind that this build does not know");
+            return None;
+        };
+        Some(match instruction {
+            Instruction::Lease(work) => {
+                let lease = work.lease;
+                self.leases.entry(lease.id).or_insert_with(|| Held::new(work));
+                Event::Leased(lease)
+            }
+            Instruction::Unreadable { lease, reason } => Event::Unreadable { lease, reason },
+            Instruction::Revoke { lease } => Event::Revoked { lease },
+            Instruction::HeartbeatAck { sent_unix_nanos, received_unix_nanos } => {
+                self.clock_offset.observe(sent_unix_nanos, received_unix_nanos, unix_nanos());
+                Event::HeartbeatAcked
+            }
+            Instruction::Release { reason } => Event::Released { reason },
+        })
+    }
+
+    /// Turns the end of a task into an event, keeping what it brought.
+    fn note(&mut self, report: Report) -> Event {
+        match report {
+            Report::Pulled { version, result: Ok(()) } => Event::ParametersArrived { version },
+            Report::Pulled { version, result: Err(failure) } => Event::PullFailed { version, failure },
+            Report::Computed { lease, result: Ok(outcome) } => {
+                if let Some(held) = self.leases.get_mut(&lease) {
+                    held.outcome = Some(outcome);
+                }
+                Event::Computed { lease }
+            }
+            Report::Computed { lease, result: Err(failure) } => {
+                Event::ComputeFailed { lease, reason: failure.to_string() }
+            }
+            Report::Pushed { lease, result: Ok(upload_time) } => {
+                if let Some(held) = self.leases.get_mut(&lease) {
+                    held.upload_time = upload_time;
+                }
+                Event::Pushed { lease }
+            }
+            Report::Pushed { lease, result: Err(failure) } => Event::PushFailed { lease, failure },
+        }
+    }
+
+    /// Carries one command out; says if the membership is over.
+    fn act(&mut self, command: Command) -> Option<Departure> {
+        match command {
+            Command::Pull { version, lease } => {
+                self.pull(version, lease);
+                None
+            }
+            Command::Compute { lease } => {
+                self.compute(lease);
+                None
+            }
+            Command::Push { lease } => {
+                self.push(lease);
+                None
+            }
+            Command::SendResult { lease } => self.send_result(lease),
+            Command::SendDeclined { lease, reason } => {
+                warn!("lease {lease} declined: {reason}");
+                self.leases.remove(&lease);
+                let reason = shortened(&reason, REASON_LIMIT);
+                self.send(v1::worker_message::Kind::Declined(v1::LeaseDeclined { lease_id: lease, reason }))
+            }
+            Command::Discard { lease } => {
+                self.leases.remove(&lease);
+                None
+            }
+            Command::SendHeartbeat => {
+                let clock_offset_nanos = self.clock_offset.nanos();
+                let heartbeat = v1::Heartbeat { sent_unix_nanos: unix_nanos(), clock_offset_nanos };
+                self.send(v1::worker_message::Kind::Heartbeat(heartbeat))
+            }
+            Command::Leave(departure) => Some(departure),
+        }
+    }
+
+    fn pull(&mut self, version: u64, lease: u64) {
+        let held = self.held(lease);
+        let (work, lease_span) = (held.work.clone(), held.span());
+        let span = info_span!(
+            target: "lockstep", parent: &lease_span, "pull", step = work.lease.step, slot = work.first_slot(), version
+        );
+        let (mut client, device) = (self.membership.client.clone(), self.membership.device.clone());
+        let (run, elements) = (self.membership.run.clone(), self.membership.elements);
+        let task = async move {
+            let result = match client.pull(&run, version, elements).await {
+                Ok(parameters) => {
+                    let loaded = device.load(parameters).await;
+                    loaded.map_err(|failure| TransferFailure::Refused(failure.to_string()))
+                }
+                Err(failure) => Err(failure),
+            };
+            Report::Pulled { version, result }
+        };
+        self.tasks.spawn(task.instrument(span));
+    }
+
+    fn compute(&mut self, lease: u64) {
+        let held = self.held(lease);
+        let (work, span) = (held.work.clone(), held.span());
+        let device = self.membership.device.clone();
+        self.tasks.spawn(async move { Report::Computed { lease, result: device.compute(work, span).await } });
+    }
+
+    fn push(&mut self, lease: u64) {
+        let held = self.held(lease);
+        let (work, lease_span) = (held.work.clone(), held.span());
+        let gradient = held.outcome.as_ref().and_then(|outcome| outcome.gradient.clone());
+        let gradient = gradient.expect("the session has a gradient pushed only after it was computed");
+        let bytes = gradient.bytes.len();
+        let span = info_span!(
+            target: "lockstep", parent: &lease_span, "upload", step = work.lease.step, slot = work.first_slot(), bytes
+        );
+        let (mut client, run) = (self.membership.client.clone(), self.membership.run.clone());
+        let worker_id = self.membership.worker_id;
+        let task = async move {
+            let began = Instant::now();
+            let pushed = client.push(&run, worker_id, lease, &gradient, &work.traceparent).await;
+            Report::Pushed { lease, result: pushed.map(|()| began.elapsed()) }
+        };
+        self.tasks.spawn(task.instrument(span));
+    }
+
+    fn send_result(&mut self, lease: u64) -> Option<Departure> {
+        let Held { work, span, outcome, upload_time } =
+            self.leases.remove(&lease).expect("the session reports a lease before it forgets it");
+        let outcome = outcome.expect("the session reports a lease done only after it was computed");
+        drop(span); // the lease's own span is over, and travels with its result
+        let spans = (self.membership.spans)();
+        let result = translate::block_result(&self.membership.run, &work.lease, &outcome, upload_time, spans);
+        self.send(v1::worker_message::Kind::Result(result))
+    }
+
+    /// Puts a message on the control stream, without waiting: a stream that takes no more is lost.
+    fn send(&self, kind: v1::worker_message::Kind) -> Option<Departure> {
+        let sent = self.membership.control.outgoing.try_send(v1::WorkerMessage { kind: Some(kind) });
+        sent.err().map(|_| Departure::Lost("the control stream takes no more messages".into()))
+    }
+
+    /// A lease that the session has not ended yet.
+    fn held(&mut self, lease: u64) -> &mut Held {
+        self.leases.get_mut(&lease).expect("the session names only leases that came and are not over")
+    }
+}
+
+impl Held {
+    fn new(work: Work) -> Self {
+        Self { work: Arc::new(work), span: None, outcome: None, upload_time: Duration::ZERO }
+    }
+
+    /// The lease's span, which begins with the first work on it.
+    fn span(&mut self) -> Span {
+        let Work { lease, traceparent, .. } = &*self.work;
+        let (step, slot, traceparent) = (lease.step, self.work.first_slot(), traceparent.as_str());
+        let begin = || info_span!(target: "lockstep", parent: None, "lease", step, slot, traceparent);
+        self.span.get_or_insert_with(begin).clone()
+    }
+}
+
+/// Now, by this machine's clock.
+fn unix_nanos() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since_epoch.as_nanos().try_into().unwrap_or(u64::MAX)
+}

@@ -1,0 +1,187 @@
+//! A worker's life: connect, join, show the probe, be a member; and again whenever the connection is lost.
+
+use std::fmt;
+use std::sync::Arc;
+
+use lockstep_model::device::ComputeDevice;
+use lockstep_proto::v1::SpanTiming;
+use tonic::transport::Endpoint;
+use tracing::{info, warn};
+
+use crate::backoff::Backoff;
+use crate::client::{CallError, Client, Identity, endpoint};
+use crate::device::DeviceThread;
+use crate::membership::Membership;
+use crate::session::Departure;
+
+/// Gives the spans of work that have finished since it was last called, each once.
+pub type SpanSource = Arc<dyn Fn() -> Vec<SpanTiming> + Send + Sync>;
+
+/// One worker.
+#[derive(Clone)]
+pub struct WorkerConfig {
+    /// Where the coordinator listens, `HOST:PORT`.
+    pub address: String,
+    /// For logs and status, e.g. `host:pid`. The first 64 bytes are sent.
+    pub name: String,
+    /// What to compute on.
+    pub device: ComputeDevice,
+    /// Finished spans, which travel with the next result.
+    pub spans: SpanSource,
+}
+
+impl fmt::Debug for WorkerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { address, name, device, spans: _ } = self;
+        let mut text = f.debug_struct("WorkerConfig");
+        text.field("address", address).field("name", name).field("device", device).finish_non_exhaustive()
+    }
+}
+
+/// How a worker ended well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The coordinator let it go, for this reason.
+    Released(String),
+    /// The caller shut it down.
+    Shutdown,
+}
+
+/// Why a worker cannot work; trying again as it is would not help.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The address is none.
+    #[error("{address:?} is not HOST:PORT ({reason}); for example --join 192.168.1.20:7070")]
+    Address {
+        /// What was given.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The coordinator does not want this worker, or the two cannot work together.
+    #[error("not admitted by the coordinator at {address}: {reason}")]
+    Refused {
+        /// The coordinator.
+        address: String,
+        /// Why, and what to change.
+        reason: String,
+    },
+    /// The probe could not be computed.
+    #[error("{device} cannot compute what the coordinator at {address} trains: {reason}")]
+    Probe {
+        /// The device.
+        device: String,
+        /// The coordinator.
+        address: String,
+        /// What happened, and what to change.
+        reason: String,
+    },
+    /// The operating system gave no thread.
+    #[error("no thread for the computing device: {0}; raise the limit on processes (ulimit -u)")]
+    Thread(#[from] std::io::Error),
+}
+
+/// Works for the coordinator at `config.address` until it releases this worker or `shutdown` completes.
+///
+/// Connecting is tried for ever, with waits of 100 ms doubling to 5 s; after a connection is lost the worker joins anew.
+///
+/// # Errors
+/// If the worker is refused, or cannot work; see [`WorkerError`].
+pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Result<Ended, WorkerError> {
+    let worker = Worker::new(config)?;
+    // Dropping the worker's future closes its connection and ends its tasks; the device's thread follows.
+    tokio::select! {
+        biased;
+        () = shutdown => Ok(Ended::Shutdown),
+        ended = worker.work() => ended,
+    }
+}
+
+struct Worker {
+    address: String,
+    endpoint: Endpoint,
+    identity: Identity,
+    device: DeviceThread,
+    spans: SpanSource,
+    backoff: Backoff,
+}
+
+/// Why an attempt to join, or a membership, ended.
+enum Setback {
+    /// Worth another attempt.
+    Lost(String),
+    /// Not worth one.
+    Final(WorkerError),
+}
+
+impl Worker {
+    fn new(config: WorkerConfig) -> Result<Self, WorkerError> {
+        let WorkerConfig { address, name, device, spans } = config;
+        let endpoint = match endpoint(&address) {
+            Ok(endpoint) => endpoint,
+            Err(reason) => return Err(WorkerError::Address { address, reason }),
+        };
+        let identity = Identity { name, device: device.description.clone() };
+        let device = DeviceThread::start(device)?;
+        Ok(Self { address, endpoint, identity, device, spans, backoff: Backoff::new() })
+    }
+
+    /// Joins, and joins again.
+    async fn work(mut self) -> Result<Ended, WorkerError> {
+        info!(
+            "connecting to the coordinator at {} as {} on {}",
+            self.address, self.identity.name, self.identity.device
+        );
+        loop {
+            let reason = match self.join_and_serve().await {
+                Ok(reason) => {
+                    info!("released by the coordinator: {reason}");
+                    return Ok(Ended::Released(reason));
+                }
+                Err(Setback::Final(error)) => return Err(error),
+                Err(Setback::Lost(reason)) => reason,
+            };
+            let (attempt, wait) = self.backoff.failed();
+            let (address, wait_secs) = (&self.address, wait.as_secs_f64());
+            warn!(
+                "no connection to the coordinator at {address}: {reason}; attempt {attempt}, next in {wait_secs:.1} s"
+            );
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// One attempt and, if it succeeds, one membership, up to the reason of a release.
+    async fn join_and_serve(&mut self) -> Result<String, Setback> {
+        let mut client = Client::connect(&self.endpoint).await.map_err(|error| self.setback(error))?;
+        let invitation = client.join(&self.identity).await.map_err(|error| self.setback(error))?;
+        let probe = self.device.probe(invitation.model, invitation.probe).await.map_err(|failure| {
+            let (device, address) = (self.identity.device.clone(), self.address.clone());
+            Setback::Final(WorkerError::Probe { device, address, reason: failure.to_string() })
+        })?;
+        let run = invitation.run;
+        let worker_id = client.admit(&run, &self.identity, probe).await.map_err(|error| self.setback(error))?;
+        let control = client.control(worker_id).await.map_err(|error| self.setback(error))?;
+        info!("worker {worker_id} of run {} (start {}) at {}", run.id, run.incarnation, self.address);
+        let membership = Membership {
+            client,
+            control,
+            device: self.device.clone(),
+            run,
+            worker_id,
+            elements: invitation.elements,
+            timing: invitation.timing,
+            spans: self.spans.clone(),
+        };
+        match membership.serve(|| self.backoff.reset()).await {
+            Departure::Released(reason) => Ok(reason),
+            Departure::Lost(reason) => Err(Setback::Lost(reason)),
+        }
+    }
+
+    fn setback(&self, error: CallError) -> Setback {
+        match error {
+            CallError::Lost(reason) => Setback::Lost(reason),
+            CallError::Final(reason) => Setback::Final(WorkerError::Refused { address: self.address.clone(), reason }),
+        }
+    }
+}

@@ -1,0 +1,376 @@
+//! What a worker does next, from admission to the end of one membership: a pure state machine.
+//!
+//! Events go in, commands come out; whoever drives the session carries them out and reports back. It knows leases and
+//! parameter versions by name only, takes the time as an argument and has no other input, so the same events give the
+//! same commands in a running worker and in a simulation in virtual time.
+//!
+//! A lease waits in the queue, is computed, and, if it is a gradient, uploaded. It ends with exactly one of
+//! [`Command::SendResult`], [`Command::SendDeclined`] and [`Command::Discard`], unless the membership ends first. The device
+//! does one thing at a time: it takes parameters or computes. Uploads go on beside it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use crate::lease::{Lease, Task};
+
+/// Uploads under way at once. While the device computes one block the one before it travels; with more than that waiting,
+/// the network is the bottleneck and computed vectors would only pile up in memory.
+const MAX_UPLOADS: usize = 2;
+
+/// How often a vector that arrives damaged is sent in all. Damage that repeats is not chance: a new connection may help.
+const MAX_ATTEMPTS: u32 = 3;
+
+/// The coordinator's terms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// Between heartbeats.
+    pub heartbeat_interval: Duration,
+    /// Silence after which either side gives the other up.
+    pub liveness_timeout: Duration,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The coordinator lends a block.
+    Leased(Lease),
+    /// The coordinator lends something that makes no sense.
+    Unreadable {
+        /// The lease's id.
+        lease: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The coordinator wants a lease no longer.
+    Revoked {
+        /// The lease's id.
+        lease: u64,
+    },
+    /// The coordinator heard a heartbeat.
+    HeartbeatAcked,
+    /// The coordinator ends the membership for good.
+    Released {
+        /// Why, in its words.
+        reason: String,
+    },
+    /// A [`Command::Pull`] succeeded: the device holds this version, and no other.
+    ParametersArrived {
+        /// The version.
+        version: u64,
+    },
+    /// A [`Command::Pull`] failed.
+    PullFailed {
+        /// The version.
+        version: u64,
+        /// How.
+        failure: TransferFailure,
+    },
+    /// A [`Command::Compute`] succeeded.
+    Computed {
+        /// The lease's id.
+        lease: u64,
+    },
+    /// A [`Command::Compute`] failed; what the device held is lost.
+    ComputeFailed {
+        /// The lease's id.
+        lease: u64,
+        /// What happened and which setting to change.
+        reason: String,
+    },
+    /// A [`Command::Push`] succeeded.
+    Pushed {
+        /// The lease's id.
+        lease: u64,
+    },
+    /// A [`Command::Push`] failed.
+    PushFailed {
+        /// The lease's id.
+        lease: u64,
+        /// How.
+        failure: TransferFailure,
+    },
+    /// Time passed: [`Session::next_deadline`] is reached.
+    Tick,
+}
+
+impl Event {
+    /// Whether it shows that the coordinator lives and can be heard on the control stream.
+    fn comes_from_coordinator(&self) -> bool {
+        match self {
+            Self::Leased(_) | Self::Unreadable { .. } | Self::Revoked { .. } => true,
+            Self::HeartbeatAcked | Self::Released { .. } => true,
+            Self::ParametersArrived { .. } | Self::PullFailed { .. } => false,
+            Self::Computed { .. } | Self::ComputeFailed { .. } => false,
+            Self::Pushed { .. } | Self::PushFailed { .. } | Self::Tick => false,
+        }
+    }
+}
+
+/// How a vector failed to arrive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TransferFailure {
+    /// Bytes changed or were lost on the way; sending it again may help.
+    Damaged(String),
+    /// The receiving side does not want or have it; sending it again does not help.
+    Refused(String),
+    /// The connection is gone.
+    Disconnected(String),
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Fetch parameters and load them into the device, in place of those it holds.
+    Pull {
+        /// The version.
+        version: u64,
+        /// The lease that needs them.
+        lease: u64,
+    },
+    /// Compute a lease with the parameters loaded.
+    Compute {
+        /// The lease's id.
+        lease: u64,
+    },
+    /// Send the gradient of a computed lease.
+    Push {
+        /// The lease's id.
+        lease: u64,
+    },
+    /// Report a lease done, and forget it.
+    SendResult {
+        /// The lease's id.
+        lease: u64,
+    },
+    /// Give a lease back, and forget it.
+    SendDeclined {
+        /// The lease's id.
+        lease: u64,
+        /// What happened and which setting to change.
+        reason: String,
+    },
+    /// Forget a lease that nobody wants.
+    Discard {
+        /// The lease's id.
+        lease: u64,
+    },
+    /// Tell the coordinator that this worker lives.
+    SendHeartbeat,
+    /// End the membership. Nothing follows.
+    Leave(Departure),
+}
+
+/// Why a membership ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Departure {
+    /// The coordinator said so: do not join again.
+    Released(String),
+    /// The coordinator cannot be reached as it is: join again.
+    Lost(String),
+}
+
+/// One membership.
+#[derive(Clone, Debug)]
+pub struct Session {
+    timing: Timing,
+    /// Leases not started, in the order of arrival.
+    queue: VecDeque<Lease>,
+    device: Device,
+    /// The parameter version in the device.
+    held_version: Option<u64>,
+    /// Leases on their way to the coordinator, with the number of the attempt.
+    uploads: BTreeMap<u64, u32>,
+    heartbeat_due: Duration,
+    /// When the coordinator last said anything.
+    last_heard: Duration,
+}
+
+/// What the device is doing.
+#[derive(Clone, Copy, Debug)]
+enum Device {
+    Idle,
+    Pulling { version: u64, attempt: u32 },
+    Computing { lease: Lease, revoked: bool },
+}
+
+impl Session {
+    /// A membership that begins at `now`, counted from any fixed origin. The first heartbeat is due at once.
+    pub fn new(timing: Timing, now: Duration) -> Self {
+        Self {
+            timing,
+            queue: VecDeque::new(),
+            device: Device::Idle,
+            held_version: None,
+            uploads: BTreeMap::new(),
+            heartbeat_due: now,
+            last_heard: now,
+        }
+    }
+
+    /// When the session wants a [`Event::Tick`].
+    pub fn next_deadline(&self) -> Duration {
+        self.heartbeat_due.min(self.last_heard + self.timing.liveness_timeout)
+    }
+
+    /// Takes one event and says what to do, in order. Reports about leases that are no longer here are ignored.
+    pub fn handle(&mut self, event: Event, now: Duration) -> Vec<Command> {
+        if event.comes_from_coordinator() {
+            self.last_heard = now;
+        }
+        let mut commands = match event {
+            Event::Leased(lease) => self.leased(lease),
+            Event::Unreadable { lease, .. } if self.knows(lease) => Vec::new(),
+            Event::Unreadable { lease, reason } => vec![Command::SendDeclined { lease, reason }],
+            Event::Revoked { lease } => self.revoked(lease),
+            Event::HeartbeatAcked => Vec::new(),
+            Event::Released { reason } => vec![Command::Leave(Departure::Released(reason))],
+            Event::ParametersArrived { version } => self.parameters_arrived(version),
+            Event::PullFailed { version, failure } => self.pull_failed(version, failure),
+            Event::Computed { lease } => self.computed(lease),
+            Event::ComputeFailed { lease, reason } => self.compute_failed(lease, reason),
+            Event::Pushed { lease } => match self.uploads.remove(&lease) {
+                Some(_) => vec![Command::SendResult { lease }],
+                None => Vec::new(),
+            },
+            Event::PushFailed { lease, failure } => self.push_failed(lease, failure),
+            Event::Tick => self.tick(now),
+        };
+        if !matches!(commands.last(), Some(Command::Leave(_))) {
+            commands.extend(self.start_next());
+        }
+        commands
+    }
+
+    /// Whether a lease has come and is not over.
+    fn knows(&self, id: u64) -> bool {
+        let computing = matches!(self.device, Device::Computing { lease, .. } if lease.id == id);
+        computing || self.uploads.contains_key(&id) || self.queue.iter().any(|lease| lease.id == id)
+    }
+
+    fn leased(&mut self, lease: Lease) -> Vec<Command> {
+        if !self.knows(lease.id) {
+            self.queue.push_back(lease);
+        }
+        Vec::new()
+    }
+
+    fn revoked(&mut self, id: u64) -> Vec<Command> {
+        if let Device::Computing { lease, revoked } = &mut self.device {
+            *revoked |= lease.id == id;
+        }
+        let Some(place) = self.queue.iter().position(|lease| lease.id == id) else { return Vec::new() };
+        self.queue.remove(place);
+        vec![Command::Discard { lease: id }]
+    }
+
+    fn parameters_arrived(&mut self, arrived: u64) -> Vec<Command> {
+        if matches!(self.device, Device::Pulling { version, .. } if version == arrived) {
+            self.device = Device::Idle;
+            self.held_version = Some(arrived);
+        }
+        Vec::new()
+    }
+
+    fn pull_failed(&mut self, failed: u64, failure: TransferFailure) -> Vec<Command> {
+        let Device::Pulling { version, attempt } = self.device else { return Vec::new() };
+        if version != failed {
+            return Vec::new();
+        }
+        self.device = Device::Idle;
+        match failure {
+            TransferFailure::Damaged(_) if attempt < MAX_ATTEMPTS => self.start_pull(attempt + 1),
+            TransferFailure::Refused(reason) => {
+                let (declined, kept): (Vec<_>, Vec<_>) = self.queue.drain(..).partition(|l| l.version == version);
+                self.queue = kept.into();
+                declined.iter().map(|l| Command::SendDeclined { lease: l.id, reason: reason.clone() }).collect()
+            }
+            TransferFailure::Damaged(reason) | TransferFailure::Disconnected(reason) => {
+                vec![Command::Leave(Departure::Lost(format!("version {version} did not arrive: {reason}")))]
+            }
+        }
+    }
+
+    fn computed(&mut self, id: u64) -> Vec<Command> {
+        match self.finish_computing(id) {
+            None => Vec::new(),
+            Some((_, true)) => vec![Command::Discard { lease: id }],
+            Some((Task::Evaluate, false)) => vec![Command::SendResult { lease: id }],
+            Some((Task::Gradient, false)) => {
+                self.uploads.insert(id, 1);
+                vec![Command::Push { lease: id }]
+            }
+        }
+    }
+
+    fn compute_failed(&mut self, id: u64, reason: String) -> Vec<Command> {
+        let Some((_, revoked)) = self.finish_computing(id) else { return Vec::new() };
+        self.held_version = None;
+        match revoked {
+            true => vec![Command::Discard { lease: id }],
+            false => vec![Command::SendDeclined { lease: id, reason }],
+        }
+    }
+
+    /// Frees the device if it was computing this lease: its task, and whether it was revoked meanwhile.
+    fn finish_computing(&mut self, id: u64) -> Option<(Task, bool)> {
+        let Device::Computing { lease, revoked } = self.device else { return None };
+        if lease.id != id {
+            return None;
+        }
+        self.device = Device::Idle;
+        Some((lease.task, revoked))
+    }
+
+    fn push_failed(&mut self, lease: u64, failure: TransferFailure) -> Vec<Command> {
+        let Some(attempt) = self.uploads.remove(&lease) else { return Vec::new() };
+        match failure {
+            TransferFailure::Damaged(_) if attempt < MAX_ATTEMPTS => {
+                self.uploads.insert(lease, attempt + 1);
+                vec![Command::Push { lease }]
+            }
+            TransferFailure::Refused(reason) => vec![Command::SendDeclined { lease, reason }],
+            TransferFailure::Damaged(reason) | TransferFailure::Disconnected(reason) => {
+                vec![Command::Leave(Departure::Lost(format!("lease {lease} could not be sent: {reason}")))]
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Duration) -> Vec<Command> {
+        let silence = now.saturating_sub(self.last_heard);
+        if silence >= self.timing.liveness_timeout {
+            let reason = format!("the coordinator has said nothing for {:.1} s", silence.as_secs_f64());
+            return vec![Command::Leave(Departure::Lost(reason))];
+        }
+        if now < self.heartbeat_due {
+            return Vec::new();
+        }
+        self.heartbeat_due = now + self.timing.heartbeat_interval;
+        vec![Command::SendHeartbeat]
+    }
+
+    /// Gives an idle device the lease at the head of the queue, or the parameters it needs.
+    fn start_next(&mut self) -> Vec<Command> {
+        if !matches!(self.device, Device::Idle) || self.uploads.len() >= MAX_UPLOADS {
+            return Vec::new();
+        }
+        match self.queue.front().copied() {
+            Some(lease) if self.held_version == Some(lease.version) => {
+                self.queue.pop_front();
+                self.device = Device::Computing { lease, revoked: false };
+                vec![Command::Compute { lease: lease.id }]
+            }
+            _ => self.start_pull(1),
+        }
+    }
+
+    /// Has an idle device take the parameters that the lease at the head of the queue needs, if there is one.
+    fn start_pull(&mut self, attempt: u32) -> Vec<Command> {
+        let Some(&Lease { id, version, .. }) = self.queue.front() else { return Vec::new() };
+        self.device = Device::Pulling { version, attempt };
+        self.held_version = None;
+        vec![Command::Pull { version, lease: id }]
+    }
+}
+
+#[cfg(test)]
+mod tests;

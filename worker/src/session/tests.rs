@@ -1,0 +1,318 @@
+//! Each rule of a session, by the exact commands it gives.
+
+use std::collections::BTreeSet;
+
+use lockstep_model::tree::Block;
+use proptest::prelude::*;
+
+use super::*;
+
+const START: Duration = Duration::from_secs(100);
+const TIMING: Timing = Timing { heartbeat_interval: Duration::from_secs(1), liveness_timeout: Duration::from_secs(10) };
+
+fn gradient(id: u64, version: u64) -> Lease {
+    Lease { id, step: version + 1, version, block: Block::leaf(id as u32), task: Task::Gradient }
+}
+
+fn evaluation(id: u64, version: u64) -> Lease {
+    Lease { step: version, task: Task::Evaluate, ..gradient(id, version) }
+}
+
+/// A session and the moment it lives in.
+struct Driven(Session);
+
+impl Driven {
+    fn new() -> Self {
+        Self(Session::new(TIMING, START))
+    }
+
+    /// A session whose device already computes lease 1 with version 0.
+    fn computing() -> Self {
+        let mut driven = Self::new();
+        assert_eq!(driven.on(Event::Leased(gradient(1, 0))), [Command::Pull { version: 0, lease: 1 }]);
+        assert_eq!(driven.on(Event::ParametersArrived { version: 0 }), [Command::Compute { lease: 1 }]);
+        driven
+    }
+
+    fn on(&mut self, event: Event) -> Vec<Command> {
+        self.0.handle(event, START)
+    }
+}
+
+fn damaged() -> TransferFailure {
+    TransferFailure::Damaged("a checksum is wrong".into())
+}
+
+fn refused() -> TransferFailure {
+    TransferFailure::Refused("not published".into())
+}
+
+#[test]
+fn a_gradient_is_pulled_for_computed_pushed_and_reported() {
+    let mut session = Driven::computing();
+    assert_eq!(session.on(Event::Computed { lease: 1 }), [Command::Push { lease: 1 }]);
+    assert_eq!(session.on(Event::Pushed { lease: 1 }), [Command::SendResult { lease: 1 }]);
+}
+
+#[test]
+fn an_evaluation_is_reported_without_a_push() {
+    let mut session = Driven::computing();
+    assert_eq!(session.on(Event::Leased(evaluation(2, 0))), []);
+    let commands = session.on(Event::Computed { lease: 1 });
+    assert_eq!(commands, [Command::Push { lease: 1 }, Command::Compute { lease: 2 }]);
+    assert_eq!(session.on(Event::Computed { lease: 2 }), [Command::SendResult { lease: 2 }]);
+}
+
+#[test]
+fn leases_wait_their_turn_and_share_the_parameters_held() {
+    let mut session = Driven::computing();
+    assert_eq!(session.on(Event::Leased(gradient(2, 0))), []);
+    assert_eq!(session.on(Event::Leased(gradient(3, 1))), []);
+    let commands = session.on(Event::Computed { lease: 1 });
+    assert_eq!(commands, [Command::Push { lease: 1 }, Command::Compute { lease: 2 }]);
+    assert_eq!(session.on(Event::Pushed { lease: 1 }), [Command::SendResult { lease: 1 }]);
+    let commands = session.on(Event::Computed { lease: 2 });
+    assert_eq!(commands, [Command::Push { lease: 2 }, Command::Pull { version: 1, lease: 3 }]);
+    assert_eq!(session.on(Event::ParametersArrived { version: 1 }), [Command::Compute { lease: 3 }]);
+}
+
+#[test]
+fn the_device_waits_while_two_vectors_are_on_their_way() {
+    let mut session = Driven::computing();
+    session.on(Event::Leased(gradient(2, 0)));
+    session.on(Event::Leased(gradient(3, 0)));
+    session.on(Event::Computed { lease: 1 });
+    assert_eq!(session.on(Event::Computed { lease: 2 }), [Command::Push { lease: 2 }]);
+    let commands = session.on(Event::Pushed { lease: 1 });
+    assert_eq!(commands, [Command::SendResult { lease: 1 }, Command::Compute { lease: 3 }]);
+}
+
+#[test]
+fn a_lease_told_twice_is_computed_once() {
+    let mut session = Driven::computing();
+    assert_eq!(session.on(Event::Leased(gradient(1, 0))), []);
+    session.on(Event::Leased(gradient(2, 0)));
+    session.on(Event::Leased(gradient(2, 0)));
+    session.on(Event::Computed { lease: 1 });
+    assert_eq!(session.on(Event::Leased(gradient(1, 0))), []);
+    assert_eq!(session.on(Event::Computed { lease: 2 }), [Command::Push { lease: 2 }]);
+}
+
+#[test]
+fn a_revoked_lease_is_dropped_before_it_starts() {
+    let mut session = Driven::computing();
+    session.on(Event::Leased(gradient(2, 0)));
+    assert_eq!(session.on(Event::Revoked { lease: 2 }), [Command::Discard { lease: 2 }]);
+    assert_eq!(session.on(Event::Revoked { lease: 2 }), []);
+    assert_eq!(session.on(Event::Computed { lease: 1 }), [Command::Push { lease: 1 }]);
+}
+
+#[test]
+fn a_lease_revoked_while_it_is_computed_is_not_sent() {
+    let mut session = Driven::computing();
+    assert_eq!(session.on(Event::Revoked { lease: 1 }), []);
+    assert_eq!(session.on(Event::Computed { lease: 1 }), [Command::Discard { lease: 1 }]);
+
+    let mut session = Driven::computing();
+    session.on(Event::Revoked { lease: 1 });
+    let failed = Event::ComputeFailed { lease: 1, reason: "out of memory".into() };
+    assert_eq!(session.on(failed), [Command::Discard { lease: 1 }]);
+}
+
+#[test]
+fn a_lease_revoked_while_it_is_sent_is_sent_to_the_end() {
+    let mut session = Driven::computing();
+    session.on(Event::Computed { lease: 1 });
+    assert_eq!(session.on(Event::Revoked { lease: 1 }), []);
+    assert_eq!(session.on(Event::Pushed { lease: 1 }), [Command::SendResult { lease: 1 }]);
+}
+
+#[test]
+fn parameters_nobody_needs_any_more_stay_for_the_next_lease() {
+    let mut session = Driven::new();
+    session.on(Event::Leased(gradient(1, 4)));
+    assert_eq!(session.on(Event::Revoked { lease: 1 }), [Command::Discard { lease: 1 }]);
+    assert_eq!(session.on(Event::ParametersArrived { version: 4 }), []);
+    assert_eq!(session.on(Event::Leased(gradient(2, 4))), [Command::Compute { lease: 2 }]);
+}
+
+#[test]
+fn a_failed_computation_is_declined_and_the_device_loaded_anew() {
+    let mut session = Driven::computing();
+    session.on(Event::Leased(gradient(2, 0)));
+    let reason = String::from("out of memory; lower batch.sequences_per_slot");
+    let commands = session.on(Event::ComputeFailed { lease: 1, reason: reason.clone() });
+    assert_eq!(commands, [Command::SendDeclined { lease: 1, reason }, Command::Pull { version: 0, lease: 2 }]);
+}
+
+#[test]
+fn an_unreadable_lease_is_declined() {
+    let reason = String::from("lease 9 names no slots");
+    let commands = Driven::new().on(Event::Unreadable { lease: 9, reason: reason.clone() });
+    assert_eq!(commands, [Command::SendDeclined { lease: 9, reason }]);
+}
+
+#[test]
+fn damaged_parameters_are_pulled_three_times_before_the_connection_is_given_up() {
+    let mut session = Driven::new();
+    session.on(Event::Leased(gradient(1, 0)));
+    let failed = Event::PullFailed { version: 0, failure: damaged() };
+    assert_eq!(session.on(failed.clone()), [Command::Pull { version: 0, lease: 1 }]);
+    assert_eq!(session.on(failed.clone()), [Command::Pull { version: 0, lease: 1 }]);
+    let lost = Departure::Lost("version 0 did not arrive: a checksum is wrong".into());
+    assert_eq!(session.on(failed), [Command::Leave(lost)]);
+}
+
+#[test]
+fn leases_of_a_version_that_is_gone_are_declined_and_others_go_on() {
+    let mut session = Driven::new();
+    session.on(Event::Leased(gradient(1, 0)));
+    session.on(Event::Leased(gradient(2, 1)));
+    session.on(Event::Leased(gradient(3, 0)));
+    let commands = session.on(Event::PullFailed { version: 0, failure: refused() });
+    let declined = |lease| Command::SendDeclined { lease, reason: "not published".into() };
+    assert_eq!(commands, [declined(1), declined(3), Command::Pull { version: 1, lease: 2 }]);
+}
+
+#[test]
+fn a_damaged_gradient_is_pushed_three_times_before_the_connection_is_given_up() {
+    let mut session = Driven::computing();
+    session.on(Event::Computed { lease: 1 });
+    let failed = Event::PushFailed { lease: 1, failure: damaged() };
+    assert_eq!(session.on(failed.clone()), [Command::Push { lease: 1 }]);
+    assert_eq!(session.on(failed.clone()), [Command::Push { lease: 1 }]);
+    let lost = Departure::Lost("lease 1 could not be sent: a checksum is wrong".into());
+    assert_eq!(session.on(failed), [Command::Leave(lost)]);
+}
+
+#[test]
+fn a_gradient_that_is_refused_is_declined() {
+    let mut session = Driven::computing();
+    session.on(Event::Computed { lease: 1 });
+    let commands = session.on(Event::PushFailed { lease: 1, failure: refused() });
+    assert_eq!(commands, [Command::SendDeclined { lease: 1, reason: "not published".into() }]);
+}
+
+#[test]
+fn a_lost_connection_ends_the_membership() {
+    let mut session = Driven::computing();
+    session.on(Event::Leased(gradient(2, 0)));
+    session.on(Event::Computed { lease: 1 });
+    let failure = TransferFailure::Disconnected("connection reset".into());
+    let lost = Departure::Lost("lease 1 could not be sent: connection reset".into());
+    assert_eq!(session.on(Event::PushFailed { lease: 1, failure }), [Command::Leave(lost)]);
+}
+
+#[test]
+fn a_release_ends_the_membership_for_good() {
+    let mut session = Driven::computing();
+    let commands = session.on(Event::Released { reason: "the run is complete".into() });
+    assert_eq!(commands, [Command::Leave(Departure::Released("the run is complete".into()))]);
+}
+
+#[test]
+fn heartbeats_keep_the_interval_and_silence_ends_the_membership() {
+    let mut session = Session::new(TIMING, START);
+    let after = |secs| START + Duration::from_secs(secs);
+    assert_eq!(session.next_deadline(), START);
+    assert_eq!(session.handle(Event::Tick, START), [Command::SendHeartbeat]);
+    assert_eq!(session.next_deadline(), after(1));
+    assert_eq!(session.handle(Event::Tick, START + Duration::from_millis(999)), []);
+    assert_eq!(session.handle(Event::HeartbeatAcked, after(1)), []);
+    assert_eq!(session.handle(Event::Tick, after(10)), [Command::SendHeartbeat]);
+    assert_eq!(session.next_deadline(), after(11));
+    let lost = Departure::Lost("the coordinator has said nothing for 10.0 s".into());
+    assert_eq!(session.handle(Event::Tick, after(11)), [Command::Leave(lost)]);
+}
+
+/// The world around a session in the property test: what is under way, and what was promised.
+#[derive(Default)]
+struct World {
+    pulling: Option<u64>,
+    loaded: Option<u64>,
+    computing: Option<Lease>,
+    pushing: BTreeSet<u64>,
+    leases: Vec<Lease>,
+    ended: BTreeSet<u64>,
+}
+
+impl World {
+    /// Carries commands out, checking that each is one that may be given now.
+    fn obey(&mut self, commands: Vec<Command>) {
+        for command in commands {
+            match command {
+                Command::Pull { version, lease } => {
+                    assert!(self.pulling.is_none() && self.computing.is_none(), "the device does one thing at a time");
+                    assert_eq!(self.leases[lease as usize].version, version);
+                    self.loaded = None;
+                    self.pulling = Some(version);
+                }
+                Command::Compute { lease } => {
+                    let lease = self.leases[lease as usize];
+                    assert!(self.pulling.is_none() && self.computing.is_none(), "the device does one thing at a time");
+                    assert_eq!(self.loaded, Some(lease.version), "parameters of another version");
+                    self.computing = Some(lease);
+                }
+                Command::Push { lease } => assert!(self.pushing.insert(lease), "pushed twice at once"),
+                Command::SendResult { lease } | Command::SendDeclined { lease, .. } | Command::Discard { lease } => {
+                    assert!(self.ended.insert(lease), "lease {lease} ended twice");
+                }
+                Command::SendHeartbeat => {}
+                Command::Leave(departure) => panic!("no reason to leave: {departure:?}"),
+            }
+        }
+    }
+
+    /// The report of something under way, chosen by `choice`; `None` if nothing is.
+    fn report(&mut self, choice: u8) -> Option<Event> {
+        let fails = choice.is_multiple_of(5);
+        if choice.is_multiple_of(2)
+            && let Some(lease) = self.pushing.pop_first()
+        {
+            return Some(match fails {
+                true => Event::PushFailed { lease, failure: refused() },
+                false => Event::Pushed { lease },
+            });
+        }
+        if let Some(Lease { id: lease, .. }) = self.computing.take() {
+            if fails {
+                self.loaded = None;
+                return Some(Event::ComputeFailed { lease, reason: "out of memory".into() });
+            }
+            return Some(Event::Computed { lease });
+        }
+        if let Some(version) = self.pulling.take() {
+            if fails {
+                return Some(Event::PullFailed { version, failure: refused() });
+            }
+            self.loaded = Some(version);
+            return Some(Event::ParametersArrived { version });
+        }
+        self.pushing.pop_first().map(|lease| Event::Pushed { lease })
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_lease_ends_exactly_once_whatever_happens(choices in prop::collection::vec(any::<u8>(), 0..200)) {
+        let mut session = Session::new(TIMING, START);
+        let mut world = World::default();
+        for choice in choices {
+            let id = world.leases.len() as u64;
+            let event = match choice % 4 {
+                0 => {
+                    let make = if choice & 64 == 0 { gradient } else { evaluation };
+                    world.leases.push(make(id, u64::from(choice / 4 % 3)));
+                    Event::Leased(world.leases[id as usize])
+                }
+                1 if id > 0 => Event::Revoked { lease: u64::from(choice / 4) % id },
+                _ => world.report(choice / 4).unwrap_or(Event::Tick),
+            };
+            world.obey(session.handle(event, START));
+        }
+        while let Some(event) = world.report(1) {
+            world.obey(session.handle(event, START));
+        }
+        prop_assert_eq!(world.ended.len(), world.leases.len());
+    }
+}

@@ -1,0 +1,272 @@
+//! Between the wire and the domain: every message is checked and translated once, here.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use lockstep_model::batch::{Batch, Column, Values};
+use lockstep_model::config::{Gelu, GptConfig, LineConfig, ModelConfig};
+use lockstep_model::layout::{Layout, TensorSpec};
+use lockstep_model::tree::Block;
+use lockstep_proto::v1;
+
+use crate::device::Outcome;
+use crate::lease::{Lease, Slot, Task, Work};
+use crate::session::Timing;
+
+/// A message that makes no sense: what is wrong, and where.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct WireError(String);
+
+/// Names one start of one run; what is meant for another is fenced off by it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) id: String,
+    pub(crate) incarnation: u64,
+}
+
+/// What there is to train, and how to show that this worker can take part.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Invitation {
+    pub(crate) run: Run,
+    pub(crate) model: ModelConfig,
+    /// Elements of a vector.
+    pub(crate) elements: usize,
+    pub(crate) probe: Vec<Work>,
+    pub(crate) timing: Timing,
+}
+
+/// What the coordinator says on the control stream.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Instruction {
+    Lease(Work),
+    /// A lease that makes no sense.
+    Unreadable {
+        lease: u64,
+        reason: String,
+    },
+    Revoke {
+        lease: u64,
+    },
+    HeartbeatAck {
+        sent_unix_nanos: u64,
+        received_unix_nanos: u64,
+    },
+    Release {
+        reason: String,
+    },
+}
+
+/// Checks an invitation, above all that this build knows the model and lays its parameters out alike.
+pub(crate) fn invitation(invitation: v1::Invitation) -> Result<Invitation, WireError> {
+    let model = model(&required(invitation.model, || "the model".into())?)?;
+    let expected = Layout::of(&model);
+    same_layout(&expected, &required(invitation.layout, || "the layout".into())?)?;
+    let interval = |name: &str, milliseconds: u32| match milliseconds {
+        0 => Err(WireError(format!("{name} is 0 ms"))),
+        _ => Ok(Duration::from_millis(milliseconds.into())),
+    };
+    Ok(Invitation {
+        run: Run { id: invitation.run_id, incarnation: invitation.incarnation },
+        elements: expected.len(),
+        model,
+        probe: invitation.probe.into_iter().map(work).collect::<Result<_, _>>()?,
+        timing: Timing {
+            heartbeat_interval: interval("the heartbeat interval", invitation.heartbeat_interval_ms)?,
+            liveness_timeout: interval("the liveness timeout", invitation.liveness_timeout_ms)?,
+        },
+    })
+}
+
+/// Reads one message of the control stream; `None` for a kind that this build does not know.
+pub(crate) fn instruction(message: v1::CoordinatorMessage) -> Option<Instruction> {
+    use v1::coordinator_message::Kind;
+    Some(match message.kind? {
+        Kind::Lease(lease) => {
+            let id = lease.lease_id;
+            work(lease).map_or_else(
+                |error| Instruction::Unreadable { lease: id, reason: error.to_string() },
+                Instruction::Lease,
+            )
+        }
+        Kind::Revoke(v1::Revoke { lease_id }) => Instruction::Revoke { lease: lease_id },
+        Kind::HeartbeatAck(v1::HeartbeatAck { sent_unix_nanos, received_unix_nanos }) => {
+            Instruction::HeartbeatAck { sent_unix_nanos, received_unix_nanos }
+        }
+        Kind::Release(v1::Release { reason }) => Instruction::Release { reason },
+    })
+}
+
+/// Writes the report of a finished lease.
+pub(crate) fn block_result(
+    run: &Run,
+    lease: &Lease,
+    outcome: &Outcome,
+    upload_time: Duration,
+    spans: Vec<v1::SpanTiming>,
+) -> v1::BlockResult {
+    let slot_sums = match lease.task {
+        Task::Gradient => &[],
+        Task::Evaluate => outcome.slot_sums.as_slice(),
+    };
+    v1::BlockResult {
+        run_id: run.id.clone(),
+        incarnation: run.incarnation,
+        lease_id: lease.id,
+        step: lease.step,
+        version: lease.version,
+        block: Some(v1::Block { level: lease.block.level, index: lease.block.index }),
+        loss_sum: outcome.sums.loss,
+        weight_sum: outcome.sums.weight,
+        vector_sha256: outcome.gradient.as_ref().map_or_else(Vec::new, |gradient| gradient.sha256.to_vec()),
+        slot_loss_sums: slot_sums.iter().map(|sums| sums.loss).collect(),
+        slot_weight_sums: slot_sums.iter().map(|sums| sums.weight).collect(),
+        spans,
+        compute_nanos: nanos(outcome.compute_time),
+        upload_nanos: nanos(upload_time),
+    }
+}
+
+/// The text, cut where needed to the `limit` in bytes that the contract sets.
+pub(crate) fn shortened(text: &str, limit: usize) -> String {
+    text[..text.floor_char_boundary(limit)].to_owned()
+}
+
+fn nanos(duration: Duration) -> u64 {
+    duration.as_nanos().try_into().unwrap_or(u64::MAX)
+}
+
+fn required<T>(field: Option<T>, name: impl FnOnce() -> String) -> Result<T, WireError> {
+    field.ok_or_else(|| WireError(format!("{} is missing, or of a kind that this build does not know", name())))
+}
+
+fn model(model: &v1::Model) -> Result<ModelConfig, WireError> {
+    match required(model.kind.as_ref(), || "the kind of model".into())? {
+        v1::model::Kind::Gpt(gpt) => self::gpt(gpt).map(ModelConfig::Gpt),
+        // Where the line starts is the coordinator's affair; a worker never sees it but as parameters.
+        v1::model::Kind::Line(v1::Line {}) => Ok(ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 })),
+    }
+}
+
+fn gpt(gpt: &v1::Gpt) -> Result<GptConfig, WireError> {
+    let &v1::Gpt { vocab_size, context, layers, heads, width, bias, tied_head, gelu_tanh, norm_epsilon, dropout } = gpt;
+    let sizes =
+        [("vocab_size", vocab_size), ("context", context), ("layers", layers), ("heads", heads), ("width", width)];
+    if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
+        return Err(WireError(format!("the model's {name} is 0")));
+    }
+    if width % heads != 0 {
+        return Err(WireError(format!("the model's {heads} heads do not divide its width {width}")));
+    }
+    if !(0.0..1.0).contains(&dropout) {
+        return Err(WireError(format!("the model's dropout {dropout} is not in [0, 1)")));
+    }
+    Ok(GptConfig {
+        vocab_size: vocab_size as usize,
+        context: context as usize,
+        layers: layers as usize,
+        heads: heads as usize,
+        width: width as usize,
+        bias,
+        tied_head,
+        gelu: if gelu_tanh { Gelu::Tanh } else { Gelu::Exact },
+        norm_epsilon,
+        dropout,
+    })
+}
+
+/// Compares the coordinator's layout with this build's, and names the first difference.
+fn same_layout(expected: &Layout, wire: &v1::Layout) -> Result<(), WireError> {
+    let found: Vec<TensorSpec> = wire.tensors.iter().map(tensor).collect();
+    if let Some((ours, theirs)) = expected.tensors.iter().zip(&found).find(|(ours, theirs)| ours != theirs) {
+        return Err(WireError(format!("the layout has {theirs:?} where this build has {ours:?}")));
+    }
+    let (ours, theirs) = (expected.tensors.len(), found.len());
+    if ours != theirs || expected.len() as u64 != wire.total_elements {
+        return Err(WireError(format!(
+            "the layout has {theirs} tensors of {} elements in all where this build has {ours} of {}",
+            wire.total_elements,
+            expected.len()
+        )));
+    }
+    Ok(())
+}
+
+fn tensor(tensor: &v1::TensorSpec) -> TensorSpec {
+    TensorSpec {
+        name: tensor.name.clone(),
+        shape: tensor.shape.iter().map(|&size| size as usize).collect(),
+        offset: tensor.offset_elements as usize,
+        decay: tensor.decay,
+        trainable: tensor.trainable,
+    }
+}
+
+/// Checks and translates a lease.
+pub(crate) fn work(lease: v1::Lease) -> Result<Work, WireError> {
+    let id = lease.lease_id;
+    let in_lease = |error: WireError| WireError(format!("lease {id}: {error}"));
+    let v1::Block { level, index } = required(lease.block, || format!("lease {id}: its block"))?;
+    let task = match required(lease.task, || format!("lease {id}: its task"))? {
+        v1::lease::Task::Gradient(v1::GradientTask {}) => Task::Gradient,
+        v1::lease::Task::Evaluate(v1::EvaluateTask {}) => Task::Evaluate,
+    };
+    let block = Block { level, index };
+    let slots: Vec<Slot> = lease.slots.into_iter().map(slot).collect::<Result<_, _>>().map_err(in_lease)?;
+    slots_of_block(block, &slots).map_err(in_lease)?;
+    let lease_name = Lease { id, step: lease.step, version: lease.version, block, task };
+    Ok(Work { lease: lease_name, slots, seed: lease.seed, traceparent: lease.traceparent })
+}
+
+/// Checks that `slots` are the block's first ones without a gap: what exists of it.
+fn slots_of_block(block: Block, slots: &[Slot]) -> Result<(), WireError> {
+    let numbers = || slots.iter().map(|slot| slot.number);
+    let covered = match block.level {
+        0..32 => block.slots(u32::MAX),
+        level => return Err(WireError(format!("block level {level} is above 31"))),
+    };
+    if slots.is_empty() || slots.len() > covered.len() || !numbers().eq(covered.clone().take(slots.len())) {
+        let numbers: Vec<u32> = numbers().collect();
+        let (first, last) = (covered.start, covered.end.saturating_sub(1));
+        return Err(WireError(format!(
+            "slots {numbers:?} are not the first of block {block}, slots {first} to {last}"
+        )));
+    }
+    Ok(())
+}
+
+fn slot(slot: v1::Slot) -> Result<Slot, WireError> {
+    let number = slot.slot;
+    let columns = slot.columns.into_iter().map(column).collect::<Result<_, _>>();
+    let columns = columns.map_err(|error| WireError(format!("slot {number}: {error}")))?;
+    Ok(Slot { number, batch: Batch { columns } })
+}
+
+fn column(column: v1::Column) -> Result<Column, WireError> {
+    let v1::Column { name, element_type, shape, data } = column;
+    let &[rows, length] = shape.as_slice() else {
+        return Err(WireError(format!("column {name:?} has shape {shape:?}, which is not [rows, length]")));
+    };
+    if data.len() as u64 != u64::from(rows) * u64::from(length) * 4 {
+        let bytes = data.len();
+        return Err(WireError(format!("column {name:?} of shape {shape:?} has {bytes} bytes, not 4 an element")));
+    }
+    let values = match v1::ElementType::try_from(element_type) {
+        Ok(v1::ElementType::U32) => Values::U32(elements(&data).map(u32::from_le_bytes).collect()),
+        Ok(v1::ElementType::F32) => Values::F32(elements(&data).map(f32::from_le_bytes).collect()),
+        Ok(v1::ElementType::Unspecified) | Err(_) => {
+            return Err(WireError(format!(
+                "column {name:?} has element type {element_type}, which this build does not know"
+            )));
+        }
+    };
+    Ok(Column { name, shape: [rows as usize, length as usize], values })
+}
+
+/// Four bytes at a time.
+fn elements(data: &Bytes) -> impl Iterator<Item = [u8; 4]> {
+    data.chunks_exact(4).map(|bytes| [bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+#[cfg(test)]
+mod tests;

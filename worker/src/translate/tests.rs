@@ -1,0 +1,175 @@
+//! What is taken from the wire, and what is refused in which words.
+
+use expect_test::{Expect, expect};
+
+use super::*;
+
+fn u32_column() -> v1::Column {
+    let data: Vec<u8> = [7u32, 8, 9, u32::MAX].iter().flat_map(|value| value.to_le_bytes()).collect();
+    let element_type = v1::ElementType::U32.into();
+    v1::Column { name: "tokens".into(), element_type, shape: vec![2, 2], data: data.into() }
+}
+
+fn wire_lease() -> v1::Lease {
+    let slot = |slot| v1::Slot { slot, columns: vec![u32_column()] };
+    v1::Lease {
+        lease_id: 5,
+        step: 3,
+        version: 2,
+        block: Some(v1::Block { level: 2, index: 1 }),
+        task: Some(v1::lease::Task::Gradient(v1::GradientTask {})),
+        slots: vec![slot(4), slot(5), slot(6)],
+        seed: 11,
+        traceparent: "00-aa-bb-01".into(),
+    }
+}
+
+fn wire_invitation() -> v1::Invitation {
+    let spec = |name: &str, shape: Vec<u32>, offset_elements, decay| v1::TensorSpec {
+        name: name.into(),
+        shape,
+        offset_elements,
+        decay,
+        trainable: true,
+    };
+    v1::Invitation {
+        run_id: "ab".into(),
+        incarnation: 4,
+        model: Some(v1::Model { kind: Some(v1::model::Kind::Line(v1::Line {})) }),
+        layout: Some(v1::Layout {
+            tensors: vec![spec("weight", vec![1, 1], 0, true), spec("bias", vec![1], 1, false)],
+            total_elements: 2,
+        }),
+        probe: vec![wire_lease()],
+        heartbeat_interval_ms: 500,
+        liveness_timeout_ms: 3000,
+    }
+}
+
+fn wire_gpt() -> v1::Gpt {
+    v1::Gpt { vocab_size: 65, context: 8, layers: 1, heads: 2, width: 4, norm_epsilon: 1e-5, ..Default::default() }
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T, WireError>, words: &Expect) {
+    words.assert_eq(&result.unwrap_err().to_string());
+}
+
+#[test]
+fn a_lease_is_read_in_full() {
+    let work = work(wire_lease()).unwrap();
+    let block = Block { level: 2, index: 1 };
+    assert_eq!(work.lease, Lease { id: 5, step: 3, version: 2, block, task: Task::Gradient });
+    assert_eq!((work.first_slot(), work.slots.len(), work.seed), (4, 3, 11));
+    assert_eq!(work.traceparent, "00-aa-bb-01");
+    let values = Values::U32(vec![7, 8, 9, u32::MAX]);
+    assert_eq!(work.slots[0].batch.columns, [Column { name: "tokens".into(), shape: [2, 2], values }]);
+}
+
+#[test]
+fn floats_keep_their_bits() {
+    let bits = [0x7fc0_1234_u32, 0x8000_0000, 1, 0x3f80_0000];
+    let data: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+    let wire = v1::Column { element_type: v1::ElementType::F32.into(), data: data.into(), ..u32_column() };
+    let Values::F32(values) = column(wire).unwrap().values else { panic!("an f32 column") };
+    assert_eq!(values.iter().map(|value| value.to_bits()).collect::<Vec<_>>(), bits);
+}
+
+#[test]
+fn senseless_leases_are_refused_in_words() {
+    let slots = |numbers: &[u32]| numbers.iter().map(|&slot| v1::Slot { slot, columns: Vec::new() }).collect();
+    let with_slots = |numbers: &[u32]| work(v1::Lease { slots: slots(numbers), ..wire_lease() });
+    refused(with_slots(&[]), &expect!["lease 5: slots [] are not the first of block 2/1, slots 4 to 7"]);
+    refused(with_slots(&[4, 6]), &expect!["lease 5: slots [4, 6] are not the first of block 2/1, slots 4 to 7"]);
+    refused(
+        with_slots(&[4, 5, 6, 7, 8]),
+        &expect!["lease 5: slots [4, 5, 6, 7, 8] are not the first of block 2/1, slots 4 to 7"],
+    );
+    let block = Some(v1::Block { level: 40, index: 0 });
+    refused(work(v1::Lease { block, ..wire_lease() }), &expect!["lease 5: block level 40 is above 31"]);
+    refused(
+        work(v1::Lease { block: None, ..wire_lease() }),
+        &expect!["lease 5: its block is missing, or of a kind that this build does not know"],
+    );
+    refused(
+        work(v1::Lease { task: None, ..wire_lease() }),
+        &expect!["lease 5: its task is missing, or of a kind that this build does not know"],
+    );
+    let with_column = |column| {
+        let slot = |slot, column: &v1::Column| v1::Slot { slot, columns: vec![u32_column(), column.clone()] };
+        work(v1::Lease { slots: vec![slot(4, &column)], ..wire_lease() })
+    };
+    refused(
+        with_column(v1::Column { shape: vec![4], ..u32_column() }),
+        &expect![[r#"lease 5: slot 4: column "tokens" has shape [4], which is not [rows, length]"#]],
+    );
+    refused(
+        with_column(v1::Column { shape: vec![u32::MAX, u32::MAX], ..u32_column() }),
+        &expect![[
+            r#"lease 5: slot 4: column "tokens" of shape [4294967295, 4294967295] has 16 bytes, not 4 an element"#
+        ]],
+    );
+    refused(
+        with_column(v1::Column { element_type: 9, ..u32_column() }),
+        &expect![[r#"lease 5: slot 4: column "tokens" has element type 9, which this build does not know"#]],
+    );
+}
+
+#[test]
+fn a_lease_that_makes_no_sense_keeps_its_id() {
+    let lease = v1::Lease { task: None, ..wire_lease() };
+    let message = v1::CoordinatorMessage { kind: Some(v1::coordinator_message::Kind::Lease(lease)) };
+    let reason = "lease 5: its task is missing, or of a kind that this build does not know".into();
+    assert_eq!(instruction(message), Some(Instruction::Unreadable { lease: 5, reason }));
+    assert_eq!(instruction(v1::CoordinatorMessage { kind: None }), None);
+}
+
+#[test]
+fn an_invitation_is_read_in_full() {
+    let invitation = invitation(wire_invitation()).unwrap();
+    assert_eq!(invitation.run, Run { id: "ab".into(), incarnation: 4 });
+    assert_eq!(invitation.model, ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }));
+    assert_eq!((invitation.elements, invitation.probe.len()), (2, 1));
+    let (heartbeat_interval, liveness_timeout) = (Duration::from_millis(500), Duration::from_secs(3));
+    assert_eq!(invitation.timing, Timing { heartbeat_interval, liveness_timeout });
+}
+
+#[test]
+fn another_layout_is_refused_by_its_first_difference() {
+    let with_layout = |change: fn(&mut v1::Layout)| {
+        let mut wire = wire_invitation();
+        wire.layout.as_mut().map(change).unwrap();
+        invitation(wire)
+    };
+    refused(
+        with_layout(|layout| layout.tensors[1].name = "b".into()),
+        &expect![[
+            r#"the layout has TensorSpec { name: "b", shape: [1], offset: 1, decay: false, trainable: true } where this build has TensorSpec { name: "bias", shape: [1], offset: 1, decay: false, trainable: true }"#
+        ]],
+    );
+    refused(
+        with_layout(|layout| layout.tensors.truncate(1)),
+        &expect!["the layout has 1 tensors of 2 elements in all where this build has 2 of 2"],
+    );
+    refused(
+        with_layout(|layout| layout.total_elements = 3),
+        &expect!["the layout has 2 tensors of 3 elements in all where this build has 2 of 2"],
+    );
+}
+
+#[test]
+fn models_that_cannot_be_are_refused() {
+    assert_eq!(gpt(&wire_gpt()).unwrap().gelu, Gelu::Exact);
+    refused(gpt(&v1::Gpt { layers: 0, ..wire_gpt() }), &expect!["the model's layers is 0"]);
+    refused(gpt(&v1::Gpt { heads: 3, ..wire_gpt() }), &expect!["the model's 3 heads do not divide its width 4"]);
+    refused(gpt(&v1::Gpt { dropout: 1.0, ..wire_gpt() }), &expect!["the model's dropout 1 is not in [0, 1)"]);
+    refused(
+        model(&v1::Model { kind: None }),
+        &expect!["the kind of model is missing, or of a kind that this build does not know"],
+    );
+}
+
+#[test]
+fn texts_are_cut_between_characters() {
+    assert_eq!(shortened("größe", 3), "gr");
+    assert_eq!(shortened("größe", 64), "größe");
+}

@@ -1,0 +1,217 @@
+//! A worker's life over loopback, with a coordinator that follows a script.
+
+mod scripted;
+
+use std::sync::Arc;
+
+use lockstep_model::batch::Sums;
+use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
+use lockstep_model::config::{LineConfig, ModelConfig};
+use lockstep_model::device::{ComputeDevice, DeviceChoice};
+use lockstep_model::digest::vector_sha256;
+use lockstep_model::probe;
+use lockstep_model::tree::add_vectors;
+use lockstep_proto::v1;
+use lockstep_worker::{Ended, SpanSource, WorkerConfig, WorkerError, run};
+use scripted::{
+    INCARNATION, PARAMETERS, RUN_ID, Script, Scripted, Seen, WORKER_ID, batch, invitation, lease, span_log,
+};
+use tokio::task::JoinHandle;
+use tonic::Status;
+
+fn cpu() -> ComputeDevice {
+    ComputeDevice::open(DeviceChoice::Cpu).expect("this build has the CPU backend")
+}
+
+/// The straight line with `parameters`, on the CPU, without a cluster.
+fn computer(parameters: &[f32]) -> Computer {
+    let line = ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 });
+    let mut computer = Computer::new(&line, &cpu());
+    computer.load(parameters).unwrap();
+    computer
+}
+
+fn slot_gradient(computer: &Computer, slot: u32) -> SlotGradient {
+    computer.gradient(&batch(slot), SlotKey { seed: 1, step: 8, slot }).unwrap()
+}
+
+fn worker(address: &str, spans: SpanSource) -> JoinHandle<Result<Ended, WorkerError>> {
+    let config = WorkerConfig { address: address.into(), name: "test".into(), device: cpu(), spans };
+    tokio::spawn(run(config, std::future::pending()))
+}
+
+fn no_spans() -> SpanSource {
+    Arc::new(Vec::new)
+}
+
+#[tokio::test]
+async fn a_worker_joins_computes_and_is_released() {
+    let mut coordinator = Scripted::start(Script::default(), 0).await;
+    let worker = worker(&coordinator.address, no_spans());
+
+    let (admit, to_worker) = coordinator.sees_joining().await;
+    let expected = slot_gradient(&computer(&probe::parameters(2)), 0);
+    let mut digest = probe::Digest::new();
+    digest.add_sums(expected.sums);
+    digest.add_vector(&expected.gradient);
+    assert_eq!(admit.probe_sha256, digest.finish());
+    assert_eq!((admit.run_id.as_str(), admit.incarnation, admit.name.as_str()), (RUN_ID, INCARNATION, "test"));
+
+    to_worker.lease(lease(1, true, &[0, 1, 2])).await;
+    to_worker.lease(lease(2, false, &[0, 1])).await;
+    let Seen::Pull(pull) = coordinator.sees().await else { panic!("parameters are pulled first") };
+    assert_eq!((pull.run_id.as_str(), pull.incarnation, pull.version), (RUN_ID, INCARNATION, 7));
+
+    let computer = computer(&PARAMETERS);
+    let [first, second, third] = [0, 1, 2].map(|slot| slot_gradient(&computer, slot));
+    let gradient = add_vectors(add_vectors(first.gradient, &second.gradient), &third.gradient);
+    let gradient_sums = first.sums + second.sums + third.sums;
+    let evaluation = [0, 1].map(|slot| computer.loss(&batch(slot)).unwrap());
+
+    // The evaluation needs no push and may overtake the gradient's.
+    let (mut pushed, mut results) = (None, Vec::new());
+    while results.len() < 2 {
+        match coordinator.sees().await {
+            Seen::Push { header, vector, traceparent } => pushed = Some((header, vector, traceparent)),
+            Seen::Result(result) => results.push(result),
+            other => panic!("{other:?}"),
+        }
+    }
+    let (header, vector, traceparent) = pushed.expect("a gradient is pushed before its result is sent");
+    assert_eq!((header.worker_id, header.lease_id, header.total_bytes), (WORKER_ID, 1, 8));
+    assert_eq!(vector, gradient);
+    assert_eq!(traceparent, Some(lease(1, true, &[0]).traceparent));
+
+    results.sort_by_key(|result| result.lease_id);
+    let [of_gradient, of_evaluation] = results.try_into().unwrap();
+    assert_eq!(of_gradient.vector_sha256, vector_sha256(&gradient));
+    assert_eq!(header.vector_sha256, of_gradient.vector_sha256);
+    assert_eq!(Sums { loss: of_gradient.loss_sum, weight: of_gradient.weight_sum }, gradient_sums);
+    assert_eq!((of_gradient.step, of_gradient.version), (8, 7));
+    assert_eq!(of_gradient.block, Some(v1::Block { level: 2, index: 0 }));
+    assert!(of_gradient.compute_nanos > 0 && of_gradient.upload_nanos > 0);
+
+    assert_eq!(of_evaluation.slot_loss_sums, evaluation.map(|sums| sums.loss));
+    assert_eq!(of_evaluation.slot_weight_sums, evaluation.map(|sums| sums.weight));
+    assert_eq!(of_evaluation.loss_sum, evaluation[0].loss + evaluation[1].loss);
+    assert!(of_evaluation.vector_sha256.is_empty());
+
+    to_worker.release("the run is complete").await;
+    assert_eq!(worker.await.unwrap().unwrap(), Ended::Released("the run is complete".into()));
+}
+
+#[tokio::test]
+async fn all_spans_of_a_lease_travel_with_its_result() {
+    let mut coordinator = Scripted::start(Script::default(), 0).await;
+    let step = 1234;
+    let worker = worker(&coordinator.address, span_log::record(step));
+    let (_, to_worker) = coordinator.sees_joining().await;
+    to_worker.lease(v1::Lease { step, ..lease(1, true, &[0, 1]) }).await;
+    let spans = loop {
+        if let Seen::Result(result) = coordinator.sees().await {
+            break result.spans;
+        }
+    };
+    let lease_span = spans.last().expect("the lease's span ends last");
+    let named = |name: &str| spans.iter().filter(|span| span.name == name).count();
+    let counts = ["lease", "pull", "forward", "backward", "upload"].map(named);
+    assert_eq!(counts, [1, 1, 2, 2, 1]);
+    assert_eq!((lease_span.name.as_str(), lease_span.parent_span_id), ("lease", 0));
+    let children = spans.iter().filter(|span| span.parent_span_id == lease_span.span_id);
+    assert_eq!(children.count(), 6);
+    to_worker.release("done").await;
+    worker.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_connects_again_until_it_is_let_in_and_after_it_is_cut_off() {
+    let mut coordinator = Scripted::start(Script::default(), 2).await;
+    let worker = worker(&coordinator.address, no_spans());
+    let (_, to_worker) = coordinator.sees_joining().await;
+    to_worker.fail(Status::unavailable("the coordinator restarts")).await;
+    drop(to_worker);
+    let (_, to_worker) = coordinator.sees_joining().await;
+    drop(to_worker);
+    let (_, to_worker) = coordinator.sees_joining().await;
+    to_worker.release("done").await;
+    assert_eq!(worker.await.unwrap().unwrap(), Ended::Released("done".into()));
+}
+
+#[tokio::test]
+async fn damaged_parameters_are_pulled_again() {
+    let mut coordinator = Scripted::start(Script { damaged_pulls: 2, ..Script::default() }, 0).await;
+    let _worker = worker(&coordinator.address, no_spans());
+    let (_, to_worker) = coordinator.sees_joining().await;
+    to_worker.lease(lease(1, false, &[0])).await;
+    for _ in 0..3 {
+        assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
+    }
+    assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 1));
+}
+
+#[tokio::test]
+async fn leases_that_cannot_be_computed_are_declined_and_the_worker_goes_on() {
+    let mut coordinator = Scripted::start(Script::default(), 0).await;
+    let _worker = worker(&coordinator.address, no_spans());
+    let (_, to_worker) = coordinator.sees_joining().await;
+
+    let without_slots = v1::Lease { slots: Vec::new(), ..lease(1, true, &[0]) };
+    to_worker.lease(without_slots).await;
+    let Seen::Declined(declined) = coordinator.sees().await else { panic!("declined at once") };
+    assert_eq!(
+        (declined.lease_id, declined.reason.as_str()),
+        (1, "lease 1: slots [] are not the first of block 0/0, slots 0 to 0")
+    );
+
+    let mut without_y = lease(2, true, &[0]);
+    without_y.slots[0].columns.pop();
+    to_worker.lease(without_y).await;
+    assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
+    let Seen::Declined(declined) = coordinator.sees().await else { panic!("declined after the attempt") };
+    let expected = "the batch has no f32 column \"y\"; coordinator and worker disagree on the model";
+    assert_eq!((declined.lease_id, declined.reason.as_str()), (2, expected));
+
+    to_worker.lease(lease(3, false, &[0])).await;
+    assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
+    assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 3));
+}
+
+#[tokio::test]
+async fn a_refusal_is_final_and_said_in_words() {
+    async fn error_of(script: Script) -> String {
+        let coordinator = Scripted::start(script, 0).await;
+        let error = worker(&coordinator.address, no_spans()).await.unwrap().unwrap_err();
+        error.to_string().replace(&coordinator.address, "ADDRESS")
+    }
+
+    let refusal = v1::admit_reply::Verdict::Refusal("another device class; set cluster.exact = false".into());
+    let expected = "not admitted by the coordinator at ADDRESS: another device class; set cluster.exact = false";
+    assert_eq!(error_of(Script { verdict: refusal, ..Script::default() }).await, expected);
+
+    let other_version = Err(Status::failed_precondition("protocol version 1 here is not 2"));
+    let expected = "not admitted by the coordinator at ADDRESS: protocol version 1 here is not 2";
+    assert_eq!(error_of(Script { invitation: other_version, ..Script::default() }).await, expected);
+
+    let other_layout = v1::Invitation { layout: Some(v1::Layout::default()), ..invitation() };
+    let expected = "not admitted by the coordinator at ADDRESS: the coordinator's invitation makes no sense to this build: \
+                    the layout has 0 tensors of 0 elements in all where this build has 2 of 2; run the same version on \
+                    both sides";
+    assert_eq!(error_of(Script { invitation: Ok(other_layout), ..Script::default() }).await, expected);
+
+    let mut bad_probe = invitation();
+    bad_probe.probe[0].slots[0].columns.pop();
+    let expected = "cpu (burn-flex) cannot compute what the coordinator at ADDRESS trains: the batch has no f32 column \
+                    \"y\"; coordinator and worker disagree on the model";
+    assert_eq!(error_of(Script { invitation: Ok(bad_probe), ..Script::default() }).await, expected);
+}
+
+#[tokio::test]
+async fn a_worker_ends_when_it_is_shut_down() {
+    let config = WorkerConfig { address: "127.0.0.1:1".into(), name: "test".into(), device: cpu(), spans: no_spans() };
+    assert_eq!(run(config.clone(), async {}).await.unwrap(), Ended::Shutdown);
+
+    let config = WorkerConfig { address: "nowhere".into(), ..config };
+    let error = run(config, std::future::pending()).await.unwrap_err();
+    let expected = "\"nowhere\" is not HOST:PORT (it does not end in a port); for example --join 192.168.1.20:7070";
+    assert_eq!(error.to_string(), expected);
+}
