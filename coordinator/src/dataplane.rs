@@ -13,7 +13,7 @@ use bytes::Bytes;
 use lockstep_model::batch::Sums;
 use lockstep_model::config::OptimizerConfig;
 use lockstep_model::layout::Layout;
-use lockstep_model::optimizer::{self, OptimizerState};
+use lockstep_model::optimizer::{self, OptimizerState, Update};
 use lockstep_model::tree::{Block, TreeSum, add_vectors};
 use lockstep_proto::chunk;
 use tracing::Span;
@@ -235,7 +235,8 @@ impl Plane {
         let report = {
             let _span = tracing::info_span!(target: "lockstep", parent: span, "optimizer").entered();
             let State { parameters, optimizer } = &mut self.state;
-            optimizer::step(&self.config, &self.layout, parameters, optimizer, &gradient, sums.weight, lr, step)
+            let update = Update { gradient_sum: &gradient, weight_sum: sums.weight, lr, step };
+            optimizer::step(&self.config, &self.layout, parameters, optimizer, update)
         };
         let optimize = start.elapsed();
 

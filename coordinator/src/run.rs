@@ -94,7 +94,7 @@ pub async fn run(
     let server = tokio::spawn(server);
 
     let mut runtime = Runtime::new(config, run_dir, manifest, resumed, metrics, plane, staging, inputs, observer)?;
-    runtime.begin();
+    runtime.begin()?;
     tokio::pin!(stop);
     let mut stopping = false;
     while runtime.ended.is_none() {
@@ -237,13 +237,14 @@ impl Runtime {
         })
     }
 
-    fn begin(&mut self) {
+    fn begin(&mut self) -> anyhow::Result<()> {
         self.open_step(self.manifest.step + 1);
         self.tell(&RunEvent::Started {
             run_id: self.manifest.run_id.clone(),
             step: self.manifest.step,
             total_steps: self.config.schedule.steps,
         });
+        self.decide(Event::Tick)
     }
 
     fn tell(&self, event: &RunEvent) {

@@ -100,7 +100,7 @@ fn sample(
         (ModelConfig::Line(_), _) => {
             let x: f32 =
                 prompt.trim().parse().map_err(|_| anyhow::anyhow!("{prompt:?} is no number to predict for"))?;
-            Ok(format!("{:.2}", computer.predict(x)?))
+            Ok(format!(" → {:.2}", computer.predict(x)?))
         }
         (ModelConfig::Gpt(_), None) => anyhow::bail!("a Transformer without a tokenizer generates no text"),
     }

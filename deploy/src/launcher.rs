@@ -88,7 +88,11 @@ fn start(launch: &Launch, number: u32, log: &Path) -> anyhow::Result<Child> {
     let log = File::options().create(true).append(true).open(log);
     let log = log.with_context(|| format!("{shown}: cannot write the worker's log"))?;
     let program = std::env::current_exe().context("the program's own file cannot be found")?;
-    Command::new(&program)
+    let mut command = Command::new(&program);
+    // Ctrl-C in a terminal reaches every process of the group: it is for the coordinator to decide what follows.
+    #[cfg(unix)]
+    command.process_group(0);
+    command
         .args(["worker", "--join", &launch.address.to_string(), "--device", &launch.device.to_string()])
         .args(["--threads", &launch.threads.to_string(), "--name", &format!("local-{number}"), "--end-with-stdin"])
         .stdin(Stdio::piped())

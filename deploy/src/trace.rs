@@ -52,6 +52,8 @@ impl Recorder {
 struct Fields {
     step: u64,
     slot: Option<i32>,
+    /// Given by who made the span, so that other processes know it.
+    span_id: Option<u64>,
     remote_parent: u64,
 }
 
@@ -60,6 +62,7 @@ impl Visit for Fields {
         match field.name() {
             "step" => self.step = value,
             "slot" => self.slot = i32::try_from(value).ok(),
+            "span_id" => self.span_id = Some(value),
             _ => {}
         }
     }
@@ -104,7 +107,7 @@ impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Recorder {
             duration_nanos: 0,
             step: if fields.step == 0 { step } else { fields.step },
             slot: fields.slot.unwrap_or(slot),
-            span_id: self.new_id(),
+            span_id: fields.span_id.unwrap_or_else(|| self.new_id()),
             parent_span_id: parent_id,
         });
     }

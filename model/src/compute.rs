@@ -459,8 +459,9 @@ mod tests {
         for step in 1..=150 {
             let slot = computer.gradient(&batch, KEY).unwrap();
             loss = slot.sums.mean();
-            let (layout, weight) = (computer.layout().clone(), slot.sums.weight);
-            optimizer::step(&config, &layout, &mut parameters, &mut state, &slot.gradient, weight, config.lr, step);
+            let (gradient_sum, weight_sum) = (slot.gradient.as_slice(), slot.sums.weight);
+            let update = optimizer::Update { gradient_sum, weight_sum, lr: config.lr, step };
+            optimizer::step(&config, computer.layout(), &mut parameters, &mut state, update);
             computer.load(&parameters).unwrap();
         }
         assert!(loss < 0.05, "{loss}");

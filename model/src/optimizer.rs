@@ -39,10 +39,20 @@ pub struct StepReport {
     pub grad_norm: f64,
 }
 
-/// One optimizer step, in place.
-///
-/// `gradient_sum` is the sum over the step's slots and `weight_sum` the weights' sum; the mean is taken here, once.
-/// `step` counts from 1 and `lr` is the step's learning rate.
+/// What a step is made of, besides parameters and state.
+#[derive(Clone, Copy, Debug)]
+pub struct Update<'a> {
+    /// The gradient's sum over the step's slots, flat in layout order.
+    pub gradient_sum: &'a [f32],
+    /// The weights' sum over the step's slots.
+    pub weight_sum: f64,
+    /// The step's learning rate.
+    pub lr: f64,
+    /// The step's number, from 1.
+    pub step: u64,
+}
+
+/// One optimizer step, in place. The mean over the global batch is taken here, once.
 ///
 /// AdamW (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2), in PyTorch's order of operations: decay the parameter
 /// by `1 - lr · weight_decay`, update both moments, and subtract `lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)`.
@@ -51,11 +61,9 @@ pub fn step(
     layout: &Layout,
     parameters: &mut [f32],
     state: &mut OptimizerState,
-    gradient_sum: &[f32],
-    weight_sum: f64,
-    lr: f64,
-    step: u64,
+    update: Update<'_>,
 ) -> StepReport {
+    let Update { gradient_sum, weight_sum, lr, step } = update;
     let grad_norm = l2_norm(gradient_sum) / weight_sum;
     let clip = match config.grad_clip {
         Some(limit) if grad_norm > limit => limit / (grad_norm + 1e-6),
@@ -124,6 +132,10 @@ mod tests {
         OptimizerConfig { rule, lr: 1e-2, grad_clip }
     }
 
+    fn update(gradient_sum: &[f32], weight_sum: f64, lr: f64, step: u64) -> Update<'_> {
+        Update { gradient_sum, weight_sum, lr, step }
+    }
+
     fn layout(decayed: usize, plain: usize) -> Layout {
         let spec = |name: &str, offset, length, decay| TensorSpec {
             name: name.into(),
@@ -144,7 +156,7 @@ mod tests {
         let mut plain: Vec<(f64, f64, f64)> = parameters.iter().map(|&p| (f64::from(p), 0.0, 0.0)).collect();
         for t in 1..=20u64 {
             let gradient: Vec<f32> = (0..8).map(|i| ((i as u64 * 7 + t * 3) % 11) as f32 - 5.0).collect();
-            step(&config, &layout, &mut parameters, &mut state, &gradient, 4.0, 1e-2, t);
+            step(&config, &layout, &mut parameters, &mut state, update(&gradient, 4.0, 1e-2, t));
             for (i, (p, m, v)) in plain.iter_mut().enumerate() {
                 let g = f64::from(gradient[i]) / 4.0;
                 *p *= 1.0 - 1e-2 * if i < 5 { 0.1 } else { 0.0 };
@@ -163,8 +175,13 @@ mod tests {
     fn clipping_scales_the_whole_gradient_to_the_limit() {
         let config = OptimizerConfig { rule: UpdateRule::Sgd, lr: 1.0, grad_clip: Some(1.0) };
         let mut parameters = vec![0.0; 2];
-        let report =
-            step(&config, &layout(1, 1), &mut parameters, &mut OptimizerState::default(), &[6.0, 8.0], 2.0, 1.0, 1);
+        let report = step(
+            &config,
+            &layout(1, 1),
+            &mut parameters,
+            &mut OptimizerState::default(),
+            update(&[6.0, 8.0], 2.0, 1.0, 1),
+        );
         assert_eq!(report.grad_norm, 5.0);
         assert!((parameters[0] + 0.6).abs() < 1e-6 && (parameters[1] + 0.8).abs() < 1e-6, "{parameters:?}");
     }
@@ -175,7 +192,7 @@ mod tests {
         layout.tensors[0].trainable = false;
         let mut parameters = vec![1.0; 4];
         let mut state = OptimizerState::new(&adamw(None), 4);
-        step(&adamw(None), &layout, &mut parameters, &mut state, &[1.0; 4], 1.0, 1e-2, 1);
+        step(&adamw(None), &layout, &mut parameters, &mut state, update(&[1.0; 4], 1.0, 1e-2, 1));
         assert_eq!(parameters[..2], [1.0, 1.0]);
         assert!(parameters[2] < 1.0);
     }
@@ -200,7 +217,7 @@ mod tests {
                 1e-2,
                 t,
             );
-            norms.push(step(&config, &layout, &mut parameters, &mut state, &gradient, 3.0, lr, t).grad_norm);
+            norms.push(step(&config, &layout, &mut parameters, &mut state, update(&gradient, 3.0, lr, t)).grad_norm);
         }
         expect_test::expect!["5ebe5d62fd18ceb78d001959e3d45e42c840049cad0d572a4896996f8011076a"]
             .assert_eq(&hex(&vector_sha256(&parameters)));

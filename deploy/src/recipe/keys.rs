@@ -132,8 +132,8 @@ pub(super) const KEYS: &[Key] = &[
     key("evaluation.every_steps",        Default("0"),                Every,       Fixed),
     key("evaluation.slots",              Default("32"),               Every,       Fixed),
 
-    key("sampling.every_steps",          Default("0"),                Gpt,         Free),
-    key("sampling.prompts",              Default("[\"\\n\"]"),        Gpt,         Free),
+    key("sampling.every_steps",          Default("0"),                Every,       Free),
+    key("sampling.prompts",              Default("[\"\\n\"]"),        Every,       Free),
     key("sampling.tokens",               Default("200"),              Gpt,         Free),
     key("sampling.temperature",          Default("0.8"),              Gpt,         Free),
     key("sampling.top_k",                Default("0"),                Gpt,         Free),

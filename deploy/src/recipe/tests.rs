@@ -91,6 +91,10 @@ fn the_whole_text_names_every_key_that_is_read() {
         every_steps = 0
         slots = 32
 
+        [sampling]
+        every_steps = 200
+        prompts = ["5.0"]
+
         [checkpoint]
         every_steps = 0
         keep_last = 2
@@ -198,7 +202,7 @@ fn another_kind_needs_no_cleaning_up() {
     let constant = fixed(&["schedule.decay=constant"]).unwrap();
     assert_eq!(constant.schedule.decay, Decay::Constant);
     let line = fixed(&["model.kind=line", "batch.sequences_per_slot=1000000"]).unwrap();
-    assert_eq!((line.data, line.sampling.every_steps), (None, 0));
+    assert_eq!((line.data, line.sampling.tokens), (None, 0));
 }
 
 #[test]

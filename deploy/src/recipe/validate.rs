@@ -227,22 +227,23 @@ fn evaluation(v: &Values, data: Option<&DataRecipe>, batch: BatchConfig) -> Resu
 }
 
 fn sampling(v: &Values, model: ModelKind) -> Result<SamplingConfig, RecipeError> {
-    if model == ModelKind::Line {
-        return Ok(SamplingConfig { every_steps: 0, prompts: Vec::new(), tokens: 0, temperature: 0.0, top_k: 0 });
-    }
-    let sampling = SamplingConfig {
-        every_steps: v.integer("sampling.every_steps", 0..=i64::MAX)?,
-        prompts: v.texts("sampling.prompts")?,
-        tokens: v.integer("sampling.tokens", 1..=1_000_000)?,
-        temperature: v.number("sampling.temperature", "of at least 0", |temperature| temperature >= 0.0)?,
-        top_k: v.integer("sampling.top_k", 0..=i64::MAX)?,
-    };
-    if sampling.every_steps > 0 && sampling.prompts.is_empty() {
+    let every_steps: u64 = v.integer("sampling.every_steps", 0..=i64::MAX)?;
+    let prompts = v.texts("sampling.prompts")?;
+    if every_steps > 0 && prompts.is_empty() {
         return Err(
             v.refuse("sampling.prompts", "there is nothing to continue; set sampling.every_steps = 0 for no samples")
         );
     }
-    Ok(sampling)
+    if model == ModelKind::Line {
+        return Ok(SamplingConfig { every_steps, prompts, tokens: 0, temperature: 0.0, top_k: 0 });
+    }
+    Ok(SamplingConfig {
+        every_steps,
+        prompts,
+        tokens: v.integer("sampling.tokens", 1..=1_000_000)?,
+        temperature: v.number("sampling.temperature", "of at least 0", |temperature| temperature >= 0.0)?,
+        top_k: v.integer("sampling.top_k", 0..=i64::MAX)?,
+    })
 }
 
 fn checkpoint(v: &Values, steps: u64) -> Result<CheckpointConfig, RecipeError> {

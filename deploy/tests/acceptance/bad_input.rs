@@ -42,8 +42,8 @@ fn bad_corpora_are_named_with_file_and_offset() {
 fn a_port_in_use_is_said() {
     let dir = tempfile::tempdir().unwrap();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = taken.local_addr().unwrap().to_string();
-    let arguments = ["coordinator", "line", "--listen", &address, "--run", path(&dir.path().join("run"))];
+    let (address, run) = (taken.local_addr().unwrap().to_string(), dir.path().join("run"));
+    let arguments = ["coordinator", "line", "--listen", &address, "--run", path(&run)];
     assert!(fail(lockstep(&arguments, &[]), 1).contains(&address));
 }
 
@@ -81,6 +81,24 @@ fn a_status_tells_what_the_run_waits_for() {
     let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&status["step"], &status["total_steps"]), (&0.into(), &24.into()));
     assert!(status["waiting_for"].as_str().unwrap().contains("worker"), "{status}");
+}
+
+#[test]
+fn another_protocol_version_is_refused_in_words() {
+    use lockstep_proto::v1::JoinRequest;
+    use lockstep_proto::v1::lockstep_client::LockstepClient;
+    use tonic::transport::Channel;
+
+    let dir = tempfile::tempdir().unwrap();
+    let (_coordinator, address) = coordinator("line", &dir.path().join("run"), &[], &[]);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let refused = runtime.block_on(async {
+        let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+        let request = JoinRequest { protocol_version: 99, name: "new".into(), device: "cpu".into() };
+        LockstepClient::new(channel).join(request).await.unwrap_err()
+    });
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+    assert!(refused.message().contains("version 99") && refused.message().contains("same release"), "{refused}");
 }
 
 /// A full disk, for real: a file system of one megabyte.
