@@ -145,6 +145,13 @@ struct Member {
     clock_offset_nanos: i64,
 }
 
+/// A worker that asked to join.
+struct Applicant {
+    name: String,
+    device: String,
+    reply: oneshot::Sender<Result<WorkerId, String>>,
+}
+
 /// The step under way, as it is measured.
 struct StepTimes {
     since: Instant,
@@ -167,7 +174,7 @@ struct Runtime {
     observer: Observer,
     members: BTreeMap<WorkerId, Member>,
     /// Requests to join that the engine has not answered.
-    joining: HashMap<Ticket, (String, String, oneshot::Sender<Result<WorkerId, String>>)>,
+    joining: HashMap<Ticket, Applicant>,
     next_ticket: u64,
     /// What the next checkpoint will say, kept up to date.
     manifest: Manifest,
@@ -175,7 +182,7 @@ struct Runtime {
     step: StepTimes,
     /// Loss and weight of the step that the data plane is applying.
     applying: Option<(Sums, f64)>,
-    /// Results that the engine has not judged yet, by lease, with their times.
+    /// The result that the engine is judging; counted in the step's times if it is accepted.
     judging: Option<Finished>,
     ended: Option<Outcome>,
 }
@@ -257,7 +264,7 @@ impl Runtime {
             Input::Join { name, device, class, reply } => {
                 self.next_ticket += 1;
                 let ticket = Ticket(self.next_ticket);
-                self.joining.insert(ticket, (name.clone(), device.clone(), reply));
+                self.joining.insert(ticket, Applicant { name: name.clone(), device: device.clone(), reply });
                 self.decide(Event::JoinRequested { ticket, name, device, class })
             }
             Input::Opened { worker, out } => {
@@ -326,13 +333,13 @@ impl Runtime {
     fn carry_out(&mut self, command: Command) -> anyhow::Result<()> {
         match &command {
             Command::Refuse { .. } | Command::Release { .. } | Command::Disconnect { .. } => {
-                tracing::info!("{command}")
+                tracing::info!("{command}");
             }
             _ => tracing::debug!("{command}"),
         }
         match command {
             Command::Admit { ticket, worker, class } => {
-                let Some((name, device, reply)) = self.joining.remove(&ticket) else { return Ok(()) };
+                let Some(Applicant { name, device, reply }) = self.joining.remove(&ticket) else { return Ok(()) };
                 let classes: BTreeSet<String> = self.manifest.device_classes.drain(..).chain([hex(&class.0)]).collect();
                 self.manifest.device_classes = classes.into_iter().collect();
                 let member = Member { name: name.clone(), out: None, open: false, clock_offset_nanos: 0 };
@@ -343,7 +350,7 @@ impl Runtime {
                 let _ = reply.send(Ok(worker));
             }
             Command::Refuse { ticket, reason } => {
-                let Some((name, _, reply)) = self.joining.remove(&ticket) else { return Ok(()) };
+                let Some(Applicant { name, reply, .. }) = self.joining.remove(&ticket) else { return Ok(()) };
                 let reason = reason.to_string();
                 self.tell(&RunEvent::WorkerRefused { name, reason: reason.clone() });
                 let _ = reply.send(Err(reason));

@@ -294,7 +294,6 @@ fn digest(bytes: &[u8], field: &str) -> Result<[u8; 32], Status> {
     bytes.try_into().map_err(|_| Status::invalid_argument(format!("{field} has {} bytes, SHA-256 has 32", bytes.len())))
 }
 
-#[allow(clippy::needless_pass_by_value)] // the shape that map_err wants
 fn chunk_status(error: chunk::ChunkError) -> Status {
     match error {
         chunk::ChunkError::Checksum { .. } => Status::data_loss(error.to_string()),

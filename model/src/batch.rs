@@ -81,12 +81,15 @@ pub enum BatchError {
     },
 }
 
+/// The elements of a column and its shape.
+pub type Shaped<'a, T> = (&'a [T], [usize; 2]);
+
 impl Batch {
     /// A column of token numbers and its shape.
     ///
     /// # Errors
     /// If there is none of that name, or its size is not its shape's.
-    pub fn u32(&self, name: &'static str) -> Result<(&[u32], [usize; 2]), BatchError> {
+    pub fn u32(&self, name: &'static str) -> Result<Shaped<'_, u32>, BatchError> {
         match self.column(name)? {
             Some((Values::U32(values), shape)) => Ok((values, shape)),
             _ => Err(BatchError::Missing { name, element: "u32" }),
@@ -97,7 +100,7 @@ impl Batch {
     ///
     /// # Errors
     /// If it is of another type, or its size is not its shape's.
-    pub fn optional_f32(&self, name: &'static str) -> Result<Option<(&[f32], [usize; 2])>, BatchError> {
+    pub fn optional_f32(&self, name: &'static str) -> Result<Option<Shaped<'_, f32>>, BatchError> {
         match self.column(name)? {
             Some((Values::F32(values), shape)) => Ok(Some((values, shape))),
             Some(_) => Err(BatchError::Missing { name, element: "f32" }),
@@ -109,7 +112,7 @@ impl Batch {
     ///
     /// # Errors
     /// If there is none of that name and type, or its size is not its shape's.
-    pub fn f32(&self, name: &'static str) -> Result<(&[f32], [usize; 2]), BatchError> {
+    pub fn f32(&self, name: &'static str) -> Result<Shaped<'_, f32>, BatchError> {
         self.optional_f32(name)?.ok_or(BatchError::Missing { name, element: "f32" })
     }
 

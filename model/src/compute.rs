@@ -190,7 +190,7 @@ impl Computer {
                 context: config.context,
                 dropout: config.dropout,
             },
-            ModelConfig::Line(_) => Network::Line(Line::assemble(&mut leaves)),
+            ModelConfig::Line(_) => Network::Line(Box::new(Line::assemble(&mut leaves))),
         }
     }
 }
@@ -198,7 +198,7 @@ impl Computer {
 /// A model's tensors in working order.
 enum Network {
     Gpt { gpt: Box<Gpt>, vocab_size: usize, context: usize, dropout: f64 },
-    Line(Line),
+    Line(Box<Line>),
 }
 
 impl Network {
