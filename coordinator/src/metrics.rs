@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use lockstep_model::number::or_nan;
 use serde::{Deserialize, Serialize};
 
 /// One line.
@@ -22,15 +23,17 @@ pub enum Line {
 pub struct StepLine {
     /// The step, from 1.
     pub step: u64,
-    /// Mean loss over the step's batch, before the update.
+    /// Mean loss over the step's batch, before the update; `null` in the file where it is NaN.
+    #[serde(deserialize_with = "or_nan")]
     pub loss: f64,
     /// Tokens (or rows) trained on so far.
     pub tokens: u64,
     /// Learning rate.
     pub lr: f64,
-    /// Global L2 norm of the mean gradient, before clipping.
+    /// Global L2 norm of the mean gradient, before clipping; `null` in the file where it is NaN.
+    #[serde(deserialize_with = "or_nan")]
     pub grad_norm: f64,
-    /// Wall time from the last commit, or from the end of a validation between, to this one.
+    /// Wall time from the step's first lease to its commit.
     pub step_secs: f64,
     /// Tokens (or rows) of the step per second of wall time.
     pub tokens_per_sec: f64,
@@ -51,7 +54,8 @@ pub struct StepLine {
 pub struct ValidationLine {
     /// Optimizer steps applied to the parameters it measured.
     pub step: u64,
-    /// Mean loss over all validation windows.
+    /// Mean loss over all validation windows; `null` in the file where it is NaN.
+    #[serde(deserialize_with = "or_nan")]
     pub val_loss: f64,
 }
 
@@ -107,7 +111,9 @@ impl Metrics {
         text.push('\n');
         // One write a line, so that a reader never sees half of one from a live run.
         let written = self.file.write_all(text.as_bytes());
-        written.with_context(|| format!("{}: cannot append; is the disk full?", self.path.display()))?;
+        written.with_context(|| {
+            format!("{}: cannot append. Free space, then continue with --resume", self.path.display())
+        })?;
         self.lines.push(line);
         Ok(())
     }
@@ -165,6 +171,10 @@ mod tests {
         Line::Validation(ValidationLine { step, val_loss: 2.0 })
     }
 
+    fn validation_of(val_loss: f64) -> Line {
+        Line::Validation(ValidationLine { step: 1, val_loss })
+    }
+
     #[test]
     fn after_a_resume_each_step_stands_once() {
         let dir = tempfile::tempdir().unwrap();
@@ -180,6 +190,15 @@ mod tests {
         metrics.append(step(3)).unwrap();
         assert_eq!(read(&path).unwrap(), [validation(0), step(1), step(2), validation(2), step(3)]);
         assert_eq!(Metrics::open(&path, 2, false).unwrap().lines(), [validation(0), step(1), step(2)]);
+    }
+
+    #[test]
+    fn a_diverged_run_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        Metrics::open(&path, 0, false).unwrap().append(validation_of(f64::NAN)).unwrap();
+        let [Line::Validation(line)] = read(&path).unwrap()[..] else { panic!("one validation") };
+        assert!(line.val_loss.is_nan());
     }
 
     #[test]

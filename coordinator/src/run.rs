@@ -152,12 +152,27 @@ struct Applicant {
     reply: oneshot::Sender<Result<WorkerId, String>>,
 }
 
-/// The step under way, as it is measured.
+/// The step under way, as it is measured: from its first lease.
 struct StepTimes {
+    /// 0 where none is under way.
+    number: u64,
     since: Instant,
     compute: Duration,
     upload: Duration,
+    /// Ends when this is replaced.
     span: Span,
+}
+
+impl StepTimes {
+    fn none() -> Self {
+        Self { number: 0, since: Instant::now(), compute: Duration::ZERO, upload: Duration::ZERO, span: Span::none() }
+    }
+
+    fn begin(run_id: &str, number: u64) -> Self {
+        let span_id = span_id(run_id, number);
+        let span = tracing::info_span!(target: "lockstep", parent: None, "step", step = number, span_id);
+        Self { number, span, ..Self::none() }
+    }
 }
 
 /// All that changes while a run goes on.
@@ -232,12 +247,7 @@ impl Runtime {
             joining: HashMap::new(),
             next_ticket: 0,
             manifest,
-            step: StepTimes {
-                since: Instant::now(),
-                compute: Duration::ZERO,
-                upload: Duration::ZERO,
-                span: Span::none(),
-            },
+            step: StepTimes::none(),
             applying: None,
             judging: None,
             ended: None,
@@ -245,7 +255,6 @@ impl Runtime {
     }
 
     fn begin(&mut self) -> anyhow::Result<()> {
-        self.open_step(self.manifest.step + 1);
         self.tell(&RunEvent::Started {
             run_id: self.manifest.run_id.clone(),
             step: self.manifest.step,
@@ -356,6 +365,9 @@ impl Runtime {
                 let _ = reply.send(Err(reason));
             }
             Command::Lease { worker, lease } => {
+                if lease.task == Task::Gradient && self.step.number != lease.step {
+                    self.step = StepTimes::begin(&self.manifest.run_id, lease.step);
+                }
                 let message = self.lease_message(&lease);
                 self.send(worker, Message::Lease(message));
             }
@@ -379,8 +391,6 @@ impl Runtime {
                 self.manifest.validation = Some(Validation { step, loss });
                 self.metrics.append(Line::Validation(ValidationLine { step, val_loss: loss }))?;
                 self.tell(&RunEvent::Validation { step, loss });
-                // What follows is the next step's time.
-                self.open_step(step + 1);
             }
             Command::Sample { step } => {
                 if let Some(handle) = self.sampler.as_ref().and_then(Sampler::handle) {
@@ -492,15 +502,8 @@ impl Runtime {
             publish_secs: applied.publish.as_secs_f64(),
         }))?;
         self.tell(&RunEvent::Step { step, loss, tokens_per_sec });
-        self.open_step(step + 1);
+        self.step = StepTimes::none();
         self.decide(Event::StepApplied { step })
-    }
-
-    /// Begins to measure `step`; ends the span of the one before.
-    fn open_step(&mut self, step: u64) {
-        let span_id = span_id(&self.manifest.run_id, step);
-        let span = tracing::info_span!(target: "lockstep", parent: None, "step", step, span_id);
-        self.step = StepTimes { since: Instant::now(), compute: Duration::ZERO, upload: Duration::ZERO, span };
     }
 
     fn draw(&self) {
@@ -555,8 +558,7 @@ impl Runtime {
     /// Waits for samples under way and draws the last picture.
     fn finish(mut self, queue: &mut mpsc::UnboundedReceiver<Input>) -> anyhow::Result<Summary> {
         let outcome = self.ended.take().context("the run ended without an outcome")?;
-        // In this order: what the data plane still hands on must reach archive and sampler.
-        self.plane.snapshot(drop);
+        // Waits for the samples under way: jobs that the data plane still holds keep the sampler's queue open.
         self.sampler = None;
         while let Ok(input) = queue.try_recv() {
             if let Input::Sampled(sample) = input {

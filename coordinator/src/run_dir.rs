@@ -112,13 +112,18 @@ impl RunDir {
     /// # Errors
     /// If the system refuses.
     pub fn write_recipe(&self, recipe_toml: &str) -> anyhow::Result<()> {
-        write_atomically(&self.root.join("recipe.toml"), recipe_toml)
+        write_atomically(&recipe(&self.root), recipe_toml)
     }
 }
 
 /// Where the checkpoints of the run in `root` lie.
 pub fn checkpoints(root: &Path) -> PathBuf {
     root.join("checkpoints")
+}
+
+/// Where the recipe of the run in `root` lies.
+pub fn recipe(root: &Path) -> PathBuf {
+    root.join("recipe.toml")
 }
 
 fn write_atomically(path: &Path, text: &str) -> anyhow::Result<()> {

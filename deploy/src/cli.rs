@@ -43,9 +43,9 @@ pub(crate) enum Command {
 /// A recipe and what is changed in it.
 #[derive(Args, Debug)]
 pub(crate) struct RecipeArgs {
-    /// An embedded recipe (quickstart, shakespeare-char-cpu, shakespeare-char, line) or the path of a TOML file.
-    #[arg(default_value = "quickstart")]
-    pub(crate) recipe: String,
+    /// An embedded recipe (quickstart, shakespeare-char-cpu, shakespeare-char, line) or the path of a TOML file
+    /// [default: quickstart; with --resume, the run's own].
+    pub(crate) recipe: Option<String>,
     /// Override a key of the recipe; may be given several times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
@@ -67,7 +67,7 @@ pub(crate) struct Outputs {
   lockstep train
   lockstep train --workers 4 --set schedule.steps=2000
   lockstep train shakespeare-char-cpu --set data.input=input.txt --run runs/shakespeare
-  lockstep train --run runs/quickstart-1 --resume")]
+  lockstep train --run runs/shakespeare --resume")]
 pub(crate) struct Train {
     #[command(flatten)]
     pub(crate) recipe: RecipeArgs,
@@ -92,11 +92,8 @@ pub(crate) struct Train {
   lockstep coordinator quickstart --listen 127.0.0.1:7070 --run runs/shared
   lockstep coordinator my.toml --listen 0.0.0.0:7070 --run runs/lab --insecure")]
 pub(crate) struct Coordinator {
-    /// An embedded recipe (quickstart, shakespeare-char-cpu, shakespeare-char, line) or the path of a TOML file.
-    pub(crate) recipe: String,
-    /// Override a key of the recipe; may be given several times.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub(crate) set: Vec<String>,
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
     /// Address to listen on; port 0 takes a free one.
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: SocketAddr,

@@ -69,7 +69,8 @@ pub struct Manifest {
 pub struct Validation {
     /// Optimizer steps applied when it was measured.
     pub step: u64,
-    /// Mean loss.
+    /// Mean loss; NaN where the run diverged.
+    #[serde(deserialize_with = "crate::number::or_nan")]
     pub loss: f64,
 }
 
@@ -457,6 +458,14 @@ mod tests {
             fs::write(new.join(name), &changed).unwrap();
             assert_eq!(newest(dir.path()).unwrap().0.unwrap().0, old, "{name} changed");
         }
+    }
+
+    #[test]
+    fn a_diverged_run_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let diverged = Manifest { train_loss: Some(f64::NAN), ..manifest(3, Some(f64::NAN)) };
+        let path = write(dir.path(), diverged, &[f32::NAN, 2.0], &moments()).unwrap();
+        assert!(read(&path).unwrap().manifest.validation.unwrap().loss.is_nan());
     }
 
     #[test]

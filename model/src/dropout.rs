@@ -2,7 +2,7 @@
 //!
 //! The draw for a tensor is keyed by (seed, step, slot, site). Element `e` (row-major) takes 16 bits of Philox block
 //! `e / 8`: half `e % 2` of word `(e % 8) / 2`, low half first. It is zeroed where these bits, as a number, are below
-//! `round(rate · 65536)`, and divided by `1 - rate` otherwise.
+//! `round(rate · 65536)`, and multiplied by `1 / (1 - rate)`, rounded to f32, otherwise.
 
 use burn::tensor::{Device, Tensor, TensorData};
 

@@ -15,6 +15,7 @@ mod dropout;
 pub mod generate;
 pub mod layout;
 mod line;
+pub mod number;
 pub mod optimizer;
 pub mod probe;
 pub mod random;

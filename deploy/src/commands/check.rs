@@ -24,7 +24,7 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<()> {
         let text = "--bandwidth-mbit and --worker-tokens-per-sec must be positive; for example --bandwidth-mbit 1000";
         return Err(Usage(text.into()).into());
     }
-    let recipe = prepare::recipe(&args.recipe)?;
+    let recipe = prepare::recipe(&args.recipe, None)?;
     let data = prepare::data(&recipe)?;
     let (rate, origin) = match args.worker_tokens_per_sec {
         Some(rate) => (rate, "given".to_string()),

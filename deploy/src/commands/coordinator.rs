@@ -10,7 +10,7 @@ use lockstep_coordinator::{RunConfig, Summary, run_dir};
 use tokio::net::TcpListener;
 
 use super::{Usage, block_on, prepare};
-use crate::cli::{Coordinator, RecipeArgs};
+use crate::cli::Coordinator;
 use crate::progress::Progress;
 use crate::trace::{Process, Recorder, TraceFile};
 use crate::{stop, telemetry};
@@ -27,7 +27,7 @@ pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
         .into());
     }
     let recorder = telemetry::init("info", args.outputs.trace.is_some());
-    let recipe = prepare::recipe(&RecipeArgs { recipe: args.recipe, set: args.set })?;
+    let recipe = prepare::recipe(&args.recipe, args.outputs.resume.then_some(args.run.as_path()))?;
     let config = prepare::run_config(&recipe, args.run.clone(), args.outputs.resume)?;
     block_on(async {
         let listener = bind(args.listen).await?;

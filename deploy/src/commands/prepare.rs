@@ -13,9 +13,14 @@ use crate::builtin;
 use crate::cli::RecipeArgs;
 use crate::recipe::{self, Input, ModelRecipe, Recipe};
 
-/// Reads the recipe that the command line names.
-pub(crate) fn recipe(args: &RecipeArgs) -> anyhow::Result<Recipe> {
-    Ok(Recipe::load(&args.recipe, &args.set)?)
+/// The recipe of a newcomer.
+const DEFAULT_RECIPE: &str = "quickstart";
+
+/// Reads the recipe that the command line names; where it names none, that of the run to resume, or the default.
+pub(crate) fn recipe(args: &RecipeArgs, resumed: Option<&Path>) -> anyhow::Result<Recipe> {
+    let own = resumed.map(run_dir::recipe).filter(|own| own.exists()).map(|own| own.display().to_string());
+    let named = args.recipe.clone().or(own).unwrap_or_else(|| DEFAULT_RECIPE.into());
+    Ok(Recipe::load(&named, &args.set)?)
 }
 
 /// What a recipe is about once its corpus is read.

@@ -20,16 +20,14 @@ const LISTED_LOSSES: u64 = 5;
 /// Trains with local workers.
 pub(crate) fn run(args: Train) -> anyhow::Result<()> {
     let recorder = telemetry::init("warn", args.outputs.trace.is_some());
-    let recipe = prepare::recipe(&args.recipe)?;
-    let run = match args.run {
-        Some(run) => run,
-        None if args.outputs.resume => {
-            return Err(Usage("--resume needs the run to continue: add --run DIR".into()).into());
-        }
-        None => free_run_dir(&recipe.name),
-    };
+    let resume = args.outputs.resume;
+    if resume && args.run.is_none() {
+        return Err(Usage("--resume needs the run to continue: add --run DIR".into()).into());
+    }
+    let recipe = prepare::recipe(&args.recipe, args.run.as_deref().filter(|_| resume))?;
+    let run = args.run.unwrap_or_else(|| free_run_dir(&recipe.name));
     let threads = args.threads.unwrap_or_else(|| (cores() as u32 / args.workers).max(1));
-    let config = prepare::run_config(&recipe, run.clone(), args.outputs.resume)?;
+    let config = prepare::run_config(&recipe, run.clone(), resume)?;
     let text = matches!(config.model, ModelConfig::Gpt(_));
     eprintln!(
         "training {} with {} {} of {threads} {}; everything goes to {}",

@@ -39,6 +39,17 @@ fn bad_corpora_are_named_with_file_and_offset() {
 }
 
 #[test]
+fn a_diverged_run_still_has_whole_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let train = ["train", "line", "--device", "cpu", "--run", path(&run)];
+    succeed(lockstep(&train, &["optimizer.lr=1e30", "checkpoint.stop_after=20"]));
+    succeed(lockstep(&["train", "--device", "cpu", "--run", path(&run), "--resume"], &["checkpoint.stop_after=30"]));
+    let shown = inspect(&run);
+    assert_eq!((&shown["step"], &shown["train_loss"]), (&30.into(), &serde_json::Value::Null));
+}
+
+#[test]
 fn a_port_in_use_is_said() {
     let dir = tempfile::tempdir().unwrap();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -101,6 +112,18 @@ fn another_protocol_version_is_refused_in_words() {
     assert!(refused.message().contains("version 99") && refused.message().contains("same release"), "{refused}");
 }
 
+/// A file system that is unmounted with this value, whatever the test finds.
+#[cfg(target_os = "linux")]
+struct Mounted<'a>(&'a std::path::Path);
+
+#[cfg(target_os = "linux")]
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        // Lazily, since the processes that used it may still be ending.
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(self.0).status();
+    }
+}
+
 /// A full disk, for real: a file system of one megabyte.
 #[cfg(target_os = "linux")]
 #[test]
@@ -115,6 +138,7 @@ fn a_full_disk_ends_the_run_and_breaks_nothing() {
         skip("a_full_disk_ends_the_run_and_breaks_nothing", "this user may not mount a file system of one megabyte");
         return;
     }
+    let _mounted = Mounted(&disk);
     let run = disk.join("run");
     // A checkpoint takes about 400 kB: two fit, the third does not.
     let overrides = [SMALL, &["checkpoint.keep_last=9", "checkpoint.every_steps=4"]].concat();
@@ -122,7 +146,6 @@ fn a_full_disk_ends_the_run_and_breaks_nothing() {
     let _worker = worker(&address, "only");
     let status = coordinator.wait();
     let kept = inspect(&run);
-    Command::new("umount").arg(&disk).status().unwrap();
     assert_eq!(status, Some(1), "{}", coordinator.said);
     assert!(coordinator.said.contains("Free space"), "{}", coordinator.said);
     assert!(kept["step"].as_u64().unwrap() >= 4, "the checkpoints before are whole");
