@@ -44,7 +44,13 @@ pub(crate) fn loss_curve(path: &Path, title: &str, lines: &[Line]) -> anyhow::Re
         .x_label_area_size(40)
         .y_label_area_size(60)
         .build_cartesian_2d(0.0..last, low..high)?;
-    chart.configure_mesh().x_desc("step").y_desc("loss").light_line_style(WHITE).draw()?;
+    chart
+        .configure_mesh()
+        .x_desc("step")
+        .x_label_formatter(&|step| format!("{step:.0}"))
+        .y_desc("loss")
+        .light_line_style(WHITE)
+        .draw()?;
 
     let (blue, orange) = (RGBColor(31, 119, 180), RGBColor(255, 127, 14));
     chart.draw_series(LineSeries::new(thin(&training), blue.mix(0.25)))?;

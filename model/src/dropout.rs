@@ -92,6 +92,13 @@ mod tests {
         assert!((mean - 1.0).abs() < 0.005, "{mean}");
     }
 
+    /// The example of ARCHITECTURE.md, computed by another implementation of the description there.
+    #[test]
+    fn the_mask_is_the_documented_one() {
+        let kept = 1.25;
+        assert_eq!(mask(0.2, KEY, Site::Embedding, 8), [0.0, kept, 0.0, kept, kept, kept, kept, kept]);
+    }
+
     #[test]
     fn every_part_of_the_key_matters_and_nothing_else_does() {
         let reference = mask(0.5, KEY, Site::Attention(1), 64);

@@ -172,6 +172,46 @@ mod tests {
     }
 
     #[test]
+    fn adamw_and_sgd_agree_with_burns() {
+        use burn::tensor::Tensor;
+        use burn_optim::{AdamWConfig, Optimizer, SgdConfig};
+
+        use crate::device::{ComputeDevice, DeviceChoice};
+
+        let device = ComputeDevice::open(DeviceChoice::Cpu).unwrap();
+        let start: Vec<f32> = crate::probe::parameters(16).iter().map(|p| p * 20.0).collect();
+        let gradient = |t: u64| -> Vec<f32> { (0..16).map(|i| ((i * 7 + t * 3) % 11) as f32 / 4.0 - 1.2).collect() };
+        let ours = |config: &OptimizerConfig| {
+            let (mut parameters, mut state) = (start.clone(), OptimizerState::new(config, 16));
+            for t in 1..=30 {
+                step(config, &layout(16, 0), &mut parameters, &mut state, update(&gradient(t), 1.0, 1e-2, t));
+            }
+            parameters
+        };
+        fn theirs<O: Optimizer>(
+            optimizer: &O,
+            start: &[f32],
+            gradient: impl Fn(u64) -> Vec<f32>,
+            device: &ComputeDevice,
+        ) -> Vec<f32> {
+            let tensor = |values: &[f32]| Tensor::<1>::from_floats(values, device.handle());
+            let (mut parameters, mut state) = (tensor(start), None);
+            for t in 1..=30 {
+                (parameters, state) = optimizer.step(1e-2, parameters, tensor(&gradient(t)), state);
+            }
+            parameters.into_data().try_into_vec().unwrap()
+        }
+        let burns_adamw = AdamWConfig::new().with_beta_2(0.95).with_epsilon(1e-8).with_weight_decay(0.1).build();
+        let sgd = OptimizerConfig { rule: UpdateRule::Sgd, lr: 1e-2, grad_clip: None };
+        for (ours, theirs) in [
+            (ours(&adamw(None)), theirs(&burns_adamw, &start, gradient, &device)),
+            (ours(&sgd), theirs(&SgdConfig::new().build(), &start, gradient, &device)),
+        ] {
+            assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 2e-6), "{ours:?} is not {theirs:?}");
+        }
+    }
+
+    #[test]
     fn clipping_scales_the_whole_gradient_to_the_limit() {
         let config = OptimizerConfig { rule: UpdateRule::Sgd, lr: 1.0, grad_clip: Some(1.0) };
         let mut parameters = vec![0.0; 2];
