@@ -3,9 +3,9 @@
 //! Vectors never pass through the engine. They wait here under the lease that made them until the engine accepts the
 //! block, and one thread adds them up, applies the step and publishes the result.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -22,8 +22,13 @@ use crate::engine::{LeaseId, WorkerId};
 
 /// Gradients that were pushed and wait for their block to be accepted or discarded.
 #[derive(Debug, Default)]
-pub(crate) struct Staging {
-    vectors: Mutex<HashMap<(WorkerId, LeaseId), Staged>>,
+pub(crate) struct Staging(Mutex<Stage>);
+
+#[derive(Debug, Default)]
+struct Stage {
+    /// Who may leave vectors here.
+    members: HashSet<WorkerId>,
+    vectors: HashMap<(WorkerId, LeaseId), Staged>,
 }
 
 /// A pushed gradient.
@@ -36,29 +41,41 @@ pub(crate) struct Staged {
 }
 
 impl Staging {
-    /// Keeps a vector for a lease, in the place of an earlier one.
-    pub(crate) fn put(&self, worker: WorkerId, lease: LeaseId, staged: Staged) {
-        self.lock().insert((worker, lease), staged);
+    /// Lets a new member leave vectors here.
+    pub(crate) fn admit(&self, worker: WorkerId) {
+        self.lock().members.insert(worker);
+    }
+
+    /// Keeps a vector for a lease, in the place of an earlier one; `false` if the worker is no member.
+    pub(crate) fn put(&self, worker: WorkerId, lease: LeaseId, staged: Staged) -> bool {
+        let mut stage = self.lock();
+        let member = stage.members.contains(&worker);
+        if member {
+            stage.vectors.insert((worker, lease), staged);
+        }
+        member
     }
 
     /// The digest of what waits for a lease.
     pub(crate) fn sha256(&self, worker: WorkerId, lease: LeaseId) -> Option<[u8; 32]> {
-        self.lock().get(&(worker, lease)).map(|staged| staged.sha256)
+        self.lock().vectors.get(&(worker, lease)).map(|staged| staged.sha256)
     }
 
     /// Takes a lease's vector out.
     pub(crate) fn take(&self, worker: WorkerId, lease: LeaseId) -> Option<Vec<f32>> {
-        self.lock().remove(&(worker, lease)).map(|staged| staged.vector)
+        self.lock().vectors.remove(&(worker, lease)).map(|staged| staged.vector)
     }
 
-    /// Forgets all that a worker left.
+    /// Ends a membership: forgets all that the worker left, and takes nothing more from it.
     pub(crate) fn forget_worker(&self, worker: WorkerId) {
-        self.lock().retain(|(owner, _), _| *owner != worker);
+        let mut stage = self.lock();
+        stage.members.remove(&worker);
+        stage.vectors.retain(|(owner, _), _| *owner != worker);
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(WorkerId, LeaseId), Staged>> {
-        // Every operation above leaves the map whole, so a panic elsewhere cannot have broken it.
-        self.vectors.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Stage> {
+        // Every operation above leaves the stage whole, so a panic elsewhere cannot have broken it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -252,6 +269,19 @@ mod tests {
     use lockstep_model::config::{LineConfig, ModelConfig, UpdateRule};
 
     use super::*;
+
+    #[test]
+    fn only_members_leave_vectors() {
+        let (staging, worker, lease) = (Staging::default(), WorkerId(1), LeaseId(7));
+        let staged = || Staged { vector: vec![1.0], sha256: [3; 32] };
+        assert!(!staging.put(worker, lease, staged()));
+        staging.admit(worker);
+        assert!(staging.put(worker, lease, staged()));
+        assert_eq!(staging.sha256(worker, lease), Some([3; 32]));
+        staging.forget_worker(worker);
+        assert!(!staging.put(worker, lease, staged()));
+        assert_eq!(staging.take(worker, lease), None);
+    }
 
     #[test]
     fn blocks_become_a_step_and_a_published_version() {

@@ -13,9 +13,11 @@ pub mod observe;
 mod plot;
 mod run;
 pub mod run_dir;
+mod runtime;
 mod sampler;
 mod service;
 mod start;
+mod step_times;
 mod trace;
 mod translate;
 

@@ -1,38 +1,24 @@
-//! The runtime: one loop that turns input into engine events and engine commands into output.
+//! A run from beginning to end: the server, and one loop around the runtime.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
-use lockstep_model::batch::Sums;
-use lockstep_model::checkpoint::{FORMAT_VERSION, Manifest, Validation};
-use lockstep_model::digest::hex;
-use lockstep_model::schedule::learning_rate;
-use lockstep_proto::v1::coordinator_message::Kind as Message;
-use lockstep_proto::{CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES, v1};
+use lockstep_model::checkpoint::Validation;
+use lockstep_proto::{CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
-use tracing::Span;
 
-use crate::archive::Archive;
 use crate::config::RunConfig;
-use crate::dataplane::{Applied, DataPlane, Staging};
-use crate::engine::command::{Lease, Outcome, ReleaseReason, Task};
-use crate::engine::event::BlockDone;
-use crate::engine::{Command, Engine, Event, Ticket, Time, WorkerId};
-use crate::metrics::{Line, Metrics, StepLine, ValidationLine};
-use crate::observe::{Observer, RunEvent, Sample};
-use crate::plot;
-use crate::run_dir::RunDir;
-use crate::sampler::Sampler;
-use crate::service::{Finished, Input, Service, unix_nanos};
-use crate::start::{self, Start};
-use crate::trace::{span_id, traceparent};
-use crate::translate;
+use crate::dataplane::Staging;
+use crate::engine::Event;
+use crate::engine::command::Outcome;
+use crate::observe::Observer;
+use crate::runtime::Runtime;
+use crate::service::Service;
+use crate::start;
 
 /// How long members may take to close their streams once the run is over.
 const FAREWELL: Duration = Duration::from_secs(3);
@@ -62,43 +48,24 @@ pub async fn run(
     stop: impl Future<Output = String>,
     observer: Observer,
 ) -> anyhow::Result<Summary> {
-    let Start { run_dir, state, manifest, metrics, resumed } = start::prepare(&config)?;
+    let start = start::prepare(&config)?;
+    let invitation = start::invitation(&config, start.run_dir.identity());
     let (inputs, mut queue) = mpsc::unbounded_channel();
     let staging = Arc::new(Staging::default());
+    let mut runtime = Runtime::new(config, start, staging.clone(), inputs.clone(), observer)?;
+    let service = Service { invitation: Arc::new(invitation), inputs, staging, publication: runtime.publication() };
+    let server = tokio::spawn(
+        Server::builder()
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .serve_with_incoming(service.into_server(), TcpIncoming::from(listener).with_nodelay(Some(true))),
+    );
 
-    let news = inputs.clone();
-    let plane = DataPlane::start(
-        lockstep_model::layout::Layout::of(&config.model),
-        config.optimizer.clone(),
-        config.batch.slots,
-        manifest.step,
-        state,
-        move |applied| drop(news.send(Input::Applied(applied))),
-    )?;
-    let invitation = start::invitation(&config, run_dir.identity());
-    let service = Service {
-        invitation: Arc::new(invitation),
-        inputs: inputs.clone(),
-        staging: staging.clone(),
-        publication: plane.publication(),
-    };
-    let (close, closed) = oneshot::channel::<()>();
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let server = Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .serve_with_incoming_shutdown(service.into_server(), incoming, async {
-            // An answer or a dropped sender: either means that the run is over.
-            let _ = closed.await;
-        });
-    let server = tokio::spawn(server);
-
-    let mut runtime = Runtime::new(config, run_dir, manifest, resumed, metrics, plane, staging, inputs, observer)?;
     runtime.begin()?;
     tokio::pin!(stop);
     let mut stopping = false;
-    while runtime.ended.is_none() {
-        let deadline = runtime.engine.next_deadline().map(|deadline| runtime.origin + deadline.0);
+    while !runtime.is_over() {
+        let deadline = runtime.next_deadline();
         tokio::select! {
             biased;
             Some(input) = queue.recv() => runtime.hear(input)?,
@@ -111,20 +78,18 @@ pub async fn run(
     }
 
     // Members got their release; give them a moment to go, so that the message arrives.
-    runtime.members.values_mut().for_each(|member| member.out = None);
-    let farewell = async {
-        while runtime.members.values().any(|member| member.open) {
-            match queue.recv().await {
-                Some(Input::Closed { worker, .. }) => runtime.members.entry(worker).and_modify(|m| m.open = false),
-                Some(_) => continue,
-                None => break,
-            };
+    runtime.hang_up();
+    let give_up = Instant::now() + FAREWELL;
+    while runtime.has_company() {
+        tokio::select! {
+            biased;
+            Some(input) = queue.recv() => runtime.hear(input)?,
+            () = sleep_until(Some(give_up)) => {
+                tracing::warn!("some workers did not close their connection within {FAREWELL:?}; leaving them");
+                break;
+            }
         }
-    };
-    if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
-        tracing::warn!("some workers did not close their connection within {FAREWELL:?}; leaving them");
     }
-    drop(close);
     server.abort();
     runtime.finish(&mut queue)
 }
@@ -133,466 +98,5 @@ async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,
-    }
-}
-
-/// A worker, as the runtime knows it.
-struct Member {
-    name: String,
-    /// To its control stream, while it is open.
-    out: Option<mpsc::UnboundedSender<Message>>,
-    open: bool,
-    clock_offset_nanos: i64,
-}
-
-/// A worker that asked to join.
-struct Applicant {
-    name: String,
-    device: String,
-    reply: oneshot::Sender<Result<WorkerId, String>>,
-}
-
-/// The step under way, as it is measured: from its first lease.
-struct StepTimes {
-    /// 0 where none is under way.
-    number: u64,
-    since: Instant,
-    compute: Duration,
-    upload: Duration,
-    /// Ends when this is replaced.
-    span: Span,
-}
-
-impl StepTimes {
-    fn none() -> Self {
-        Self { number: 0, since: Instant::now(), compute: Duration::ZERO, upload: Duration::ZERO, span: Span::none() }
-    }
-
-    fn begin(run_id: &str, number: u64) -> Self {
-        let span_id = span_id(run_id, number);
-        let span = tracing::info_span!(target: "lockstep", parent: None, "step", step = number, span_id);
-        Self { number, span, ..Self::none() }
-    }
-}
-
-/// All that changes while a run goes on.
-struct Runtime {
-    config: RunConfig,
-    run_dir: RunDir,
-    engine: Engine,
-    origin: Instant,
-    staging: Arc<Staging>,
-    plane: DataPlane,
-    archive: Archive,
-    sampler: Option<Sampler>,
-    metrics: Metrics,
-    observer: Observer,
-    members: BTreeMap<WorkerId, Member>,
-    /// Requests to join that the engine has not answered.
-    joining: HashMap<Ticket, Applicant>,
-    next_ticket: u64,
-    /// What the next checkpoint will say, kept up to date.
-    manifest: Manifest,
-    tokens_per_step: u64,
-    step: StepTimes,
-    /// Loss and weight of the step that the data plane is applying.
-    applying: Option<(Sums, f64)>,
-    /// The result that the engine is judging; counted in the step's times if it is accepted.
-    judging: Option<Finished>,
-    ended: Option<Outcome>,
-}
-
-impl Runtime {
-    #[allow(clippy::too_many_arguments)] // its parts, each made by somebody else
-    fn new(
-        config: RunConfig,
-        run_dir: RunDir,
-        manifest: Manifest,
-        resumed: bool,
-        metrics: Metrics,
-        plane: DataPlane,
-        staging: Arc<Staging>,
-        inputs: mpsc::UnboundedSender<Input>,
-        observer: Observer,
-    ) -> anyhow::Result<Self> {
-        let news = inputs.clone();
-        let archive = Archive::start(run_dir.checkpoints(), config.checkpoint.keep_last, move |step, written| {
-            let _ = news.send(Input::Archived { step, written });
-        })?;
-        let sampler = match config.sampling.prompts.is_empty() {
-            true => None,
-            false => Some(Sampler::start(
-                config.model.clone(),
-                config.tokenizer.clone(),
-                config.sampling.clone(),
-                config.seed,
-                move |sample| drop(inputs.send(Input::Sampled(sample))),
-            )?),
-        };
-        let engine = Engine::new(start::engine_config(&config, &manifest, resumed), Time::default());
-        let tokens_per_slot = config.source.training_slot(1, 0).positions() as u64;
-        Ok(Self {
-            engine,
-            origin: Instant::now(),
-            tokens_per_step: tokens_per_slot * u64::from(config.batch.slots),
-            config,
-            run_dir,
-            staging,
-            plane,
-            archive,
-            sampler,
-            metrics,
-            observer,
-            members: BTreeMap::new(),
-            joining: HashMap::new(),
-            next_ticket: 0,
-            manifest,
-            step: StepTimes::none(),
-            applying: None,
-            judging: None,
-            ended: None,
-        })
-    }
-
-    fn begin(&mut self) -> anyhow::Result<()> {
-        self.tell(&RunEvent::Started {
-            run_id: self.manifest.run_id.clone(),
-            step: self.manifest.step,
-            total_steps: self.config.schedule.steps,
-        });
-        self.decide(Event::Tick)
-    }
-
-    fn tell(&self, event: &RunEvent) {
-        (self.observer)(event);
-    }
-
-    /// Turns input into an event, and carries out what the engine decides.
-    fn hear(&mut self, input: Input) -> anyhow::Result<()> {
-        match input {
-            Input::Join { name, device, class, reply } => {
-                self.next_ticket += 1;
-                let ticket = Ticket(self.next_ticket);
-                self.joining.insert(ticket, Applicant { name: name.clone(), device: device.clone(), reply });
-                self.decide(Event::JoinRequested { ticket, name, device, class })
-            }
-            Input::Opened { worker, out } => {
-                match self.members.get_mut(&worker) {
-                    Some(member) => {
-                        member.out = Some(out);
-                        member.open = true;
-                    }
-                    // Not, or no longer, a member: dropping the sender closes the stream.
-                    None => drop(out),
-                }
-                self.decide(Event::ControlOpened { worker })
-            }
-            Input::Closed { worker, reason } => {
-                self.staging.forget_worker(worker);
-                if self.members.remove(&worker).is_some() {
-                    let workers = self.members.len();
-                    self.tell(&RunEvent::WorkerLeft { worker: worker.0, reason, workers });
-                }
-                self.decide(Event::ControlClosed { worker })
-            }
-            Input::Heartbeat { worker, sent_unix_nanos, clock_offset_nanos } => {
-                if let Some(member) = self.members.get_mut(&worker) {
-                    member.clock_offset_nanos = clock_offset_nanos;
-                }
-                self.send(
-                    worker,
-                    Message::HeartbeatAck(v1::HeartbeatAck { sent_unix_nanos, received_unix_nanos: unix_nanos() }),
-                );
-                self.decide(Event::Heartbeat { worker })
-            }
-            Input::Result { worker, result } => self.judge(worker, result),
-            Input::Declined { worker, lease, reason } => {
-                tracing::warn!(worker = worker.0, lease = lease.0, "lease declined: {reason}");
-                self.decide(Event::Declined { worker, lease, reason })
-            }
-            Input::Applied(applied) => self.commit(applied?),
-            Input::Archived { step, written: Ok(path) } => {
-                self.tell(&RunEvent::Checkpoint { step, path });
-                self.draw();
-                self.decide(Event::CheckpointWritten { step })
-            }
-            Input::Archived { step, written: Err(reason) } => self.decide(Event::CheckpointFailed { step, reason }),
-            Input::Sampled(sample) => {
-                self.keep_sample(&sample)?;
-                self.tell(&RunEvent::Sample(sample));
-                Ok(())
-            }
-            Input::Status { reply } => {
-                // Whoever asked may be gone.
-                let _ = reply.send(self.status());
-                Ok(())
-            }
-        }
-    }
-
-    /// Lets the engine decide on an event, and carries out its commands.
-    fn decide(&mut self, event: Event) -> anyhow::Result<()> {
-        let now = Time(self.origin.elapsed());
-        for command in self.engine.handle(event, now) {
-            self.carry_out(command)?;
-        }
-        Ok(())
-    }
-
-    fn carry_out(&mut self, command: Command) -> anyhow::Result<()> {
-        match &command {
-            Command::Refuse { .. } | Command::Release { .. } | Command::Disconnect { .. } => {
-                tracing::info!("{command}");
-            }
-            _ => tracing::debug!("{command}"),
-        }
-        match command {
-            Command::Admit { ticket, worker, class } => {
-                let Some(Applicant { name, device, reply }) = self.joining.remove(&ticket) else { return Ok(()) };
-                let classes: BTreeSet<String> = self.manifest.device_classes.drain(..).chain([hex(&class.0)]).collect();
-                self.manifest.device_classes = classes.into_iter().collect();
-                let member = Member { name: name.clone(), out: None, open: false, clock_offset_nanos: 0 };
-                self.members.insert(worker, member);
-                let workers = self.members.len();
-                self.tell(&RunEvent::WorkerJoined { worker: worker.0, name, device, workers });
-                // A worker that hung up meanwhile will be found silent.
-                let _ = reply.send(Ok(worker));
-            }
-            Command::Refuse { ticket, reason } => {
-                let Some(Applicant { name, reply, .. }) = self.joining.remove(&ticket) else { return Ok(()) };
-                let reason = reason.to_string();
-                self.tell(&RunEvent::WorkerRefused { name, reason: reason.clone() });
-                let _ = reply.send(Err(reason));
-            }
-            Command::Lease { worker, lease } => {
-                if lease.task == Task::Gradient && self.step.number != lease.step {
-                    self.step = StepTimes::begin(&self.manifest.run_id, lease.step);
-                }
-                let message = self.lease_message(&lease);
-                self.send(worker, Message::Lease(message));
-            }
-            Command::Accept { worker, lease, block, .. } => {
-                if let Some(result) = self.judging.take() {
-                    self.step.compute += result.compute;
-                    self.step.upload += result.upload;
-                }
-                if let Some(vector) = self.staging.take(worker, lease) {
-                    self.plane.add(block, vector, &self.step.span);
-                }
-            }
-            Command::Discard { worker, lease, .. } => drop(self.staging.take(worker, lease)),
-            Command::ApplyStep { step, sums } => {
-                let lr = learning_rate(&self.config.schedule, self.config.optimizer.lr, step);
-                self.applying = Some((sums, lr));
-                self.plane.apply(step, lr, sums, &self.step.span);
-            }
-            Command::RecordValidation { step, sums } => {
-                let loss = sums.mean();
-                self.manifest.validation = Some(Validation { step, loss });
-                self.metrics.append(Line::Validation(ValidationLine { step, val_loss: loss }))?;
-                self.tell(&RunEvent::Validation { step, loss });
-            }
-            Command::Sample { step } => {
-                if let Some(handle) = self.sampler.as_ref().and_then(Sampler::handle) {
-                    self.plane.snapshot(move |state| handle.sample(step, state.parameters));
-                }
-            }
-            Command::Checkpoint { .. } => {
-                let manifest = self.manifest.clone();
-                if let Some(handle) = self.archive.handle() {
-                    self.plane.snapshot(move |state| handle.write(manifest, state));
-                }
-            }
-            Command::Release { worker, reason } => {
-                self.send(worker, Message::Release(v1::Release { reason: reason.to_string() }));
-                if let (ReleaseReason::Declined { .. }, Some(member)) = (&reason, self.members.get_mut(&worker)) {
-                    member.out = None;
-                }
-            }
-            Command::Disconnect { worker, reason } => {
-                self.staging.forget_worker(worker);
-                if self.members.remove(&worker).is_some() {
-                    let (workers, reason) = (self.members.len(), reason.to_string());
-                    self.tell(&RunEvent::WorkerLeft { worker: worker.0, reason, workers });
-                }
-            }
-            Command::Finish { outcome, .. } => self.ended = Some(outcome),
-        }
-        Ok(())
-    }
-
-    fn send(&self, worker: WorkerId, message: Message) {
-        // A closed stream is news of its own: `Input::Closed` is on its way.
-        if let Some(out) = self.members.get(&worker).and_then(|member| member.out.as_ref()) {
-            let _ = out.send(message);
-        }
-    }
-
-    fn lease_message(&self, lease: &Lease) -> v1::Lease {
-        let source = &self.config.source;
-        let (slots, task) = match lease.task {
-            Task::Gradient => (self.config.batch.slots, v1::lease::Task::Gradient(v1::GradientTask {})),
-            Task::Evaluate => (self.config.evaluation.slots, v1::lease::Task::Evaluate(v1::EvaluateTask {})),
-        };
-        let batch = |slot| match lease.task {
-            Task::Gradient => source.training_slot(lease.step, slot),
-            Task::Evaluate => source.validation_slot(slot),
-        };
-        v1::Lease {
-            lease_id: lease.id.0,
-            step: lease.step,
-            version: lease.version,
-            block: Some(translate::block(lease.block)),
-            task: Some(task),
-            slots: lease.block.slots(slots).map(|slot| translate::slot(slot, &batch(slot))).collect(),
-            seed: self.config.seed,
-            traceparent: traceparent(&self.manifest.run_id, lease.step),
-        }
-    }
-
-    /// Passes a result on to the engine.
-    fn judge(&mut self, worker: WorkerId, mut result: Finished) -> anyhow::Result<()> {
-        if let Some(member) = self.members.get(&worker).filter(|_| !result.spans.is_empty()) {
-            self.tell(&RunEvent::Spans {
-                worker: worker.0,
-                name: member.name.clone(),
-                clock_offset_nanos: member.clock_offset_nanos,
-                spans: std::mem::take(&mut result.spans),
-            });
-        }
-        let done = BlockDone {
-            worker,
-            lease: result.lease,
-            step: result.step,
-            version: result.version,
-            task: if result.sha256.is_some() { Task::Gradient } else { Task::Evaluate },
-            block: result.block,
-            digest: result.sha256,
-            sums: result.sums,
-            slot_sums: std::mem::take(&mut result.slot_sums),
-            compute: result.compute,
-        };
-        self.judging = Some(result);
-        let decided = self.decide(Event::BlockDone(done));
-        self.judging = None;
-        decided
-    }
-
-    /// A step was applied and published: it is committed.
-    fn commit(&mut self, applied: Applied) -> anyhow::Result<()> {
-        let step = applied.step;
-        let (sums, lr) = self.applying.take().context("the data plane applied a step that nobody asked for")?;
-        let (loss, step_secs) = (sums.mean(), self.step.since.elapsed().as_secs_f64());
-        let tokens_per_sec = self.tokens_per_step as f64 / step_secs;
-        self.manifest.step = step;
-        self.manifest.train_loss = Some(loss);
-        self.manifest.tokens += self.tokens_per_step;
-        self.metrics.append(Line::Step(StepLine {
-            step,
-            loss,
-            tokens: self.manifest.tokens,
-            lr,
-            grad_norm: applied.grad_norm,
-            step_secs,
-            tokens_per_sec,
-            compute_secs: self.step.compute.as_secs_f64(),
-            upload_secs: self.step.upload.as_secs_f64(),
-            reduce_secs: applied.reduce.as_secs_f64(),
-            optimizer_secs: applied.optimize.as_secs_f64(),
-            publish_secs: applied.publish.as_secs_f64(),
-        }))?;
-        self.tell(&RunEvent::Step { step, loss, tokens_per_sec });
-        self.step = StepTimes::none();
-        self.decide(Event::StepApplied { step })
-    }
-
-    fn draw(&self) {
-        let drawn = plot::loss_curve(&self.run_dir.loss_svg(), &self.config.recipe_name, self.metrics.lines());
-        if let Err(error) = drawn {
-            tracing::warn!("{}: cannot draw: {error}", self.run_dir.loss_svg().display());
-        }
-    }
-
-    fn keep_sample(&self, sample: &Sample) -> anyhow::Result<()> {
-        use std::io::Write as _;
-        let path = self.run_dir.samples();
-        let text = match &sample.text {
-            Ok(text) => format!("── step {} ──\n{}{text}\n\n", sample.step, sample.prompt),
-            Err(error) => format!("── step {} ──\n{}: {error}\n\n", sample.step, sample.prompt),
-        };
-        let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
-        file.and_then(|mut file| file.write_all(text.as_bytes()))
-            .with_context(|| format!("{}: cannot append", path.display()))
-    }
-
-    fn status(&self) -> v1::StatusReply {
-        let status = self.engine.status();
-        let last = self.metrics.lines().iter().rev().find_map(|line| match line {
-            Line::Step(line) => Some(line),
-            Line::Validation(_) => None,
-        });
-        let tokens_per_slot = self.tokens_per_step as f64 / f64::from(self.config.batch.slots);
-        let workers = status.members.iter().map(|member| v1::WorkerStatus {
-            worker_id: member.worker.0,
-            name: member.name.clone(),
-            device: member.device.clone(),
-            device_class: member.class.to_string(),
-            tokens_per_sec: member.slots_per_sec.unwrap_or(0.0) * tokens_per_slot,
-            leases: member.leases.len() as u32,
-            blocks_accepted: member.blocks_accepted,
-        });
-        v1::StatusReply {
-            run_id: self.manifest.run_id.clone(),
-            incarnation: self.run_dir.identity().incarnation,
-            recipe: self.config.recipe_name.clone(),
-            step: self.manifest.step,
-            total_steps: self.config.schedule.steps,
-            loss: self.manifest.train_loss,
-            val_loss: self.manifest.validation.map(|validation| validation.loss),
-            tokens_per_sec: last.map_or(0.0, |line| line.tokens_per_sec),
-            workers: workers.collect(),
-            waiting_for: status.waiting_for,
-        }
-    }
-
-    /// Waits for samples under way and draws the last picture.
-    fn finish(mut self, queue: &mut mpsc::UnboundedReceiver<Input>) -> anyhow::Result<Summary> {
-        let outcome = self.ended.take().context("the run ended without an outcome")?;
-        // Waits for the samples under way: jobs that the data plane still holds keep the sampler's queue open.
-        self.sampler = None;
-        while let Ok(input) = queue.try_recv() {
-            if let Input::Sampled(sample) = input {
-                self.keep_sample(&sample)?;
-                self.tell(&RunEvent::Sample(sample));
-            }
-        }
-        self.draw();
-        Ok(Summary {
-            outcome,
-            step: self.manifest.step,
-            train_loss: self.manifest.train_loss,
-            validation: self.manifest.validation,
-        })
-    }
-}
-
-/// A new run's manifest, before its first step.
-pub(crate) fn new_manifest(config: &RunConfig, run_id: &str) -> Manifest {
-    Manifest {
-        format_version: FORMAT_VERSION,
-        run_id: run_id.into(),
-        step: 0,
-        train_loss: None,
-        validation: None,
-        model: config.model.clone(),
-        tokenizer: config.tokenizer.clone(),
-        corpus_sha256: hex(&config.source.sha256()),
-        recipe_name: config.recipe_name.clone(),
-        recipe: config.recipe_toml.clone(),
-        device_classes: Vec::new(),
-        tokens: 0,
-        params_sha256: String::new(),
-        optimizer_sha256: String::new(),
-        files: BTreeMap::new(),
     }
 }

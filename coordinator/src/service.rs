@@ -189,8 +189,12 @@ impl v1::lockstep_server::Lockstep for Service {
             return Err(Status::data_loss("the vector's SHA-256 is not the header's; push it again"));
         }
         let (worker, lease) = (WorkerId(header.worker_id), LeaseId(header.lease_id));
-        self.staging.put(worker, lease, Staged { vector, sha256 });
-        Ok(Response::new(v1::PushReply {}))
+        match self.staging.put(worker, lease, Staged { vector, sha256 }) {
+            true => Ok(Response::new(v1::PushReply {})),
+            false => {
+                Err(Status::failed_precondition(format!("worker {worker} is not, or no longer, a member; join again")))
+            }
+        }
     }
 
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<Self::PullStream>, Status> {

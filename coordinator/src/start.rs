@@ -1,7 +1,9 @@
 //! How a run starts, or goes on: from its configuration and what lies in its directory.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, bail};
-use lockstep_model::checkpoint::{self, Manifest};
+use lockstep_model::checkpoint::{self, FORMAT_VERSION, Manifest};
 use lockstep_model::config::ModelConfig;
 use lockstep_model::digest::{bytes_sha256, hex};
 use lockstep_model::layout::{Layout, initial_parameters};
@@ -13,7 +15,6 @@ use crate::config::RunConfig;
 use crate::dataplane::State;
 use crate::engine::{self, DeviceClass, EngineConfig};
 use crate::metrics::Metrics;
-use crate::run::new_manifest;
 use crate::run_dir::{Identity, RunDir};
 use crate::service::unix_nanos;
 use crate::trace::traceparent;
@@ -83,6 +84,27 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
     let metrics = Metrics::open(&run_dir.metrics(), manifest.step, is_validated(&manifest))
         .context("the metrics of the run cannot be opened")?;
     Ok(Start { run_dir, state, manifest, metrics, resumed })
+}
+
+/// A new run's manifest, before its first step.
+fn new_manifest(config: &RunConfig, run_id: &str) -> Manifest {
+    Manifest {
+        format_version: FORMAT_VERSION,
+        run_id: run_id.into(),
+        step: 0,
+        train_loss: None,
+        validation: None,
+        model: config.model.clone(),
+        tokenizer: config.tokenizer.clone(),
+        corpus_sha256: hex(&config.source.sha256()),
+        recipe_name: config.recipe_name.clone(),
+        recipe: config.recipe_toml.clone(),
+        device_classes: Vec::new(),
+        tokens: 0,
+        params_sha256: String::new(),
+        optimizer_sha256: String::new(),
+        files: BTreeMap::new(),
+    }
 }
 
 /// Whether parameters of one fit the other; where the line starts does not matter once it has started.
