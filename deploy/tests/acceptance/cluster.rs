@@ -72,6 +72,13 @@ pub(crate) fn path(path: &Path) -> &str {
     path.to_str().expect("temporary paths are UTF-8")
 }
 
+/// A path relative to the directory that holds `Cargo.toml` of the workspace. Asked at run time: checkouts that share
+/// a target directory share this program too.
+pub(crate) fn workspace(relative: &str) -> PathBuf {
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo test names the package's directory");
+    Path::new(&package).parent().expect("the workspace lies above").join(relative)
+}
+
 /// A process that dies with this value.
 pub(crate) struct Running {
     child: Child,

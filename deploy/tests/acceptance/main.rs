@@ -7,6 +7,7 @@ mod bad_input;
 mod cluster;
 mod equal_runs;
 mod line;
+mod parity;
 mod quickstart;
 mod tidy;
 mod tracing;

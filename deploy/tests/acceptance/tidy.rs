@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::cluster::workspace;
+
 /// Crates of this project that each may depend on.
 const DIRECTION: &[(&str, &[&str])] = &[
     ("proto", &[]),
@@ -17,10 +19,6 @@ const PURE: &[&str] = &["model/src", "coordinator/src/engine", "worker/src/sessi
 const IMPURE: &[&str] =
     &["Instant::now", "SystemTime", "std::net", "tokio", "async fn", ".await", "thread::sleep", "rand::", "HashMap<"];
 
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace lies above").into()
-}
-
 fn sources(path: &Path, found: &mut Vec<PathBuf>) {
     if path.is_file() {
         found.extend((path.extension().is_some_and(|e| e == "rs")).then(|| path.to_path_buf()));
@@ -34,7 +32,7 @@ fn sources(path: &Path, found: &mut Vec<PathBuf>) {
 #[test]
 fn dependencies_point_one_way() {
     for (room, allowed) in DIRECTION {
-        let manifest = fs::read_to_string(root().join(room).join("Cargo.toml")).unwrap();
+        let manifest = fs::read_to_string(workspace(room).join("Cargo.toml")).unwrap();
         let manifest: toml::Table = manifest.parse().unwrap();
         for section in ["dependencies", "dev-dependencies", "build-dependencies"] {
             let Some(dependencies) = manifest.get(section).and_then(|section| section.as_table()) else { continue };
@@ -49,7 +47,7 @@ fn dependencies_point_one_way() {
 #[test]
 fn pure_code_names_no_clock_socket_or_chance() {
     let mut files = Vec::new();
-    PURE.iter().for_each(|path| sources(&root().join(path), &mut files));
+    PURE.iter().for_each(|path| sources(&workspace(path), &mut files));
     assert!(files.len() > 20);
     for file in files {
         let text = fs::read_to_string(&file).unwrap();
@@ -64,7 +62,7 @@ fn pure_code_names_no_clock_socket_or_chance() {
 #[test]
 fn the_top_level_holds_these_rooms_alone() {
     let is_room = |entry: &fs::DirEntry| entry.path().is_dir() && entry.path().join("Cargo.toml").exists();
-    let rooms = fs::read_dir(root()).unwrap().map(|entry| entry.unwrap()).filter(is_room);
+    let rooms = fs::read_dir(workspace(".")).unwrap().map(|entry| entry.unwrap()).filter(is_room);
     let mut rooms: Vec<String> = rooms.map(|room| room.file_name().into_string().unwrap()).collect();
     rooms.sort();
     assert_eq!(rooms, ["coordinator", "deploy", "model", "proto", "worker"]);

@@ -1,0 +1,183 @@
+//! Our numbers beside PyTorch's: the gradient of a step, and what optimizers make of it.
+//!
+//! `peer/torch_gpt.py` and `peer/torch_optim.py` wrote the golden files and say how their inputs are made.
+
+use std::process::Command;
+
+use lockstep_model::batch::{Batch, Column, Values};
+use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
+use lockstep_model::config::{GptConfig, ModelConfig, OptimizerConfig, ScheduleConfig};
+use lockstep_model::device::{ComputeDevice, DeviceChoice};
+use lockstep_model::layout::{Layout, TensorSpec};
+use lockstep_model::optimizer::{self, OptimizerState, Update};
+use lockstep_model::schedule::learning_rate;
+use serde_json::{Value, json};
+
+use crate::cluster::{path, python, text, workspace};
+
+/// Largest error of a gradient, ‖g − g′‖ ÷ ‖g′‖.
+const GRADIENT_TOLERANCE: f64 = 1e-4;
+const LOSS_TOLERANCE: f64 = 1e-5;
+
+/// Element `index` of a vector that both sides make for themselves: uniform in ±scale/2, without a generator's state.
+fn hashed(index: u64, scale: f64) -> f32 {
+    ((((index * 2_654_435_761) % (1 << 32)) as f64 / 4_294_967_296.0 - 0.5) * scale) as f32
+}
+
+fn hashed_vector(start: u64, length: usize, scale: f64) -> Vec<f32> {
+    (start..start + length as u64).map(|index| hashed(index, scale)).collect()
+}
+
+fn golden(name: &str) -> Value {
+    let file = workspace("deploy/tests/golden").join(name);
+    serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap()
+}
+
+fn cases(file: &Value) -> &[Value] {
+    let cases = file["cases"].as_array().unwrap();
+    assert!(!cases.is_empty());
+    cases
+}
+
+fn floats(values: &Value) -> Vec<f64> {
+    values.as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
+}
+
+fn model_of(case: &Value) -> ModelConfig {
+    ModelConfig::Gpt(serde_json::from_value::<GptConfig>(case["config"].clone()).unwrap())
+}
+
+/// Loss and gradient of a case, as a worker computes them.
+fn compute(case: &Value) -> SlotGradient {
+    let count = |key: &str| case[key].as_u64().unwrap() as usize;
+    let (rows, length) = (count("rows"), count("length"));
+    let vocab_size = case["config"]["vocab_size"].as_u64().unwrap();
+    let tokens = |factor: u64, offset: u64| {
+        Values::U32((0..(rows * length) as u64).map(|i| ((i * factor + offset) % vocab_size) as u32).collect())
+    };
+    let column = |name: &str, values| Column { name: name.into(), shape: [rows, length], values };
+    let mut columns = vec![column("tokens", tokens(7919, 13)), column("targets", tokens(104_729, 7))];
+    if case["weighted"].as_bool().unwrap() {
+        columns.push(column(
+            "weights",
+            Values::F32([1.0, 0.5, 0.0, 2.0].into_iter().cycle().take(rows * length).collect()),
+        ));
+    }
+    let device = ComputeDevice::open(DeviceChoice::Cpu).unwrap();
+    let mut computer = Computer::new(&model_of(case), &device);
+    let scale = case["parameter_scale"].as_f64().unwrap();
+    computer.load(&hashed_vector(0, computer.layout().len(), scale)).unwrap();
+    computer.gradient(&Batch { columns }, SlotKey { seed: 0, step: 1, slot: 0 }).unwrap()
+}
+
+/// ‖ours − reference‖ ÷ ‖reference‖; where the reference is zero, 0 if ours is too, else infinity.
+fn relative_error(ours: &[f32], reference: &[f64]) -> f64 {
+    assert_eq!(ours.len(), reference.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut ours.iter().zip(reference).map(|(&a, b)| f64::from(a) - b));
+    if difference == 0.0 { 0.0 } else { difference / norm(&mut reference.iter().copied()) }
+}
+
+#[test]
+fn loss_and_gradients_are_pytorchs() {
+    let golden = golden("gpt.json");
+    for case in cases(&golden) {
+        let ours = compute(case);
+        let loss = case["loss_sum"].as_f64().unwrap();
+        assert_eq!(ours.sums.weight, case["weight_sum"].as_f64().unwrap(), "{}", case["name"]);
+        let loss_error = (ours.sums.loss / loss - 1.0).abs();
+        assert!(loss_error <= LOSS_TOLERANCE, "{}: loss {} is not {loss}", case["name"], ours.sums.loss);
+
+        let tensors = case["tensors"].as_array().unwrap();
+        let layout = Layout::of(&model_of(case));
+        assert_eq!(layout.tensors.len(), tensors.len());
+        let mut worst = (0.0, "");
+        for (ours_spec, tensor) in layout.tensors.iter().zip(tensors) {
+            assert_eq!(
+                (json!(ours_spec.name), json!(ours_spec.shape)),
+                (tensor["name"].clone(), tensor["shape"].clone())
+            );
+            let error = relative_error(&ours.gradient[ours_spec.range()], &floats(&tensor["gradient"]));
+            assert!(error <= GRADIENT_TOLERANCE, "{}: {} is off by {error:.1e}", case["name"], ours_spec.name);
+            if error > worst.0 {
+                worst = (error, &ours_spec.name);
+            }
+        }
+        println!("{}: loss off by {loss_error:.1e}, gradients by at most {:.1e} ({})", case["name"], worst.0, worst.1);
+    }
+}
+
+/// The same comparison made by PyTorch where it is, with a case too large for a golden file.
+#[test]
+fn pytorch_agrees_on_the_spot() {
+    let Some(python) = python("pytorch_agrees_on_the_spot", &["torch"]) else { return };
+    let larger = json!({
+        "name": "larger",
+        "config": {
+            "vocab_size": 97, "context": 32, "layers": 4, "heads": 4, "width": 64, "bias": true, "tied_head": true,
+            "gelu": "exact", "norm_epsilon": 1e-5, "dropout": 0.0
+        },
+        "parameter_scale": 1.0, "rows": 2, "length": 32, "weighted": true
+    });
+    let golden = golden("gpt.json");
+    let with_ours = cases(&golden).iter().chain([&larger]).map(|case| {
+        let ours = compute(case);
+        let layout = Layout::of(&model_of(case));
+        let tensors = layout.tensors.iter();
+        let tensors: Vec<Value> =
+            tensors.map(|t| json!({ "name": t.name, "gradient": ours.gradient[t.range()] })).collect();
+        let mut case = case.clone();
+        case["loss_sum"] = ours.sums.loss.into();
+        case["weight_sum"] = ours.sums.weight.into();
+        case["tensors"] = tensors.into();
+        case
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("ours.json");
+    std::fs::write(&file, json!({ "cases": with_ours.collect::<Vec<_>>() }).to_string()).unwrap();
+    let script = workspace("deploy/tests/peer/torch_gpt.py");
+    let output = Command::new(python).args([path(&script), "--check", path(&file)]).output().expect("Python starts");
+    let said = text(&output.stdout);
+    assert!(output.status.success(), "{said}{}", text(&output.stderr));
+    println!("{}", said.lines().last().unwrap_or_default());
+}
+
+#[test]
+fn optimizers_and_schedules_are_pytorchs() {
+    let golden = golden("optim.json");
+    let count = |key: &str| golden[key].as_u64().unwrap() as usize;
+    let (decayed, plain) = (count("decayed"), count("plain"));
+    let tensor = |name: &str, offset, length, decay| TensorSpec {
+        name: name.into(),
+        shape: vec![length],
+        offset,
+        decay,
+        trainable: true,
+    };
+    let layout = Layout { tensors: vec![tensor("decayed", 0, decayed, true), tensor("plain", decayed, plain, false)] };
+    let gradient_scale = golden["gradient_scale"].as_f64().unwrap();
+    for case in cases(&golden) {
+        let config: OptimizerConfig = serde_json::from_value(case["optimizer"].clone()).unwrap();
+        let schedule: ScheduleConfig = serde_json::from_value(case["schedule"].clone()).unwrap();
+        let mut parameters = hashed_vector(0, layout.len(), golden["parameter_scale"].as_f64().unwrap());
+        let mut state = OptimizerState::new(&config, layout.len());
+        let mut recorded = case["after"].as_array().unwrap().iter().peekable();
+        for (step, rate) in (1u64..).zip(floats(&case["learning_rates"])) {
+            let lr = learning_rate(&schedule, config.lr, step);
+            assert!((lr - rate).abs() <= 1e-9 * config.lr, "{}, step {step}: rate {lr} is not {rate}", case["name"]);
+            // Four times the mean, with a weight of four, is exact.
+            let mean = hashed_vector(step * 1_000_003, layout.len(), (step % 8 + 1) as f64 * gradient_scale);
+            let gradient_sum: Vec<f32> = mean.iter().map(|g| 4.0 * g).collect();
+            let update = Update { gradient_sum: &gradient_sum, weight_sum: 4.0, lr, step };
+            let report = optimizer::step(&config, &layout, &mut parameters, &mut state, update);
+            let Some(after) = recorded.next_if(|after| after["step"] == step) else { continue };
+            let norm = after["grad_norm"].as_f64().unwrap();
+            assert!((report.grad_norm / norm - 1.0).abs() <= 1e-6, "{}, step {step}: norm", case["name"]);
+            for (ours, theirs) in parameters.iter().zip(floats(&after["parameters"])) {
+                let difference = (f64::from(*ours) - theirs).abs();
+                assert!(difference <= 1e-6, "{}, step {step}: {ours} is not {theirs}", case["name"]);
+            }
+        }
+        assert!(recorded.next().is_none(), "{}: not all recorded steps were reached", case["name"]);
+    }
+}
