@@ -197,7 +197,6 @@ fn transfer_failure(status: Status) -> TransferFailure {
         Code::DataLoss => TransferFailure::Damaged(words),
         Code::NotFound
         | Code::InvalidArgument
-        | Code::FailedPrecondition
         | Code::PermissionDenied
         | Code::AlreadyExists
         | Code::ResourceExhausted => TransferFailure::Refused(words),
@@ -250,6 +249,8 @@ mod tests {
         assert!(matches!(call_error("Join", &Status::unimplemented("")), CallError::Final(_)));
         assert_eq!(transfer_failure(Status::data_loss("crc")), TransferFailure::Damaged("crc".into()));
         assert_eq!(transfer_failure(Status::not_found("gone")), TransferFailure::Refused("gone".into()));
+        let not_a_member = Status::failed_precondition("join again");
+        assert_eq!(transfer_failure(not_a_member), TransferFailure::Disconnected("join again".into()));
         assert_eq!(transfer_failure(Status::unavailable("reset")), TransferFailure::Disconnected("reset".into()));
     }
 }

@@ -127,10 +127,10 @@ def compute_slot(slot: Any, parameters: list[float], with_gradient: bool) -> Sum
         raise CannotCompute(f"slot {slot.slot}: {len(xs)} values of x, and {len(ys)} of y")
     loss = weight_gradient = bias_gradient = 0.0
     for x, y in zip(xs, ys, strict=True):
-        error = f32(f32(f32(weight * x) + bias) - y)
+        error = f32(f32(f32(x * weight) + bias) - y)
         loss = f32(loss + f32(error * error))
-        weight_gradient = f32(weight_gradient + f32(2.0 * error * x))
-        bias_gradient = f32(bias_gradient + 2.0 * error)
+        weight_gradient = f32(weight_gradient + f32(x * (error + error)))
+        bias_gradient = f32(bias_gradient + (error + error))
     return Sums(loss, float(len(xs)), [weight_gradient, bias_gradient] if with_gradient else [])
 
 
@@ -178,6 +178,7 @@ class Membership:
         self.parameters: list[float] = []
         self.outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.ended = threading.Event()
+        self.last_heard = time.monotonic()
         self.clock_offset_nanos = 0
         self.least_delay_nanos: int | None = None
 
@@ -185,12 +186,13 @@ class Membership:
         """Works until released, and returns the reason; None when the stream ends otherwise."""
         metadata = [("lockstep-worker-id", str(self.worker_id))]
         control = self.stub.Control(iter(self.outgoing.get, None), metadata=metadata)
-        heart = threading.Thread(target=self.beat, daemon=True)
+        heart = threading.Thread(target=self.beat, args=(control,), daemon=True)
         heart.start()
         leases: dict[int, Future[None]] = {}
         device = ThreadPoolExecutor(max_workers=1)
         try:
             for message in control:
+                self.last_heard = time.monotonic()
                 match message.WhichOneof("kind"):
                     case "lease":
                         lease = message.lease
@@ -215,13 +217,15 @@ class Membership:
             heart.join()
         return None
 
-    def beat(self) -> None:
-        """Says that the worker lives, at once and then at every interval."""
-        while True:
+    def beat(self, control: Any) -> None:
+        """Says that the worker lives, at once and then at every interval, until the coordinator is silent for too long."""
+        while time.monotonic() - self.last_heard < self.invitation.liveness_timeout_ms / 1000:
             beat = pb.Heartbeat(sent_unix_nanos=time.time_ns(), clock_offset_nanos=self.clock_offset_nanos)
             self.outgoing.put(pb.WorkerMessage(heartbeat=beat))
             if self.ended.wait(self.invitation.heartbeat_interval_ms / 1000):
                 return
+        say("the coordinator has fallen silent")
+        control.cancel()
 
     def estimate_clock_offset(self, ack: Any) -> None:
         """Coordinator's clock less ours, taking the coordinator's time for the middle of the quickest round trip."""
@@ -332,7 +336,7 @@ def push_messages(header: Any, vector: bytes) -> Iterator[Any]:
 
 
 def span(name: str, lease: Any, start_unix_nanos: int, duration_nanos: int) -> Any:
-    """One span of work on a lease, a child of the lease's own."""
+    """One span of work on a lease, a child of its step's."""
     parent = lease.traceparent.split("-")
     return pb.SpanTiming(
         name=name,
@@ -396,7 +400,7 @@ def serve(address: str) -> None:
                     sys.exit(f"line_worker: {address}: no coordinator for {PATIENCE_SECS:.0f} s: {error.details()}")
                 say(f"{address}: {error.code().name}: {error.details()}; trying again in {delay_secs:.1f} s")
         time.sleep(delay_secs)
-        delay_secs = min(2 * delay_secs, 2.0)
+        delay_secs = min(2 * delay_secs, 5.0)
 
 
 def main() -> None:
