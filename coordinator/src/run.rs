@@ -8,6 +8,7 @@ use lockstep_model::checkpoint::Validation;
 use lockstep_proto::{CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
@@ -54,7 +55,9 @@ pub async fn run(
     let staging = Arc::new(Staging::default());
     let mut runtime = Runtime::new(config, start, staging.clone(), inputs.clone(), observer)?;
     let service = Service { invitation: Arc::new(invitation), inputs, staging, publication: runtime.publication() };
-    let server = tokio::spawn(
+    // Ends when dropped, whatever happens below.
+    let mut server = JoinSet::new();
+    server.spawn(
         Server::builder()
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
@@ -90,7 +93,7 @@ pub async fn run(
             }
         }
     }
-    server.abort();
+    drop(server);
     runtime.finish(&mut queue)
 }
 

@@ -9,7 +9,7 @@ use lockstep_model::digest::{bytes_sha256, hex};
 use lockstep_model::layout::{Layout, initial_parameters};
 use lockstep_model::optimizer::OptimizerState;
 use lockstep_model::tree::Block;
-use lockstep_proto::v1;
+use lockstep_proto::{MAX_LEASE_BYTES, v1};
 
 use crate::config::RunConfig;
 use crate::dataplane::State;
@@ -19,9 +19,6 @@ use crate::run_dir::{Identity, RunDir};
 use crate::service::unix_nanos;
 use crate::trace::traceparent;
 use crate::translate;
-
-/// Most bytes of batches in one lease: a quarter of what a message may hold.
-const MAX_LEASE_BYTES: usize = lockstep_proto::MAX_MESSAGE_BYTES / 4;
 
 /// A run, ready to go on from where it is.
 pub(crate) struct Start {

@@ -163,7 +163,7 @@ impl Plan {
     fn step(&self, workers: u32) -> Step {
         let share = (self.slots / workers).max(1);
         let slot_bytes = self.tokens_per_slot() * BYTES_PER_TOKEN;
-        let fitting = (lockstep_proto::MAX_MESSAGE_BYTES as u64 / 4 / slot_bytes).max(1);
+        let fitting = (lockstep_proto::MAX_LEASE_BYTES as u64 / slot_bytes).max(1);
         let fitting = 1u64 << fitting.ilog2();
         let largest = if workers == 1 { share.next_power_of_two() } else { 1 << share.ilog2() };
         let block_slots = u64::from(largest).min(fitting) as u32;
@@ -198,16 +198,16 @@ impl Plan {
 /// An estimate of what one slot of `rows` sequences keeps for its backward pass, in bytes of f32.
 ///
 /// Per token and layer, with width C, H heads and T tokens of context, after Korthikanti et al. (arXiv:2205.05198,
-/// section 4.1, counted in elements): 16 C (both norms' inputs, query, key, value, the attention's output, the feed-forward
-/// layer's input, its four-fold hidden values before and after GELU, a mask on each residual branch) and 3 H T for
-/// materialised attention (probabilities, their mask, and what is left of them). Then 3 V for logits, log-probabilities and
-/// their gradient, and 2 C for the embedding and the last norm.
+/// section 4.1, counted in elements): 18 C (both norms' inputs and outputs, query, key, value, the attention's output, the
+/// four-fold hidden values before and after GELU, a mask on each residual branch) and 3 H T for materialised attention
+/// (probabilities, their mask, and what is left of them). Then 3 V for logits, log-probabilities and their gradient, and
+/// 2 C for the embedding and the last norm.
 fn activation_bytes(model: &ModelConfig, rows: u64) -> u64 {
     match model {
         ModelConfig::Gpt(gpt) => {
             let sizes = [gpt.layers, gpt.width, gpt.heads, gpt.context, gpt.vocab_size];
             let [layers, c, h, t, v] = sizes.map(|size| size as u64);
-            let per_token = layers * (16 * c + 3 * h * t) + 2 * c + 3 * v;
+            let per_token = layers * (18 * c + 3 * h * t) + 2 * c + 3 * v;
             rows * t * per_token * FLOAT_BYTES
         }
         // Prediction, residual and its square.
@@ -334,7 +334,7 @@ mod tests {
               tokens          6.14 kB in all
 
             memory, about, beside program and corpus
-              a worker        28.30 MB: parameters 6.43 MB, gradients 12.87 MB, activations of a slot 9.00 MB
+              a worker        29.08 MB: parameters 6.43 MB, gradients 12.87 MB, activations of a slot 9.78 MB
               the coordinator 19.30 MB: parameters 6.43 MB, moments 6.43 MB, gradients of 2 waiting blocks 6.43 MB
                               and 9.65 MB more while a checkpoint is written
 

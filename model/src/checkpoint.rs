@@ -98,14 +98,14 @@ pub struct Checkpoint {
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// The system refused.
-    #[error("{path}: cannot {action}: {source}", path = path.display())]
+    #[error("{path}: cannot {action}: {error}", path = path.display())]
     Io {
         /// Where.
         path: PathBuf,
         /// What was tried.
         action: &'static str,
         /// What the system says.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The files do not agree with one another.
     #[error("{path}: the checkpoint is damaged: {reason}", path = path.display())]
@@ -126,7 +126,7 @@ pub enum CheckpointError {
 impl CheckpointError {
     fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_path_buf();
-        move |source| Self::Io { path, action, source }
+        move |error| Self::Io { path, action, error }
     }
 
     fn damaged(path: &Path, reason: impl Into<String>) -> Self {

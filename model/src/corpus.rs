@@ -9,12 +9,12 @@ use crate::tokenizer::{Tokenizer, TokenizerKind, UnknownCharacter};
 #[derive(Debug, thiserror::Error)]
 pub enum CorpusError {
     /// The file or directory cannot be read.
-    #[error("{path}: cannot be read: {source}; set data.input to a .txt file or a directory of such files", path = path.display())]
+    #[error("{path}: cannot be read: {error}; set data.input to a .txt file or a directory of such files", path = path.display())]
     Unreadable {
         /// Where.
         path: PathBuf,
         /// What the system says.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// A directory without text files.
     #[error("{path}: the directory holds no .txt file; set data.input to one that does", path = path.display())]
@@ -48,7 +48,7 @@ pub enum CorpusError {
 pub fn read_text(path: &Path) -> Result<String, CorpusError> {
     let unreadable = |path: &Path| {
         let path = path.to_path_buf();
-        move |source| CorpusError::Unreadable { path, source }
+        move |error| CorpusError::Unreadable { path, error }
     };
     let mut files = Vec::new();
     if fs::metadata(path).map_err(unreadable(path))?.is_dir() {
@@ -71,7 +71,7 @@ pub fn read_text(path: &Path) -> Result<String, CorpusError> {
 }
 
 fn collect_text_files(directory: &Path, files: &mut Vec<PathBuf>) -> Result<(), CorpusError> {
-    let unreadable = |source| CorpusError::Unreadable { path: directory.into(), source };
+    let unreadable = |error| CorpusError::Unreadable { path: directory.into(), error };
     for entry in fs::read_dir(directory).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
         if path.is_dir() {

@@ -17,6 +17,9 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// Most bytes in one message that is not a [`v1::Chunk`].
 pub const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;
 
+/// Most bytes of batches in one lease; the rest of its message has ample room beside them.
+pub const MAX_LEASE_BYTES: usize = MAX_MESSAGE_BYTES / 4;
+
 /// Metadata key that names the worker on its control stream: its id in decimal.
 pub const WORKER_ID_KEY: &str = "lockstep-worker-id";
 

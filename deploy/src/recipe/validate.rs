@@ -16,7 +16,7 @@ use crate::builtin;
 /// Most elements of a flat vector: 8 GiB of parameters.
 const MAX_ELEMENTS: usize = 1 << 31;
 /// Most bytes of one slot's batch: a lease is one message.
-pub(super) const MAX_SLOT_BYTES: i64 = lockstep_proto::MAX_MESSAGE_BYTES as i64 / 4;
+pub(super) const MAX_SLOT_BYTES: i64 = lockstep_proto::MAX_LEASE_BYTES as i64;
 /// Most slots of a step or an evaluation.
 const MAX_SLOTS: i64 = 1 << 16;
 /// Most tokens of a sequence: a slot holds at least one.

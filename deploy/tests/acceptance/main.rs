@@ -6,6 +6,7 @@
 mod bad_input;
 mod cluster;
 mod equal_runs;
+mod gpu;
 mod line;
 mod parity;
 mod quickstart;

@@ -1,0 +1,46 @@
+//! The GPU path: the same model through wgpu, on the first adapter there is. A software adapter runs the same kernels.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::cluster::{SMALL, fingerprint, lockstep, path, skip, succeed, text};
+
+/// Largest difference of a step's loss from the CPU's, relative.
+const LOSS_TOLERANCE: f64 = 1e-4;
+
+/// The first adapter in words, or `None` after saying that the test skips.
+fn adapter(test: &str) -> Option<String> {
+    let listed = text(&succeed(lockstep(&["devices"], &[])).stdout);
+    let found = listed.lines().find_map(|line| line.strip_prefix("wgpu:0")).map(|words| words.trim().to_string());
+    if found.is_none() {
+        skip(test, "wgpu finds no adapter (on Linux, mesa-vulkan-drivers brings one in software)");
+    }
+    found
+}
+
+fn train(run: &Path, device: &str, workers: &str) -> Vec<f64> {
+    let arguments = ["train", "--device", device, "--workers", workers, "--threads", "1", "--run", path(run)];
+    let shorter = ["schedule.steps=12", "evaluation.every_steps=6", "checkpoint.every_steps=0"];
+    succeed(lockstep(&arguments, &[SMALL, &shorter].concat()));
+    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter_map(|line| line["loss"].as_f64().or(line["val_loss"].as_f64())).collect()
+}
+
+/// Dropout included: masks are drawn by the same rule everywhere.
+#[test]
+fn a_gpu_computes_what_the_cpu_does() {
+    let Some(adapter) = adapter("a_gpu_computes_what_the_cpu_does") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let [gpu, twice, cpu] = ["gpu", "twice", "cpu"].map(|name| dir.path().join(name));
+    let (on_gpu, on_cpu) = (train(&gpu, "wgpu:0", "1"), train(&cpu, "cpu", "1"));
+    assert_eq!((on_gpu.len(), on_cpu.len()), (15, 15)); // twelve steps, three validations
+    let errors = on_gpu.iter().zip(&on_cpu).map(|(gpu, cpu)| (gpu / cpu - 1.0).abs());
+    let worst = errors.fold(0.0, f64::max);
+    println!("{adapter}: losses differ from the CPU's by at most {worst:.1e}");
+    assert!(worst <= LOSS_TOLERANCE, "{on_gpu:?} is not {on_cpu:?}");
+
+    train(&twice, "wgpu:0", "2");
+    assert_eq!(fingerprint(&twice), fingerprint(&gpu), "two workers on {adapter}");
+}
