@@ -4,9 +4,8 @@
 //! block, and one thread adds them up, applies the step and publishes the result.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -18,6 +17,7 @@ use lockstep_model::tree::{Block, TreeSum, add_vectors};
 use lockstep_proto::chunk;
 use tracing::Span;
 
+use crate::background::Background;
 use crate::engine::{LeaseId, WorkerId};
 
 /// Gradients that were pushed and wait for their block to be accepted or discarded.
@@ -135,10 +135,8 @@ pub(crate) struct Applied {
 }
 
 /// The thread that owns parameters and optimizer. Dropping it ends the thread after the jobs at hand.
-#[derive(Debug)]
 pub(crate) struct DataPlane {
-    jobs: Option<Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
+    jobs: Background<Job>,
     publication: Publication,
 }
 
@@ -157,13 +155,10 @@ impl DataPlane {
     ) -> std::io::Result<Self> {
         let published = Published { version, bytes: chunk::to_bytes(&state.parameters) };
         let publication = Publication(Arc::new(RwLock::new(published)));
-        let (jobs, queue) = channel();
         let plane = Plane { layout, config, slots, state, sum: TreeSum::new(slots), reduce: Duration::ZERO };
         let published = publication.clone();
-        let thread = std::thread::Builder::new()
-            .name("data-plane".into())
-            .spawn(move || plane.run(&queue, &published, &applied))?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread), publication })
+        let jobs = Background::start("data-plane", move |jobs| plane.run(&jobs, &published, &applied))?;
+        Ok(Self { jobs, publication })
     }
 
     /// What workers may pull.
@@ -173,35 +168,17 @@ impl DataPlane {
 
     /// Adds an accepted block to the sum of the step under way, whose span is `span`.
     pub(crate) fn add(&self, block: Block, vector: Vec<f32>, span: &Span) {
-        self.send(Job::Add { block, vector, span: span.clone() });
+        self.jobs.send(Job::Add { block, vector, span: span.clone() });
     }
 
     /// Applies the step, all of whose slots were added, at learning rate `lr`.
     pub(crate) fn apply(&self, step: u64, lr: f64, sums: Sums, span: &Span) {
-        self.send(Job::Apply { step, lr, sums, span: span.clone() });
+        self.jobs.send(Job::Apply { step, lr, sums, span: span.clone() });
     }
 
     /// Hands a copy of parameters and optimizer state, as they are after the jobs before, to `take` on the thread.
     pub(crate) fn snapshot(&self, take: impl FnOnce(State) + Send + 'static) {
-        self.send(Job::Snapshot(Box::new(take)));
-    }
-
-    fn send(&self, job: Job) {
-        // The thread lives as long as `self`; if it panicked, the panic is the news and dropping `self` passes it on.
-        if let Some(jobs) = &self.jobs {
-            let _ = jobs.send(job);
-        }
-    }
-}
-
-impl Drop for DataPlane {
-    fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join)
-            && !std::thread::panicking()
-        {
-            std::panic::resume_unwind(panic);
-        }
+        self.jobs.send(Job::Snapshot(Box::new(take)));
     }
 }
 
@@ -216,8 +193,8 @@ struct Plane {
 }
 
 impl Plane {
-    fn run(mut self, queue: &Receiver<Job>, publication: &Publication, applied: &impl Fn(anyhow::Result<Applied>)) {
-        for job in queue {
+    fn run(mut self, jobs: &Receiver<Job>, publication: &Publication, applied: &impl Fn(anyhow::Result<Applied>)) {
+        for job in jobs {
             match job {
                 Job::Add { block, vector, span } => self.add(block, vector, &span),
                 Job::Apply { step, lr, sums, span } => applied(self.apply(step, lr, sums, &span, publication)),
@@ -267,6 +244,8 @@ impl Plane {
 #[cfg(test)]
 mod tests {
     use lockstep_model::config::{LineConfig, ModelConfig, UpdateRule};
+
+    use std::sync::mpsc::channel;
 
     use super::*;
 

@@ -5,6 +5,7 @@
 //! around both, through the data plane.
 
 mod archive;
+mod background;
 pub mod config;
 mod dataplane;
 pub mod engine;

@@ -14,9 +14,10 @@ use lockstep_proto::v1;
 use lockstep_proto::v1::coordinator_message::Kind as Message;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::archive::Archive;
+use crate::archive;
+use crate::background::Background;
 use crate::config::RunConfig;
-use crate::dataplane::{Applied, DataPlane, Publication, Staging};
+use crate::dataplane::{Applied, DataPlane, Publication, Staging, State};
 use crate::engine::command::{Lease, Outcome, ReleaseReason, Task};
 use crate::engine::event::BlockDone;
 use crate::engine::{Command, Engine, Event, Ticket, Time, WorkerId};
@@ -25,7 +26,7 @@ use crate::observe::{Observer, RunEvent, Sample};
 use crate::plot;
 use crate::run::Summary;
 use crate::run_dir::RunDir;
-use crate::sampler::Sampler;
+use crate::sampler;
 use crate::service::{Finished, Input, unix_nanos};
 use crate::start::{self, Start};
 use crate::step_times::StepTimes;
@@ -56,8 +57,8 @@ pub(crate) struct Runtime {
     origin: Instant,
     staging: Arc<Staging>,
     plane: DataPlane,
-    archive: Archive,
-    sampler: Option<Sampler>,
+    archive: Background<archive::Job>,
+    sampler: Option<Background<sampler::Job>>,
     metrics: Metrics,
     observer: Observer,
     members: BTreeMap<WorkerId, Member>,
@@ -91,12 +92,12 @@ impl Runtime {
             drop(news.send(Input::Applied(applied)));
         })?;
         let news = inputs.clone();
-        let archive = Archive::start(run_dir.checkpoints(), config.checkpoint.keep_last, move |step, written| {
+        let archive = archive::start(run_dir.checkpoints(), config.checkpoint.keep_last, move |step, written| {
             drop(news.send(Input::Archived { step, written }));
         })?;
         let sampler = match config.sampling.prompts.is_empty() {
             true => None,
-            false => Some(Sampler::start(
+            false => Some(sampler::start(
                 config.model.clone(),
                 config.tokenizer.clone(),
                 config.sampling.clone(),
@@ -296,14 +297,19 @@ impl Runtime {
                 self.tell(&RunEvent::Validation { step, loss });
             }
             Command::Sample { step } => {
-                if let Some(handle) = self.sampler.as_ref().and_then(Sampler::handle) {
-                    self.plane.snapshot(move |state| handle.sample(step, state.parameters));
+                if let Some(sampler) = self.sampler.as_ref().and_then(Background::sender) {
+                    self.plane.snapshot(move |State { parameters, .. }| {
+                        // A thread that panicked takes no more jobs; dropping its owner passes the panic on.
+                        let _ = sampler.send(sampler::Job { step, parameters });
+                    });
                 }
             }
             Command::Checkpoint { .. } => {
                 let manifest = self.manifest.clone();
-                if let Some(handle) = self.archive.handle() {
-                    self.plane.snapshot(move |state| handle.write(manifest, state));
+                if let Some(archive) = self.archive.sender() {
+                    self.plane.snapshot(move |state| {
+                        let _ = archive.send(archive::Job { manifest, state });
+                    });
                 }
             }
             Command::Release { worker, reason } => {

@@ -1,7 +1,6 @@
-//! Text sampled from fixed prompts while training, on a thread of its own.
+//! Text sampled from fixed prompts while training, in the background.
 
-use std::sync::mpsc::{Sender, channel};
-use std::thread::JoinHandle;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use lockstep_model::compute::Computer;
 use lockstep_model::config::ModelConfig;
@@ -9,70 +8,41 @@ use lockstep_model::device::{ComputeDevice, DeviceChoice};
 use lockstep_model::generate::{Choice, generate};
 use lockstep_model::tokenizer::Tokenizer;
 
+use crate::background::Background;
 use crate::config::SamplingConfig;
 use crate::observe::Sample;
 
 /// Parameters to sample from.
-struct Job {
-    step: u64,
-    parameters: Vec<f32>,
+pub(crate) struct Job {
+    /// How many steps they have seen.
+    pub(crate) step: u64,
+    pub(crate) parameters: Vec<f32>,
 }
 
-/// The thread that samples. Dropping it waits for the samples under way.
-#[derive(Debug)]
-pub(crate) struct Sampler {
-    jobs: Option<Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-/// Takes parameters to the thread.
-#[derive(Clone, Debug)]
-pub(crate) struct Handle(Sender<Job>);
-
-impl Handle {
-    /// Asks for a text from each prompt with the parameters after `step`.
-    pub(crate) fn sample(&self, step: u64, parameters: Vec<f32>) {
-        // The thread ends only when the run does.
-        let _ = self.0.send(Job { step, parameters });
-    }
-}
-
-impl Sampler {
-    /// Starts the thread; each text goes to `done`.
-    pub(crate) fn start(
-        model: ModelConfig,
-        tokenizer: Option<Tokenizer>,
-        config: SamplingConfig,
-        seed: u64,
-        done: impl Fn(Sample) + Send + 'static,
-    ) -> std::io::Result<Self> {
-        let (jobs, queue) = channel::<Job>();
-        let thread = std::thread::Builder::new().name("sampler".into()).spawn(move || {
-            for Job { step, parameters } in queue {
-                for prompt in &config.prompts {
-                    let text = sample(&model, tokenizer.as_ref(), &config, seed, prompt, &parameters);
-                    let text = text.map_err(|error| format!("{error:#}"));
-                    done(Sample { step, prompt: prompt.clone(), text });
-                }
+/// Starts a thread that goes on from each prompt with the parameters it is sent. Each text goes to `done`.
+///
+/// # Errors
+/// If the system starts no thread.
+pub(crate) fn start(
+    model: ModelConfig,
+    tokenizer: Option<Tokenizer>,
+    config: SamplingConfig,
+    seed: u64,
+    done: impl Fn(Sample) + Send + 'static,
+) -> std::io::Result<Background<Job>> {
+    Background::start("sampler", move |jobs| {
+        for Job { step, parameters } in jobs {
+            for prompt in &config.prompts {
+                let sampled = || sample(&model, tokenizer.as_ref(), &config, seed, prompt, &parameters);
+                // A panic in a backend costs the sample, not the run.
+                let text = match catch_unwind(AssertUnwindSafe(sampled)) {
+                    Ok(text) => text.map_err(|error| format!("{error:#}")),
+                    Err(_) => Err("the CPU backend panicked; training is not affected".into()),
+                };
+                done(Sample { step, prompt: prompt.clone(), text });
             }
-        })?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
-    }
-
-    /// A handle for another thread; `None` only while this is being dropped.
-    pub(crate) fn handle(&self) -> Option<Handle> {
-        self.jobs.clone().map(Handle)
-    }
-}
-
-impl Drop for Sampler {
-    fn drop(&mut self) {
-        self.jobs = None;
-        // A panic in a backend costs the samples, not the run.
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::warn!("the sampling thread panicked; training is not affected");
         }
-    }
+    })
 }
 
 fn sample(
