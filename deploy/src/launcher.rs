@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -16,6 +16,8 @@ use tokio::task::JoinSet;
 const STARTED: Duration = Duration::from_secs(5);
 /// Failed starts in a row after which a worker is not started again.
 const ATTEMPTS: u32 = 3;
+/// Exit statuses with which a worker says that it cannot work as it is: no such device, no memory for the model, refused.
+const CANNOT_WORK: [i32; 2] = [1, 2];
 /// Pause before a worker is started again.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Lines of a worker's log shown when it cannot be started.
@@ -70,7 +72,10 @@ async fn keep_running(launch: Launch, number: u32) -> anyhow::Error {
             Ok(status) => status,
             Err(error) => return error,
         };
-        failures = if started.elapsed() < STARTED && !killed(status) { failures + 1 } else { 0 };
+        if status.code().is_some_and(|code| CANNOT_WORK.contains(&code)) {
+            return anyhow::anyhow!("worker {number} cannot work; it said:\n{}", last_lines(&log));
+        }
+        failures = if started.elapsed() < STARTED { failures + 1 } else { 0 };
         if failures == ATTEMPTS {
             let said = last_lines(&log);
             return anyhow::anyhow!("worker {number} ended {ATTEMPTS} times right after its start ({status}):\n{said}");
@@ -101,18 +106,6 @@ fn start(launch: &Launch, number: u32, log: &Path) -> anyhow::Result<Child> {
         .kill_on_drop(true)
         .spawn()
         .with_context(|| format!("{}: cannot start a worker", program.display()))
-}
-
-/// Whether a process was ended from outside: not its own failure.
-#[cfg(unix)]
-fn killed(status: ExitStatus) -> bool {
-    use std::os::unix::process::ExitStatusExt as _;
-    status.signal().is_some()
-}
-
-#[cfg(not(unix))]
-fn killed(_: ExitStatus) -> bool {
-    false
 }
 
 fn last_lines(log: &Path) -> String {

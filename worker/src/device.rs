@@ -249,10 +249,23 @@ fn caught<T>(device: &str, job: impl FnOnce() -> Result<T, ComputeError>) -> Res
         Ok(Err(disagreement)) => return Err(DeviceFailure(disagreement.to_string())),
         Err(panic) => panic_message(panic.as_ref()).to_owned(),
     };
+    tracing::debug!("{device} failed: {failed}");
     Err(DeviceFailure(format!(
-        "{device} failed: {failed}; if memory ran out, lower batch.sequences_per_slot in the recipe (and raise batch.slots); \
-         else start this worker with --device cpu"
+        "{device} failed: {}; if memory ran out, lower batch.sequences_per_slot in the recipe (and raise batch.slots); \
+         else start this worker with --device cpu",
+        in_one_line(&failed)
     )))
+}
+
+/// A backend's report, which may run to hundreds of lines, down to its first root cause: the first line, and each that
+/// follows a line "Caused by:" without a break.
+fn in_one_line(report: &str) -> String {
+    let mut lines = report.lines().map(str::trim).filter(|line| !line.is_empty());
+    let mut causes: Vec<&str> = lines.next().into_iter().collect();
+    while lines.next() == Some("Caused by:") {
+        causes.extend(lines.next());
+    }
+    causes.join(": ")
 }
 
 /// What a panic said.

@@ -67,10 +67,8 @@ pub enum WorkerError {
         reason: String,
     },
     /// The probe could not be computed.
-    #[error("{device} cannot compute what the coordinator at {address} trains: {reason}")]
+    #[error("this worker cannot compute what the coordinator at {address} trains: {reason}")]
     Probe {
-        /// The device.
-        device: String,
         /// The coordinator.
         address: String,
         /// What happened, and what to change.
@@ -155,8 +153,7 @@ impl Worker {
         let mut client = Client::connect(&self.endpoint).await.map_err(|error| self.setback(error))?;
         let invitation = client.join(&self.identity).await.map_err(|error| self.setback(error))?;
         let probe = self.device.probe(invitation.model, invitation.probe).await.map_err(|failure| {
-            let (device, address) = (self.identity.device.clone(), self.address.clone());
-            Setback::Final(WorkerError::Probe { device, address, reason: failure.to_string() })
+            Setback::Final(WorkerError::Probe { address: self.address.clone(), reason: failure.to_string() })
         })?;
         let run = invitation.run;
         let worker_id = client.admit(&run, &self.identity, probe).await.map_err(|error| self.setback(error))?;

@@ -200,8 +200,8 @@ async fn a_refusal_is_final_and_said_in_words() {
 
     let mut bad_probe = invitation();
     bad_probe.probe[0].slots[0].columns.pop();
-    let expected = "cpu (burn-flex) cannot compute what the coordinator at ADDRESS trains: the batch has no f32 column \
-                    \"y\"; coordinator and worker disagree on the model";
+    let expected = "this worker cannot compute what the coordinator at ADDRESS trains: the batch has no f32 column \"y\"; \
+                    coordinator and worker disagree on the model";
     assert_eq!(error_of(Script { invitation: Ok(bad_probe), ..Script::default() }).await, expected);
 }
 

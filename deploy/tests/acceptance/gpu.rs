@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::cluster::{SMALL, fingerprint, lockstep, path, skip, succeed, text};
+use crate::cluster::{SMALL, fail, fingerprint, lockstep, path, skip, succeed, text};
 
 /// Largest difference of a step's loss from the CPU's, relative.
 const LOSS_TOLERANCE: f64 = 1e-4;
@@ -43,4 +43,27 @@ fn a_gpu_computes_what_the_cpu_does() {
 
     train(&twice, "wgpu:0", "2");
     assert_eq!(fingerprint(&twice), fingerprint(&gpu), "two workers on {adapter}");
+}
+
+/// Attention scores of 34 GB are more than any adapter takes in one piece.
+#[test]
+fn a_step_too_large_for_the_adapter_is_said() {
+    let Some(adapter) = adapter("a_step_too_large_for_the_adapter_is_said") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("large");
+    let large = ["model.layers=1", "model.width=8", "model.heads=8", "model.context=4096"];
+    let step = ["batch.slots=1", "batch.sequences_per_slot=64"];
+    let arguments = ["train", "--device", "wgpu:0", "--workers", "1", "--run", path(&run)];
+    let said = fail(lockstep(&arguments, &[large.as_slice(), &step].concat()), 1);
+    for expected in ["worker 1 cannot work", &adapter, "lower batch.sequences_per_slot", "--device cpu"] {
+        assert!(said.contains(expected), "{expected:?} is not in: {said}");
+    }
+}
+
+#[test]
+fn an_adapter_that_is_not_there_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("nowhere");
+    let said = fail(lockstep(&["train", "line", "--device", "wgpu:1000", "--run", path(&run)], &[]), 1);
+    assert!(said.contains("there is no wgpu adapter 1000") && said.contains("lockstep devices"), "{said}");
 }

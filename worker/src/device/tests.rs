@@ -108,6 +108,14 @@ async fn a_failure_is_told_and_the_thread_goes_on_after_another_load() {
 }
 
 #[test]
+fn a_long_report_comes_down_to_its_first_root_cause() {
+    let report = "An error happened\nCaused by:\n  Several failures\nCaused by:\n  can't allocate buffer of size: 7\nNo backtrace\n\
+                  Caused by:\n  another\n";
+    assert_eq!(in_one_line(report), "An error happened: Several failures: can't allocate buffer of size: 7");
+    assert_eq!(in_one_line("short"), "short");
+}
+
+#[test]
 fn a_panic_of_the_backend_names_the_device_and_the_setting_to_change() {
     let failure = caught::<()>("wgpu (a GPU)", || panic!("out of memory: {} bytes", 7)).unwrap_err();
     let expected = "wgpu (a GPU) failed: out of memory: 7 bytes; if memory ran out, lower batch.sequences_per_slot in the \
