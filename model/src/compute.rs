@@ -12,6 +12,7 @@ use crate::dropout::Dropout;
 use crate::layout::Layout;
 use crate::line::Line;
 use crate::transformer::Gpt;
+use crate::tree::{add_vectors, sum_leaves};
 
 /// Names one slot of one step of one run: all that dropout depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,21 +56,40 @@ pub enum ComputeError {
     Device(String),
 }
 
+/// What a block of slots gives.
+#[derive(Clone, Debug)]
+pub struct BlockGradient {
+    /// Of each slot, in order.
+    pub slot_sums: Vec<Sums>,
+    /// Gradient of the sum of all losses, added along the tree over the slots; flat in layout order.
+    pub gradient: Vec<f32>,
+}
+
 /// A model on a device, ready to compute slots with the parameters loaded last.
 #[derive(Debug)]
 pub struct Computer {
     model: ModelConfig,
     layout: Layout,
     device: Device,
+    /// Whether sums may be made on the device, to the bits that they have here.
+    adds_exactly: bool,
     leaves: Vec<Leaf>,
+}
+
+/// A slot's loss, still on the device: `[1]`, and the weight it is to be divided by.
+struct PendingLoss {
+    loss: Tensor<1>,
+    weight: f64,
 }
 
 impl Computer {
     /// A computer for `model`, with all parameters 0 until [`Self::load`].
     pub fn new(model: &ModelConfig, device: &ComputeDevice) -> Self {
-        let layout = Layout::of(model);
-        let device = device.handle().clone().autodiff();
-        Self { model: model.clone(), layout, device, leaves: Vec::new() }
+        let adds_exactly = device.adds_exactly();
+        let place = if adds_exactly { "there" } else { "here: it flushes small numbers to 0" };
+        tracing::debug!("{}: gradients of a block's slots are added {place}", device.description);
+        let (layout, device) = (Layout::of(model), device.handle().clone().autodiff());
+        Self { model: model.clone(), layout, device, adds_exactly, leaves: Vec::new() }
     }
 
     /// The flat vector's layout.
@@ -108,32 +128,90 @@ impl Computer {
     /// # Errors
     /// If the batch does not fit the model, or the device fails.
     pub fn gradient(&self, batch: &Batch, key: SlotKey) -> Result<SlotGradient, ComputeError> {
+        let BlockGradient { slot_sums, gradient } = self.block_gradient([Ok((batch, key))].into_iter())?;
+        Ok(SlotGradient { sums: slot_sums[0], gradient })
+    }
+
+    /// Losses and the summed gradient of a block's slots (at least one), in order, dropout active. Slots are computed one
+    /// by one, and their gradients added along the tree: on the device, and read back once at the end, if the device adds
+    /// as a CPU does; else each is read back and added here.
+    ///
+    /// # Errors
+    /// The first among `slots`; else if a batch does not fit the model, or the device fails.
+    pub fn block_gradient<'a>(
+        &self,
+        slots: impl ExactSizeIterator<Item = Result<(&'a Batch, SlotKey), ComputeError>>,
+    ) -> Result<BlockGradient, ComputeError> {
+        let no_slots = || ComputeError::Input("a block without slots has no gradient".into());
+        if self.adds_exactly {
+            let mut losses = Vec::with_capacity(slots.len());
+            let gradients = slots.map(|slot| -> Result<_, ComputeError> {
+                let (loss, gradient) = self.backward(slot?)?;
+                losses.push(loss);
+                Ok(gradient)
+            });
+            let gradient = sum_leaves(gradients, add_on_device)?.ok_or_else(no_slots)?;
+            let (slot_sums, gradient) = read(losses, gradient)?;
+            return Ok(BlockGradient { slot_sums, gradient: self.flat(gradient)? });
+        }
+        let mut slot_sums = Vec::with_capacity(slots.len());
+        let gradients = slots.map(|slot| {
+            let (loss, gradient) = self.backward(slot?)?;
+            let (sums, gradient) = read(vec![loss], gradient)?;
+            slot_sums.extend(sums);
+            self.flat(gradient)
+        });
+        let gradient = sum_leaves(gradients, |left, right| add_vectors(left, &right))?.ok_or_else(no_slots)?;
+        Ok(BlockGradient { slot_sums, gradient })
+    }
+
+    /// Starts forward and backward of one slot: its loss, and the gradient of each trainable tensor, on the device.
+    fn backward(&self, (batch, key): (&Batch, SlotKey)) -> Result<(PendingLoss, Vec<Leaf>), ComputeError> {
         let forward = tracing::info_span!(target: "lockstep", "forward", step = key.step, slot = key.slot).entered();
         let (loss, weight) = self.network(&self.leaves).loss(batch, Some(key), &self.device)?;
         drop(forward);
         let _backward = tracing::info_span!(target: "lockstep", "backward", step = key.step, slot = key.slot).entered();
         let mut gradients = loss.backward();
-        let mut read = Transaction::default().register(loss.inner());
-        for leaf in &self.leaves {
-            read = leaf.register_gradient(&mut gradients, read);
-        }
-        let mut read = read.try_execute().map_err(|error| ComputeError::Device(error.to_string()))?.into_iter();
+        let trainable = self.leaves.iter().filter(|leaf| leaf.is_trainable());
+        let gradient = trainable.map(|leaf| leaf.gradient(&mut gradients)).collect();
+        Ok((PendingLoss { loss: loss.inner(), weight }, gradient))
+    }
 
-        let loss = read.next().map(floats).transpose()?.and_then(|values| values.first().copied());
-        let loss = loss.ok_or_else(|| ComputeError::Device("no loss came back".into()))?;
-        let mut gradient = Vec::with_capacity(self.layout.len());
-        for (tensor, leaf) in self.layout.tensors.iter().zip(&self.leaves) {
-            if leaf.is_trainable() {
-                gradient.extend(read.next().map(floats).transpose()?.unwrap_or_default());
+    /// The flat vector of the trainable tensors' gradients. Frozen tensors have gradient 0.
+    fn flat(&self, gradient: Vec<Vec<f32>>) -> Result<Vec<f32>, ComputeError> {
+        let mut gradient = gradient.into_iter();
+        let mut vector = Vec::with_capacity(self.layout.len());
+        for tensor in &self.layout.tensors {
+            if tensor.trainable {
+                vector.extend(gradient.next().unwrap_or_default());
             } else {
-                gradient.resize(tensor.range().end, 0.0);
+                vector.resize(tensor.range().end, 0.0);
             }
         }
-        if gradient.len() != self.layout.len() {
-            let found = gradient.len();
+        if vector.len() != self.layout.len() {
+            let found = vector.len();
             return Err(ComputeError::Device(format!("{found} gradient elements came back of {}", self.layout.len())));
         }
-        Ok(SlotGradient { sums: Sums { loss: f64::from(loss), weight }, gradient })
+        Ok(vector)
+    }
+
+    /// Losses of slots, in order, dropout inactive, read back once.
+    ///
+    /// # Errors
+    /// The first among `batches`; else if a batch does not fit the model, or the device fails.
+    pub fn losses<'a>(
+        &self,
+        batches: impl Iterator<Item = Result<&'a Batch, ComputeError>>,
+    ) -> Result<Vec<Sums>, ComputeError> {
+        let (device, leaves) = self.inference();
+        let network = self.network(&leaves);
+        let loss = |batch: Result<&Batch, ComputeError>| {
+            let _forward = tracing::info_span!(target: "lockstep", "forward").entered();
+            let (loss, weight) = network.loss(batch?, None, &device)?;
+            Ok(PendingLoss { loss, weight })
+        };
+        let losses = batches.map(loss).collect::<Result<_, ComputeError>>()?;
+        Ok(read(losses, Vec::new())?.0)
     }
 
     /// Loss of one slot, dropout inactive.
@@ -141,11 +219,7 @@ impl Computer {
     /// # Errors
     /// If the batch does not fit the model, or the device fails.
     pub fn loss(&self, batch: &Batch) -> Result<Sums, ComputeError> {
-        let _forward = tracing::info_span!(target: "lockstep", "forward").entered();
-        let (device, leaves) = self.inference();
-        let (loss, weight) = self.network(&leaves).loss(batch, None, &device)?;
-        let loss = loss.try_into_scalar::<f32>().map_err(|error| ComputeError::Device(error.to_string()))?;
-        Ok(Sums { loss: f64::from(loss), weight })
+        Ok(self.losses([Ok(batch)].into_iter())?[0])
     }
 
     /// The logits after the last of `tokens` (1 to `context` of them), one for each vocabulary entry.
@@ -278,20 +352,54 @@ impl Leaf {
         }
     }
 
-    /// Adds this tensor's gradient to what is to be read back; zeros where the loss does not depend on it.
-    fn register_gradient(&self, gradients: &mut Gradients, read: Transaction) -> Transaction {
+    /// This tensor's gradient; zeros where the loss does not depend on it.
+    fn gradient(&self, gradients: &mut Gradients) -> Self {
         match self {
-            _ if !self.is_trainable() => read,
             Self::Matrix(tensor) => {
                 let gradient = tensor.grad_remove(gradients);
-                read.register(gradient.unwrap_or_else(|| tensor.clone().inner().zeros_like()))
+                Self::Matrix(gradient.unwrap_or_else(|| tensor.clone().inner().zeros_like()))
             }
             Self::Vector(tensor) => {
                 let gradient = tensor.grad_remove(gradients);
-                read.register(gradient.unwrap_or_else(|| tensor.clone().inner().zeros_like()))
+                Self::Vector(gradient.unwrap_or_else(|| tensor.clone().inner().zeros_like()))
             }
         }
     }
+
+    /// Adds it to what is to be read back.
+    fn register(self, read: Transaction) -> Transaction {
+        match self {
+            Self::Matrix(tensor) => read.register(tensor),
+            Self::Vector(tensor) => read.register(tensor),
+        }
+    }
+}
+
+/// The sum of two gradients, tensor by tensor.
+fn add_on_device(left: Vec<Leaf>, right: Vec<Leaf>) -> Vec<Leaf> {
+    let add = |pair: (Leaf, Leaf)| match pair {
+        (Leaf::Matrix(left), Leaf::Matrix(right)) => Leaf::Matrix(left + right),
+        (Leaf::Vector(left), Leaf::Vector(right)) => Leaf::Vector(left + right),
+        _ => unreachable!("both are gradients of the same leaves, in the same order"),
+    };
+    left.into_iter().zip(right).map(add).collect()
+}
+
+/// Reads losses and tensors back, in one go, after all work before it is done.
+fn read(losses: Vec<PendingLoss>, tensors: Vec<Leaf>) -> Result<(Vec<Sums>, Vec<Vec<f32>>), ComputeError> {
+    let _read = tracing::info_span!(target: "lockstep", "read back").entered();
+    let weights: Vec<f64> = losses.iter().map(|pending| pending.weight).collect();
+    let read = losses.into_iter().fold(Transaction::default(), |read, pending| read.register(pending.loss));
+    let read = tensors.into_iter().fold(read, |read, tensor| tensor.register(read));
+    let data = read.try_execute().map_err(|error| ComputeError::Device(error.to_string()))?;
+    let mut data = data.into_iter().map(floats);
+    let sums = weights.into_iter().map(|weight| {
+        let loss = data.next().transpose()?.and_then(|values| values.first().copied());
+        let loss = loss.ok_or_else(|| ComputeError::Device("no loss came back".into()))?;
+        Ok(Sums { loss: f64::from(loss), weight })
+    });
+    let sums = sums.collect::<Result<_, ComputeError>>()?;
+    Ok((sums, data.collect::<Result<_, _>>()?))
 }
 
 /// Token numbers `[B, T]` on the device, checked against the model.
@@ -329,7 +437,6 @@ mod tests {
     use crate::layout::initial_parameters;
     use crate::optimizer::{self, OptimizerState};
     use crate::random::{Stream, normal};
-    use crate::tree::add_vectors;
 
     const KEY: SlotKey = SlotKey { seed: 1, step: 1, slot: 0 };
 
@@ -433,6 +540,26 @@ mod tests {
             assert!((loss / whole.sums.loss - 1.0).abs() < 1e-6);
             assert!(optimizer::l2_norm(&difference) < 1e-5 * optimizer::l2_norm(&whole.gradient));
         }
+    }
+
+    #[test]
+    fn a_block_is_the_same_added_on_the_device_or_here() {
+        let model = gpt(0.2);
+        let mut computer = computer(&model, &lively_parameters(&model));
+        assert!(computer.adds_exactly, "a CPU adds as a CPU does");
+        let slots: Vec<(Batch, SlotKey)> = (0..5).map(|slot| (batch(1, None), SlotKey { slot, ..KEY })).collect();
+        let block = |computer: &Computer| {
+            let slots = slots.iter().map(|(batch, key)| Ok((batch, *key)));
+            computer.block_gradient(slots).unwrap()
+        };
+        let there = block(&computer);
+        computer.adds_exactly = false;
+        let here = block(&computer);
+        assert_eq!((there.slot_sums, &there.gradient), (here.slot_sums, &here.gradient));
+        let single = |slot: usize| computer.gradient(&slots[slot].0, slots[slot].1).unwrap().gradient;
+        let pair = |slot| add_vectors(single(slot), &single(slot + 1));
+        assert_eq!(here.gradient, add_vectors(add_vectors(pair(0), &pair(2)), &single(4)));
+        assert!(computer.block_gradient(std::iter::empty()).is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 
 /// What a user asks for: `auto`, `cpu`, `wgpu` or `wgpu:INDEX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,11 @@ pub enum DeviceError {
         /// How many there are.
         found: usize,
     },
+    /// A software adapter, and kernels that are chosen by trying many.
+    #[error(
+        "{0}: this build (feature gpu-tuned) finds its kernels by trying many, which takes a software adapter hours; use          --device cpu, or a build without gpu-tuned"
+    )]
+    TunedForGpus(String),
 }
 
 impl FromStr for DeviceChoice {
@@ -83,18 +88,31 @@ impl ComputeDevice {
             DeviceChoice::Cpu => cpu(),
             DeviceChoice::Wgpu(index) => {
                 let index = index.unwrap_or(0);
-                let mut adapters = wgpu_adapters()?;
+                let adapters = wgpu_adapters()?;
                 let found = adapters.len();
-                if index >= found {
-                    return Err(DeviceError::NoAdapter { index, found });
+                let adapter = adapters.into_iter().nth(index).ok_or(DeviceError::NoAdapter { index, found })?;
+                if adapter.software && cfg!(feature = "gpu-tuned") {
+                    return Err(DeviceError::TunedForGpus(adapter.device.description));
                 }
-                Ok(adapters.swap_remove(index).device)
+                Ok(adapter.device)
             }
             DeviceChoice::Auto => {
                 let gpu = wgpu_adapters().ok().and_then(|adapters| adapters.into_iter().find(|a| !a.software));
                 gpu.map_or_else(cpu, |adapter| Ok(adapter.device))
             }
         }
+    }
+
+    /// Whether the device adds f32 as IEEE 754 says, subnormal numbers included, which some flush to 0. Only then are its
+    /// sums those of the coordinator.
+    pub(crate) fn adds_exactly(&self) -> bool {
+        let left = [f32::MIN_POSITIVE, 1e-40, -1.5e-38, 1.0, -0.0, 16_777_216.0, f32::MAX];
+        let right = [-1.5e-39, 1e-45, 1.4e-38, f32::EPSILON / 2.0, -0.0, 1.0, f32::MIN_POSITIVE];
+        let tensor = |values: [f32; 7]| Tensor::<1>::from_data(values, &self.handle);
+        let sum = (tensor(left) + tensor(right)).try_into_data().ok();
+        let sum = sum.and_then(|sum| sum.try_into_vec::<f32>().ok()).unwrap_or_default();
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
+        bits(&sum) == left.iter().zip(right).map(|(left, right)| (left + right).to_bits()).collect::<Vec<u32>>()
     }
 
     /// burn's handle.
@@ -156,7 +174,8 @@ fn wgpu_adapters() -> Result<Vec<Adapter>, DeviceError> {
         let software = identity.as_ref().is_none_or(|identity| identity.physical.is_none());
         let name = identity.map_or_else(|| "unnamed adapter".to_string(), |identity| identity.name);
         let kind = if software { ", software adapter" } else { "" };
-        Adapter { device: ComputeDevice { description: format!("wgpu ({name}{kind})"), handle }, software }
+        let tuned = if cfg!(feature = "gpu-tuned") { ", tuned" } else { "" };
+        Adapter { device: ComputeDevice { description: format!("wgpu ({name}{kind}{tuned})"), handle }, software }
     };
     Ok(devices.into_iter().map(adapter).collect())
 }

@@ -119,6 +119,23 @@ impl<T> TreeSum<T> {
     }
 }
 
+/// The sum of consecutive slots, given in order, along the tree; `None` of none. Blocks being aligned, it is that of any
+/// block that consists of so many slots.
+///
+/// # Errors
+/// The first among `leaves`.
+pub fn sum_leaves<T, E>(
+    leaves: impl ExactSizeIterator<Item = Result<T, E>>,
+    mut add: impl FnMut(T, T) -> T,
+) -> Result<Option<T>, E> {
+    let mut sum = TreeSum::new(leaves.len() as u32);
+    for (slot, leaf) in (0..).zip(leaves) {
+        let inserted = sum.insert(Block::leaf(slot), leaf?, &mut add);
+        assert!(inserted.is_ok(), "each slot is counted once");
+    }
+    Ok(sum.into_root())
+}
+
 /// Adds `right` to `left`, element by element.
 ///
 /// # Panics

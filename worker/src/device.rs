@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use lockstep_model::batch::Sums;
-use lockstep_model::compute::{ComputeError, Computer, SlotGradient, SlotKey};
+use lockstep_model::compute::{BlockGradient, ComputeError, Computer, SlotKey};
 use lockstep_model::config::ModelConfig;
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::digest::bytes_sha256;
 use lockstep_model::layout::Layout;
 use lockstep_model::probe;
-use lockstep_model::tree::{Block, TreeSum, add_vectors};
+use lockstep_model::tree::sum_leaves;
 use lockstep_proto::chunk;
 use tokio::sync::oneshot;
 use tracing::Span;
@@ -190,55 +190,23 @@ struct BlockSum {
     gradient: Option<Vec<f32>>,
 }
 
-/// Computes a lease's slots one by one and adds them up.
+/// Computes a lease's slots one by one and adds them up, in tree order.
 fn sum_block(computer: &Computer, work: &Work, abandoned: impl Fn() -> bool) -> Result<BlockSum, ComputeError> {
-    let mut slot_sums = Vec::with_capacity(work.slots.len());
     let check = || match abandoned() {
         true => Err(ComputeError::Input("the membership that the lease belonged to has ended".into())),
         false => Ok(()),
     };
-    match work.lease.task {
+    let (slot_sums, gradient) = match work.lease.task {
         Task::Gradient => {
-            let leaf = |slot: &Slot| {
-                check()?;
-                let key = SlotKey { seed: work.seed, step: work.lease.step, slot: slot.number };
-                let leaf = computer.gradient(&slot.batch, key)?;
-                slot_sums.push(leaf.sums);
-                Ok(leaf)
-            };
-            let add = |left: SlotGradient, right: SlotGradient| SlotGradient {
-                sums: left.sums + right.sums,
-                gradient: add_vectors(left.gradient, &right.gradient),
-            };
-            let SlotGradient { sums, gradient } = sum_in_tree_order(&work.slots, leaf, add)?;
-            Ok(BlockSum { sums, slot_sums, gradient: Some(gradient) })
+            let key = |slot: &Slot| SlotKey { seed: work.seed, step: work.lease.step, slot: slot.number };
+            let slots = work.slots.iter().map(|slot| check().map(|()| (&slot.batch, key(slot))));
+            let BlockGradient { slot_sums, gradient } = computer.block_gradient(slots)?;
+            (slot_sums, Some(gradient))
         }
-        Task::Evaluate => {
-            let leaf = |slot: &Slot| {
-                check()?;
-                let sums = computer.loss(&slot.batch)?;
-                slot_sums.push(sums);
-                Ok(sums)
-            };
-            let sums = sum_in_tree_order(&work.slots, leaf, |left, right| left + right)?;
-            Ok(BlockSum { sums, slot_sums, gradient: None })
-        }
-    }
-}
-
-/// Adds what `leaf` gives for each of a block's slots, in order, along the block's tree. As blocks are aligned, that is
-/// the tree over the block's slots counted from 0.
-fn sum_in_tree_order<T>(
-    slots: &[Slot],
-    mut leaf: impl FnMut(&Slot) -> Result<T, ComputeError>,
-    add: impl Fn(T, T) -> T,
-) -> Result<T, ComputeError> {
-    let mut sum = TreeSum::new(slots.len() as u32);
-    for (place, slot) in slots.iter().enumerate() {
-        let inserted = sum.insert(Block::leaf(place as u32), leaf(slot)?, &add);
-        assert!(inserted.is_ok(), "each place is counted once");
-    }
-    Ok(sum.into_root().expect("a lease has at least one slot, and all were counted"))
+        Task::Evaluate => (computer.losses(work.slots.iter().map(|slot| check().map(|()| &slot.batch)))?, None),
+    };
+    let sums = sum_leaves(slot_sums.iter().copied().map(Ok::<Sums, ComputeError>), |left, right| left + right)?;
+    Ok(BlockSum { sums: sums.unwrap_or_default(), slot_sums, gradient })
 }
 
 /// Runs `job` and puts its error or panic into words. Backends panic where memory runs out or a kernel does not compile.

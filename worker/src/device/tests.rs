@@ -1,8 +1,10 @@
 //! The device's thread on the straight line, whose sums can be checked against a plain loop.
 
 use lockstep_model::batch::{Batch, Column, Values};
+use lockstep_model::compute::SlotGradient;
 use lockstep_model::config::LineConfig;
 use lockstep_model::device::DeviceChoice;
+use lockstep_model::tree::{Block, add_vectors};
 
 use super::*;
 use crate::lease::Lease;
