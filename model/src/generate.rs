@@ -78,8 +78,9 @@ impl Choice {
     }
 }
 
-/// Continues `prompt` (at least one token) by `count` tokens, giving out each as it is chosen. The model reads at most
-/// its last `context` tokens. Stops early where `each` returns `false`.
+/// Continues `prompt` (at least one token) by at most `count` tokens, giving out each as it is chosen. The model reads
+/// at most its last `context` tokens. Stops early where it chooses `end`, which is not given out, or `each` returns
+/// `false`.
 ///
 /// # Errors
 /// If the model is no Transformer, a token is outside it, or the device fails.
@@ -89,6 +90,7 @@ pub fn generate(
     prompt: &[u32],
     count: usize,
     choice: &Choice,
+    end: Option<u32>,
     mut each: impl FnMut(u32) -> bool,
 ) -> Result<(), ComputeError> {
     if prompt.is_empty() {
@@ -99,7 +101,7 @@ pub fn generate(
         let window = &tokens[tokens.len().saturating_sub(context)..];
         let token = choice.pick(&computer.next_token_logits(window)?, position as u64);
         tokens.push(token);
-        if !each(token) {
+        if Some(token) == end || !each(token) {
             break;
         }
     }

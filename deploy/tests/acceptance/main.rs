@@ -8,6 +8,7 @@ mod cluster;
 mod equal_runs;
 mod line;
 mod parity;
+mod prepare;
 mod quickstart;
 mod tidy;
 mod tracing;
