@@ -10,9 +10,9 @@ use crate::bpe::{Bpe, BpeError, END_OF_TEXT, MIN_VOCAB_SIZE, character_of_byte};
 use crate::words::Words;
 
 /// Distinct words beyond this size in bytes make the rarest ones be forgotten while counting.
-const COUNTED_BYTES: usize = 64 << 20;
-/// Distinct words learned from, in bytes: the most frequent ones. Learning takes some 50 times as much memory.
-const LEARNED_BYTES: usize = 8 << 20;
+const COUNTED_BYTES: usize = 32 << 20;
+/// Distinct words learned from, in bytes: the most frequent ones. Learning takes about a hundred times as much memory.
+const LEARNED_BYTES: usize = 4 << 20;
 /// How often a pair must occur to become a token.
 const MIN_FREQUENCY: u64 = 2;
 

@@ -111,6 +111,9 @@ pub fn generate(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Gelu, GptConfig, ModelConfig};
+    use crate::device::{ComputeDevice, DeviceChoice};
+    use crate::layout::initial_parameters;
 
     const LOGITS: [f32; 4] = [1.0, 3.0, 2.0, -5.0];
 
@@ -143,6 +146,40 @@ mod tests {
         assert_eq!(counts(Choice { top_p: 0.6, ..PLAIN }), [0, 20_000, 0, 0]);
         let top_p = counts(Choice { top_p: 0.7, ..PLAIN });
         assert!(top_p[0] == 0 && top_p[2] > 0);
+    }
+
+    #[test]
+    fn generation_stops_at_the_end_of_text() {
+        let gpt = GptConfig {
+            vocab_size: 7,
+            context: 4,
+            layers: 1,
+            heads: 1,
+            width: 8,
+            bias: false,
+            tied_head: true,
+            gelu: Gelu::Exact,
+            norm_epsilon: 1e-5,
+            dropout: 0.0,
+        };
+        let model = ModelConfig::Gpt(gpt);
+        let mut computer = Computer::new(&model, &ComputeDevice::open(DeviceChoice::Cpu).unwrap());
+        computer.load(&initial_parameters(&model, 1)).unwrap();
+        let choice = Choice { temperature: 5.0, ..PLAIN };
+        let tokens = |end| {
+            let mut tokens = Vec::new();
+            let each = |token| {
+                tokens.push(token);
+                true
+            };
+            generate(&computer, 4, &[1], 50, &choice, end, each).unwrap();
+            tokens
+        };
+        let all = tokens(None);
+        assert_eq!(all.len(), 50);
+        let end = all[20];
+        let first = all.iter().position(|&token| token == end).unwrap();
+        assert_eq!(tokens(Some(end)), all[..first], "what comes before, and not the end itself");
     }
 
     #[test]
