@@ -23,6 +23,8 @@ pub struct RunConfig {
     pub tokenizer: Option<Tokenizer>,
     /// Where batches come from.
     pub source: Arc<Source>,
+    /// Bytes of text for each validation token, on average; `None` where there is no text.
+    pub bytes_per_token: Option<f64>,
     /// The update rule.
     pub optimizer: OptimizerConfig,
     /// The learning rate over time.

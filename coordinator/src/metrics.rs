@@ -57,6 +57,9 @@ pub struct ValidationLine {
     /// Mean loss over all validation windows; `null` in the file where it is NaN.
     #[serde(deserialize_with = "or_nan")]
     pub val_loss: f64,
+    /// The same in bits for each byte of text; left out where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub val_bits_per_byte: Option<f64>,
 }
 
 impl Line {
@@ -168,11 +171,11 @@ mod tests {
     }
 
     fn validation(step: u64) -> Line {
-        Line::Validation(ValidationLine { step, val_loss: 2.0 })
+        Line::Validation(ValidationLine { step, val_loss: 2.0, val_bits_per_byte: Some(1.5) })
     }
 
     fn validation_of(val_loss: f64) -> Line {
-        Line::Validation(ValidationLine { step: 1, val_loss })
+        Line::Validation(ValidationLine { step: 1, val_loss, val_bits_per_byte: None })
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use lockstep_model::checkpoint::Validation;
 use lockstep_proto::v1::SpanTiming;
 
 /// Receives the run's events, in order, on the run's own task: it must not block.
@@ -57,12 +58,7 @@ pub enum RunEvent {
         tokens_per_sec: f64,
     },
     /// A validation was measured.
-    Validation {
-        /// The step it follows.
-        step: u64,
-        /// Mean loss.
-        loss: f64,
-    },
+    Validation(Validation),
     /// A text was sampled.
     Sample(Sample),
     /// A checkpoint was written.

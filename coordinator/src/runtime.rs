@@ -291,10 +291,11 @@ impl Runtime {
                 self.plane.apply(step, lr, sums, &self.step.span);
             }
             Command::RecordValidation { step, sums } => {
-                let loss = sums.mean();
-                self.manifest.validation = Some(Validation { step, loss });
-                self.metrics.append(Line::Validation(ValidationLine { step, val_loss: loss }))?;
-                self.tell(&RunEvent::Validation { step, loss });
+                let validation = Validation::new(step, sums.mean(), self.config.bytes_per_token);
+                self.manifest.validation = Some(validation);
+                let Validation { loss: val_loss, bits_per_byte: val_bits_per_byte, .. } = validation;
+                self.metrics.append(Line::Validation(ValidationLine { step, val_loss, val_bits_per_byte }))?;
+                self.tell(&RunEvent::Validation(validation));
             }
             Command::Sample { step } => {
                 if let Some(sampler) = self.sampler.as_ref().and_then(Background::sender) {

@@ -61,7 +61,8 @@ fn sample(
             let prompt = tokenizer.encode(prompt)?;
             let choice = Choice { temperature: config.temperature, top_k: config.top_k, top_p: 1.0, seed };
             let mut tokens = Vec::with_capacity(config.tokens);
-            generate(&computer, gpt.context, &prompt, config.tokens, &choice, |token| {
+            let end = tokenizer.end_of_text();
+            generate(&computer, gpt.context, &prompt, config.tokens, &choice, end, |token| {
                 tokens.push(token);
                 true
             })?;

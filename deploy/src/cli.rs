@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Check(Check),
     /// Show what a run or a checkpoint holds.
     Inspect(Inspect),
+    /// Turn texts into token shards that recipes train on.
+    Prepare(Prepare),
     /// Show what a live run is doing.
     Status(Status),
     /// Print a completion script for a shell.
@@ -184,6 +186,31 @@ pub(crate) struct Inspect {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Inputs are .txt (one document a file, or several with a line <|endoftext|> between them), .jsonl and
+.parquet (one document a row, in the column \"text\"), directories of these, or .bin token shards of llm.c and nanoGPT.
+
+Examples:
+  lockstep prepare stories.txt --tokenizer bpe --vocab-size 4096 --out data/stories
+  lockstep prepare more/*.jsonl --tokenizer data/stories/tokenizer.json --out data/more
+  lockstep train my.toml --set data.input=data/stories"
+)]
+pub(crate) struct Prepare {
+    /// Files and directories, in the order in which they are to be read; a directory's files by their paths.
+    #[arg(required = true, value_name = "INPUT")]
+    pub(crate) inputs: Vec<PathBuf>,
+    /// How text becomes tokens: bytes, chars, bpe (learned from the inputs), or the FILE of a tokenizer.
+    #[arg(long, value_name = "bytes|chars|bpe|FILE")]
+    pub(crate) tokenizer: String,
+    /// Tokens to learn with --tokenizer bpe [default: 4096].
+    #[arg(long, value_name = "N")]
+    pub(crate) vocab_size: Option<usize>,
+    /// Directory to write, which must not exist yet.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
 }
 
 #[derive(Args, Debug)]

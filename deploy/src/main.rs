@@ -3,6 +3,7 @@
 mod builtin;
 mod cli;
 mod commands;
+mod data;
 mod launcher;
 mod plan;
 mod progress;

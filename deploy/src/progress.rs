@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use lockstep_coordinator::observe::{RunEvent, Sample};
+use lockstep_model::checkpoint::Validation;
 
 /// Share of the running means that a new step replaces.
 const SMOOTHING: f64 = 0.05;
@@ -81,8 +82,9 @@ impl Shown {
             }
             RunEvent::WorkerRefused { name, reason } => self.print(&format!("{name} was refused: {reason}")),
             RunEvent::Step { step, loss, tokens_per_sec } => self.step(*step, *loss, *tokens_per_sec),
-            RunEvent::Validation { step, loss } => {
-                self.print(&format!("step {step}: validation loss {loss:.4}"));
+            RunEvent::Validation(Validation { step, loss, bits_per_byte }) => {
+                let bits = bits_per_byte.map_or(String::new(), |bits| format!(" · {bits:.4} bits per byte"));
+                self.print(&format!("step {step}: validation loss {loss:.4}{bits}"));
                 if *step == self.first_step {
                     self.began = Instant::now();
                 }

@@ -72,6 +72,17 @@ pub struct Validation {
     /// Mean loss; NaN where the run diverged.
     #[serde(deserialize_with = "crate::number::or_nan")]
     pub loss: f64,
+    /// The loss in bits for each byte of text; none where that is not known.
+    #[serde(default)]
+    pub bits_per_byte: Option<f64>,
+}
+
+impl Validation {
+    /// A mean loss of `loss` nats a token, after `step`, where a token stands for `bytes_per_token` bytes of text.
+    pub fn new(step: u64, loss: f64, bytes_per_token: Option<f64>) -> Self {
+        let bits_per_byte = bytes_per_token.map(|bytes| loss / std::f64::consts::LN_2 / bytes);
+        Self { step, loss, bits_per_byte }
+    }
 }
 
 /// Size and digest of a file.
@@ -409,7 +420,7 @@ mod tests {
             run_id: "r".into(),
             step,
             train_loss: Some(1.0),
-            validation: val_loss.map(|loss| Validation { step, loss }),
+            validation: val_loss.map(|loss| Validation::new(step, loss, Some(4.0))),
             model: ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }),
             tokenizer: None,
             corpus_sha256: String::new(),
@@ -466,6 +477,16 @@ mod tests {
         let diverged = Manifest { train_loss: Some(f64::NAN), ..manifest(3, Some(f64::NAN)) };
         let path = write(dir.path(), diverged, &[f32::NAN, 2.0], &moments()).unwrap();
         assert!(read(&path).unwrap().manifest.validation.unwrap().loss.is_nan());
+    }
+
+    #[test]
+    fn bits_per_byte_are_the_loss_in_another_unit() {
+        let validation = Validation::new(1, 2.0 * std::f64::consts::LN_2, Some(4.0));
+        assert_eq!(validation.bits_per_byte, Some(0.5));
+        assert_eq!(
+            serde_json::from_str::<Validation>(r#"{"step":1,"loss":2.0}"#).unwrap(),
+            Validation::new(1, 2.0, None)
+        );
     }
 
     #[test]

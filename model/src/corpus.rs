@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::tokenizer::{Tokenizer, TokenizerKind, UnknownCharacter};
+use crate::tokens::Tokens;
 
 /// Why there is no corpus.
 #[derive(Debug, thiserror::Error)]
@@ -83,24 +84,42 @@ fn collect_text_files(directory: &Path, files: &mut Vec<PathBuf>) -> Result<(), 
     Ok(())
 }
 
-/// A corpus as tokens.
+/// A corpus as tokens, in memory or in mapped shards.
 #[derive(Clone, Debug)]
 pub struct Corpus {
     /// How the text became tokens.
     pub tokenizer: Tokenizer,
     /// The first part, to train on.
-    pub training: Vec<u32>,
+    pub training: Tokens,
     /// The rest, to validate on.
-    pub validation: Vec<u32>,
+    pub validation: Tokens,
 }
 
 impl Corpus {
     /// Tokenizes `text`; the first `train_fraction` of the tokens (rounded down) are for training.
+    ///
+    /// # Errors
+    /// If the tokenizer does not cover the text, which one made for it does.
     pub fn of_text(text: &str, kind: TokenizerKind, train_fraction: f64) -> Result<Self, CorpusError> {
         let tokenizer = Tokenizer::for_text(kind, text);
-        let mut training = tokenizer.encode(text)?;
-        let validation = training.split_off((training.len() as f64 * train_fraction) as usize);
-        Ok(Self { tokenizer, training, validation })
+        let tokens = tokenizer.encode(text)?;
+        Ok(Self::of_tokens(tokenizer, &tokens.into(), train_fraction))
+    }
+
+    /// Splits `tokens`; the first `train_fraction` of them (rounded down) are for training.
+    pub fn of_tokens(tokenizer: Tokenizer, tokens: &Tokens, train_fraction: f64) -> Self {
+        let (training, validation) = tokens.split_at((tokens.len() as f64 * train_fraction) as usize);
+        Self { tokenizer, training, validation }
+    }
+
+    /// Bytes of text for each token of the validation part, on average; `None` where it stands for no text.
+    pub fn validation_bytes_per_token(&self) -> Option<f64> {
+        let lengths = self.tokenizer.byte_lengths();
+        let mut bytes = 0;
+        self.validation.for_each_block(|block| {
+            bytes += block.iter().map(|&token| u64::from(lengths[token as usize])).sum::<u64>();
+        });
+        (bytes > 0).then(|| bytes as f64 / self.validation.len() as f64)
     }
 }
 
@@ -133,7 +152,15 @@ mod tests {
     #[test]
     fn the_first_part_is_for_training() {
         let corpus = Corpus::of_text("abcdefghij", TokenizerKind::Chars, 0.9).unwrap();
-        assert_eq!(corpus.training, (0..9).collect::<Vec<u32>>());
-        assert_eq!(corpus.validation, [9]);
+        assert_eq!(corpus.training.to_vec(), (0..9).collect::<Vec<u32>>());
+        assert_eq!(corpus.validation.to_vec(), [9]);
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_validation_part() {
+        let bytes = |text, kind| Corpus::of_text(text, kind, 0.5).unwrap().validation_bytes_per_token();
+        assert_eq!(bytes("学abc习习", TokenizerKind::Chars), Some(7.0 / 3.0));
+        assert_eq!(bytes("学abc", TokenizerKind::Bytes), Some(1.0));
+        assert_eq!(bytes("", TokenizerKind::Chars), None);
     }
 }

@@ -78,8 +78,9 @@ impl Choice {
     }
 }
 
-/// Continues `prompt` (at least one token) by `count` tokens, giving out each as it is chosen. The model reads at most
-/// its last `context` tokens. Stops early where `each` returns `false`.
+/// Continues `prompt` (at least one token) by at most `count` tokens, giving out each as it is chosen. The model reads
+/// at most its last `context` tokens. Stops early where it chooses `end`, which is not given out, or `each` returns
+/// `false`.
 ///
 /// # Errors
 /// If the model is no Transformer, a token is outside it, or the device fails.
@@ -89,6 +90,7 @@ pub fn generate(
     prompt: &[u32],
     count: usize,
     choice: &Choice,
+    end: Option<u32>,
     mut each: impl FnMut(u32) -> bool,
 ) -> Result<(), ComputeError> {
     if prompt.is_empty() {
@@ -99,7 +101,7 @@ pub fn generate(
         let window = &tokens[tokens.len().saturating_sub(context)..];
         let token = choice.pick(&computer.next_token_logits(window)?, position as u64);
         tokens.push(token);
-        if !each(token) {
+        if Some(token) == end || !each(token) {
             break;
         }
     }
@@ -109,6 +111,9 @@ pub fn generate(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Gelu, GptConfig, ModelConfig};
+    use crate::device::{ComputeDevice, DeviceChoice};
+    use crate::layout::initial_parameters;
 
     const LOGITS: [f32; 4] = [1.0, 3.0, 2.0, -5.0];
 
@@ -141,6 +146,40 @@ mod tests {
         assert_eq!(counts(Choice { top_p: 0.6, ..PLAIN }), [0, 20_000, 0, 0]);
         let top_p = counts(Choice { top_p: 0.7, ..PLAIN });
         assert!(top_p[0] == 0 && top_p[2] > 0);
+    }
+
+    #[test]
+    fn generation_stops_at_the_end_of_text() {
+        let gpt = GptConfig {
+            vocab_size: 7,
+            context: 4,
+            layers: 1,
+            heads: 1,
+            width: 8,
+            bias: false,
+            tied_head: true,
+            gelu: Gelu::Exact,
+            norm_epsilon: 1e-5,
+            dropout: 0.0,
+        };
+        let model = ModelConfig::Gpt(gpt);
+        let mut computer = Computer::new(&model, &ComputeDevice::open(DeviceChoice::Cpu).unwrap());
+        computer.load(&initial_parameters(&model, 1)).unwrap();
+        let choice = Choice { temperature: 5.0, ..PLAIN };
+        let tokens = |end| {
+            let mut tokens = Vec::new();
+            let each = |token| {
+                tokens.push(token);
+                true
+            };
+            generate(&computer, 4, &[1], 50, &choice, end, each).unwrap();
+            tokens
+        };
+        let all = tokens(None);
+        assert_eq!(all.len(), 50);
+        let end = all[20];
+        let first = all.iter().position(|&token| token == end).unwrap();
+        assert_eq!(tokens(Some(end)), all[..first], "what comes before, and not the end itself");
     }
 
     #[test]

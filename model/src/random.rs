@@ -20,6 +20,8 @@ pub enum Stream {
     Dropout = 5,
     /// Tokens drawn while generating text.
     Generation = 6,
+    /// Which corpus of a mixture a row comes from.
+    Mixture = 7,
 }
 
 /// Philox4x32 with 10 rounds.

@@ -5,6 +5,7 @@ use sha2::{Digest as _, Sha256};
 use crate::batch::{Batch, Column, Values};
 use crate::config::{BatchConfig, WindowOrder};
 use crate::random::{Draws, Stream};
+use crate::tokens::Tokens;
 
 /// Where the batches of a run come from.
 #[derive(Clone, Debug)]
@@ -18,10 +19,8 @@ pub enum Source {
 /// Windows of `context + 1` tokens: the first `context` are read, the last `context` are to be predicted.
 #[derive(Clone, Debug)]
 pub struct TokenSource {
-    /// Tokens to train on; more than `context` of them.
-    pub training: Vec<u32>,
-    /// Tokens to validate on; more than `context` of them where there are validation slots.
-    pub validation: Vec<u32>,
+    /// What rows are drawn from; at least one.
+    pub corpora: Vec<WeightedCorpus>,
     /// Tokens of a row.
     pub context: usize,
     /// How windows are drawn.
@@ -30,6 +29,17 @@ pub struct TokenSource {
     pub seed: u64,
     /// How a step is cut.
     pub batch: BatchConfig,
+}
+
+/// One corpus of a mixture.
+#[derive(Clone, Debug)]
+pub struct WeightedCorpus {
+    /// A row comes from this corpus with a probability of `weight` over the sum of all weights; positive.
+    pub weight: f64,
+    /// Tokens to train on; more than `context` of them.
+    pub training: Tokens,
+    /// Tokens to validate on; more than `context` of them where there are validation slots.
+    pub validation: Tokens,
 }
 
 /// The ten points of the straight line, dealt to the slots in order; the same every step.
@@ -43,7 +53,7 @@ impl Source {
     /// The rows of training slot `slot` of step `step` (from 1).
     pub fn training_slot(&self, step: u64, slot: u32) -> Batch {
         match self {
-            Self::Tokens(tokens) => tokens.batch(&tokens.training, |row| tokens.training_start(step, slot, row)),
+            Self::Tokens(tokens) => tokens.batch(|row| tokens.training_window(step, slot, row)),
             Self::Line(line) => line.rows(slot),
         }
     }
@@ -51,59 +61,88 @@ impl Source {
     /// The rows of validation slot `slot`; they do not change over the run.
     pub fn validation_slot(&self, slot: u32) -> Batch {
         match self {
-            Self::Tokens(tokens) => tokens.batch(&tokens.validation, |row| tokens.validation_start(slot, row)),
+            Self::Tokens(tokens) => tokens.batch(|row| tokens.validation_window(slot, row)),
             Self::Line(line) => line.rows(slot),
         }
     }
 }
 
 impl Source {
-    /// SHA-256 of all that is drawn from: training tokens, then validation tokens, as little-endian u32; nothing for the
-    /// line.
+    /// SHA-256 of all that is drawn from: of each corpus training tokens, then validation tokens, as little-endian u32;
+    /// nothing for the line.
     pub fn sha256(&self) -> [u8; 32] {
         let mut hasher = Sha256::new();
         if let Self::Tokens(tokens) = self {
-            for token in tokens.training.iter().chain(&tokens.validation) {
-                hasher.update(token.to_le_bytes());
+            for part in tokens.corpora.iter().flat_map(|corpus| [&corpus.training, &corpus.validation]) {
+                let mut bytes = Vec::new();
+                part.for_each_block(|block| {
+                    bytes.clear();
+                    bytes.extend(block.iter().flat_map(|token| token.to_le_bytes()));
+                    hasher.update(&bytes);
+                });
             }
         }
         hasher.finalize().into()
     }
 }
 
+/// `context + 1` tokens of a corpus.
+type Window<'a> = (&'a Tokens, usize);
+
 impl TokenSource {
-    /// First token of row `row` of training slot `slot` of step `step`.
-    fn training_start(&self, step: u64, slot: u32, row: u32) -> usize {
+    /// Where row `row` of training slot `slot` of step `step` begins.
+    fn training_window(&self, step: u64, slot: u32, row: u32) -> Window<'_> {
         let (slots, rows) = (u64::from(self.batch.slots), u64::from(self.batch.sequences_per_slot));
         let draw = ((step - 1) * slots + u64::from(slot)) * rows + u64::from(row);
-        match self.order {
+        let training = &self.corpus(step, draw).training;
+        let start = match self.order {
             WindowOrder::Random => {
-                let starts = (self.training.len() - self.context) as u64;
+                let starts = (training.len() - self.context) as u64;
                 Draws::new(self.seed, Stream::TrainingWindows).below(step, draw, starts) as usize
             }
             WindowOrder::Epoch => {
-                let windows = ((self.training.len() - 1) / self.context) as u64;
+                let windows = ((training.len() - 1) / self.context) as u64;
                 let permutation = Permutation::new(self.seed, draw / windows, windows);
                 permutation.at(draw % windows) as usize * self.context
             }
-        }
+        };
+        (training, start)
     }
 
-    /// First token of row `row` of validation slot `slot`.
-    fn validation_start(&self, slot: u32, row: u32) -> usize {
-        let starts = (self.validation.len() - self.context) as u64;
-        Draws::new(self.seed, Stream::ValidationWindows).below(u64::from(slot), u64::from(row), starts) as usize
+    /// Where row `row` of validation slot `slot` begins.
+    fn validation_window(&self, slot: u32, row: u32) -> Window<'_> {
+        let draw = u64::from(slot) * u64::from(self.batch.sequences_per_slot) + u64::from(row);
+        let validation = &self.corpus(0, draw).validation;
+        let starts = (validation.len() - self.context) as u64;
+        let draws = Draws::new(self.seed, Stream::ValidationWindows);
+        (validation, draws.below(u64::from(slot), u64::from(row), starts) as usize)
     }
 
-    fn batch(&self, tokens: &[u32], start: impl Fn(u32) -> usize) -> Batch {
+    /// The corpus that row `draw` of step `step` comes from; step 0 stands for validation.
+    fn corpus(&self, step: u64, draw: u64) -> &WeightedCorpus {
+        let [single] = &self.corpora[..] else {
+            let total: f64 = self.corpora.iter().map(|corpus| corpus.weight).sum();
+            let target = Draws::new(self.seed, Stream::Mixture).unit(step, draw) * total;
+            let mut passed = 0.0;
+            let drawn = self.corpora.iter().position(|corpus| {
+                passed += corpus.weight;
+                target < passed
+            });
+            return &self.corpora[drawn.unwrap_or(self.corpora.len() - 1)];
+        };
+        single
+    }
+
+    fn batch<'a>(&self, window: impl Fn(u32) -> Window<'a>) -> Batch {
         let rows = self.batch.sequences_per_slot;
         let shape = [rows as usize, self.context];
         let column = |name: &str, shift: usize| {
-            let values = (0..rows).flat_map(|row| {
-                let first = start(row) + shift;
-                tokens[first..first + self.context].iter().copied()
-            });
-            Column { name: name.into(), shape, values: Values::U32(values.collect()) }
+            let mut values = Vec::with_capacity(rows as usize * self.context);
+            for row in 0..rows {
+                let (tokens, start) = window(row);
+                tokens.copy(start + shift, self.context, &mut values);
+            }
+            Column { name: name.into(), shape, values: Values::U32(values) }
         };
         Batch { columns: vec![column("tokens", 0), column("targets", 1)] }
     }
@@ -166,10 +205,15 @@ mod tests {
 
     use super::*;
 
+    /// Tokens from `first` on, the same for training and validation.
+    fn corpus(weight: f64, first: u32, tokens: u32) -> WeightedCorpus {
+        let tokens = Tokens::from((first..first + tokens).collect::<Vec<_>>());
+        WeightedCorpus { weight, training: tokens.clone(), validation: tokens }
+    }
+
     fn source(order: WindowOrder, tokens: u32, slots: u32, rows: u32) -> TokenSource {
         TokenSource {
-            training: (0..tokens).collect(),
-            validation: (0..tokens).collect(),
+            corpora: vec![corpus(1.0, 0, tokens)],
             context: 4,
             order,
             seed: 5,
@@ -201,7 +245,7 @@ mod tests {
         // 41 tokens are 10 windows of 4 and the token after the last; 5 steps of 2 slots of 1 row are an epoch.
         let source = source(WindowOrder::Epoch, 41, 2, 1);
         let epoch = |first: u64| -> Vec<usize> {
-            (first..first + 5).flat_map(|step| [0, 1].map(|slot| source.training_start(step, slot, 0))).collect()
+            (first..first + 5).flat_map(|step| [0, 1].map(|slot| source.training_window(step, slot, 0).1)).collect()
         };
         let (first, second) = (epoch(1), epoch(6));
         let sorted = |mut starts: Vec<usize>| {
@@ -211,6 +255,35 @@ mod tests {
         assert_ne!(first, second);
         assert_eq!(sorted(first), (0..10).map(|w| w * 4).collect::<Vec<_>>());
         assert_eq!(sorted(second), (0..10).map(|w| w * 4).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_mixture_is_drawn_from_by_weight_and_by_nothing_else() {
+        let mixture = Source::Tokens(TokenSource {
+            corpora: vec![corpus(3.0, 0, 100), corpus(1.0, 1000, 100)],
+            ..source(WindowOrder::Random, 10, 8, 4)
+        });
+        let share = |slots: &dyn Fn(u32) -> Batch, count: u32| {
+            let batches: Vec<Batch> = (0..count).map(slots).collect();
+            let firsts = batches.iter().flat_map(|batch| {
+                let (tokens, [_, length]) = batch.u32("tokens").unwrap();
+                tokens.chunks(length).map(|row| row[0])
+            });
+            let firsts: Vec<u32> = firsts.collect();
+            firsts.iter().filter(|&&token| token >= 1000).count() as f64 / firsts.len() as f64
+        };
+        let training = share(&|i| mixture.training_slot(u64::from(i / 8) + 1, i % 8), 2000);
+        assert!((training - 0.25).abs() < 0.02, "{training}");
+        let validation = share(&|i| mixture.validation_slot(i), 2000);
+        assert!((validation - 0.25).abs() < 0.02, "{validation}");
+        assert_eq!(mixture.training_slot(3, 1), mixture.training_slot(3, 1));
+    }
+
+    #[test]
+    fn the_digest_of_what_is_drawn_from_is_that_of_its_tokens() {
+        let tokens: Vec<u8> = (0..50u32).chain(0..50).flat_map(u32::to_le_bytes).collect();
+        let source = Source::Tokens(source(WindowOrder::Random, 50, 2, 3));
+        assert_eq!(source.sha256(), crate::digest::bytes_sha256(&tokens));
     }
 
     proptest! {

@@ -1,10 +1,15 @@
 //! Text to tokens and back.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// Which tokenizer a recipe asks for.
+use crate::bpe::{Bpe, BpeEncoder, BpeError};
+use crate::digest::{bytes_sha256, hex};
+
+/// A tokenizer that follows from its text without learning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenizerKind {
@@ -15,6 +20,8 @@ pub enum TokenizerKind {
 }
 
 /// A tokenizer, as stored with every checkpoint.
+///
+/// Its file, `tokenizer.json`, is for BPE that of the `tokenizers` library, else this type as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Tokenizer {
@@ -24,6 +31,29 @@ pub enum Tokenizer {
     Chars {
         /// The vocabulary as one string, sorted.
         vocabulary: String,
+    },
+    /// Learned pieces of words, with a token for the end of a document.
+    Bpe(Bpe),
+}
+
+/// Why a tokenizer's file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    /// The system refused.
+    #[error("{path}: the tokenizer cannot be read: {error}", path = path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// It holds something else.
+    #[error("{path}: the file {problem}", path = path.display())]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: BpeError,
     },
 }
 
@@ -56,26 +86,87 @@ impl Tokenizer {
         match self {
             Self::Bytes => 256,
             Self::Chars { vocabulary } => vocabulary.chars().count(),
+            Self::Bpe(bpe) => bpe.vocab_size(),
         }
     }
 
-    /// The tokens of `text`.
+    /// What it is called in a recipe.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Bytes => "bytes",
+            Self::Chars { .. } => "chars",
+            Self::Bpe(_) => "bpe",
+        }
+    }
+
+    /// The text of its file.
+    pub fn to_json(&self) -> String {
+        match self {
+            Self::Bpe(bpe) => bpe.to_json().into(),
+            other => serde_json::to_string(other).expect("a name and a text can be written"),
+        }
+    }
+
+    /// SHA-256 of its file, hexadecimal.
+    pub fn sha256(&self) -> String {
+        hex(&bytes_sha256(self.to_json().as_bytes()))
+    }
+
+    /// Reads a tokenizer's file.
+    ///
+    /// # Errors
+    /// If it cannot be read, or holds something else.
+    pub fn read(path: &Path) -> Result<Self, TokenizerError> {
+        let bytes = fs::read(path).map_err(|error| TokenizerError::Unreadable { path: path.into(), error })?;
+        let refused = |problem| TokenizerError::Refused { path: path.into(), problem };
+        let text = std::str::from_utf8(&bytes)
+            .map_err(|error| refused(BpeError::Malformed(format!("invalid UTF-8 at byte {}", error.valid_up_to()))))?;
+        // Ours are the ones with a kind.
+        match serde_json::from_str(text) {
+            Ok(Self::Chars { vocabulary }) if !vocabulary.chars().is_sorted_by(|a, b| a < b) => {
+                Err(refused(BpeError::Malformed("its characters are not sorted, each once".into())))
+            }
+            Ok(own) => Ok(own),
+            Err(_) => Bpe::from_json(text).map(Self::Bpe).map_err(refused),
+        }
+    }
+
+    /// The token that stands after each document, and ends a text that is generated. Bytes and characters have none.
+    pub fn end_of_text(&self) -> Option<u32> {
+        match self {
+            Self::Bytes | Self::Chars { .. } => None,
+            Self::Bpe(bpe) => Some(bpe.end_of_text()),
+        }
+    }
+
+    /// How many bytes of text each token stands for; end-of-text for none.
+    pub fn byte_lengths(&self) -> Vec<u32> {
+        match self {
+            Self::Bytes => vec![1; 256],
+            Self::Chars { vocabulary } => vocabulary.chars().map(|character| character.len_utf8() as u32).collect(),
+            Self::Bpe(bpe) => {
+                let length = |token| if token == bpe.end_of_text() { 0 } else { bpe.bytes_of(token).len() as u32 };
+                (0..bpe.vocab_size() as u32).map(length).collect()
+            }
+        }
+    }
+
+    /// An encoder, for many texts.
+    pub fn encoder(&self) -> Encoder {
+        match self {
+            Self::Bytes => Encoder::Bytes,
+            Self::Chars { vocabulary } => Encoder::Chars { vocabulary: vocabulary.chars().collect() },
+            Self::Bpe(bpe) => Encoder::Bpe(Box::new(bpe.encoder())),
+        }
+    }
+
+    /// The tokens of `text`. Names of special tokens in it are text like any other.
     ///
     /// # Errors
     /// If a character is not in the vocabulary.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, UnknownCharacter> {
-        match self {
-            Self::Bytes => Ok(text.bytes().map(u32::from).collect()),
-            Self::Chars { vocabulary } => {
-                let vocabulary: Vec<char> = vocabulary.chars().collect();
-                let token = |(offset, character): (usize, char)| {
-                    let found = vocabulary.binary_search(&character);
-                    let unknown = UnknownCharacter { character, offset, vocabulary_size: vocabulary.len() };
-                    found.map(|index| index as u32).map_err(|_| unknown)
-                };
-                text.char_indices().map(token).collect()
-            }
-        }
+        let mut tokens = Vec::new();
+        self.encoder().encode(text, &mut tokens).map(|()| tokens)
     }
 
     /// A decoder, which takes tokens one by one.
@@ -83,6 +174,7 @@ impl Tokenizer {
         match self {
             Self::Bytes => Decoder::Bytes { pending: Vec::new() },
             Self::Chars { vocabulary } => Decoder::Chars { vocabulary: vocabulary.chars().collect() },
+            Self::Bpe(bpe) => Decoder::Bpe { bpe: bpe.clone(), pending: Vec::new() },
         }
     }
 
@@ -92,6 +184,41 @@ impl Tokenizer {
         let mut text: String = tokens.iter().map(|&token| decoder.push(token)).collect();
         text.push_str(&decoder.finish());
         text
+    }
+}
+
+/// Turns texts into tokens.
+#[derive(Clone, Debug)]
+pub enum Encoder {
+    /// Bytes.
+    Bytes,
+    /// Characters.
+    Chars {
+        /// The vocabulary, sorted.
+        vocabulary: Vec<char>,
+    },
+    /// Pieces of words.
+    Bpe(Box<BpeEncoder>),
+}
+
+impl Encoder {
+    /// Appends the tokens of `text` to `tokens`.
+    ///
+    /// # Errors
+    /// If a character is not in the vocabulary.
+    pub fn encode(&mut self, text: &str, tokens: &mut Vec<u32>) -> Result<(), UnknownCharacter> {
+        match self {
+            Self::Bytes => tokens.extend(text.bytes().map(u32::from)),
+            Self::Chars { vocabulary } => {
+                for (offset, character) in text.char_indices() {
+                    let found = vocabulary.binary_search(&character);
+                    let vocabulary_size = vocabulary.len();
+                    tokens.push(found.map_err(|_| UnknownCharacter { character, offset, vocabulary_size })? as u32);
+                }
+            }
+            Self::Bpe(encoder) => encoder.encode(text, tokens),
+        }
+        Ok(())
     }
 }
 
@@ -108,6 +235,13 @@ pub enum Decoder {
         /// The vocabulary.
         vocabulary: Vec<char>,
     },
+    /// Pieces of words, which may end within a character.
+    Bpe {
+        /// The vocabulary.
+        bpe: Bpe,
+        /// Bytes of an incomplete character.
+        pending: Vec<u8>,
+    },
 }
 
 impl Decoder {
@@ -119,8 +253,11 @@ impl Decoder {
             }
             Self::Bytes { pending } => {
                 pending.push(token as u8);
-                let incomplete = std::str::from_utf8(pending).err().is_some_and(|error| error.error_len().is_none());
-                if incomplete { String::new() } else { String::from_utf8_lossy(&std::mem::take(pending)).into_owned() }
+                complete_text(pending)
+            }
+            Self::Bpe { bpe, pending } => {
+                pending.extend_from_slice(bpe.bytes_of(token));
+                complete_text(pending)
             }
         }
     }
@@ -128,10 +265,21 @@ impl Decoder {
     /// What an incomplete end leaves: U+FFFD, or nothing.
     pub fn finish(self) -> String {
         match self {
-            Self::Bytes { pending } => String::from_utf8_lossy(&pending).into_owned(),
+            Self::Bytes { pending } | Self::Bpe { pending, .. } => String::from_utf8_lossy(&pending).into_owned(),
             Self::Chars { .. } => String::new(),
         }
     }
+}
+
+/// Takes out of `pending` all but an incomplete character at its end, as text; what is no text becomes U+FFFD.
+fn complete_text(pending: &mut Vec<u8>) -> String {
+    let incomplete = pending.utf8_chunks().last().map_or(0, |chunk| match std::str::from_utf8(chunk.invalid()) {
+        Err(error) if error.error_len().is_none() => chunk.invalid().len(),
+        _ => 0,
+    });
+    let rest = pending.split_off(pending.len() - incomplete);
+    let complete = std::mem::replace(pending, rest);
+    String::from_utf8_lossy(&complete).into_owned()
 }
 
 #[cfg(test)]
@@ -139,6 +287,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::bpe_training::WordCounts;
 
     proptest! {
         #[test]
@@ -163,6 +312,37 @@ mod tests {
     fn an_unknown_character_is_named_with_its_place() {
         let error = Tokenizer::for_text(TokenizerKind::Chars, "abc").encode("ab☃").unwrap_err();
         assert_eq!(error, UnknownCharacter { character: '☃', offset: 2, vocabulary_size: 3 });
+    }
+
+    #[test]
+    fn a_file_brings_the_same_tokenizer_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        let mut counts = WordCounts::of(["a tale of a tail, 学而时习之 学而"]);
+        counts.add(WordCounts::of(["a tail"]));
+        let bpe = Tokenizer::Bpe(counts.learn(270).unwrap());
+        for tokenizer in [Tokenizer::Bytes, Tokenizer::for_text(TokenizerKind::Chars, "学而a"), bpe] {
+            fs::write(&path, tokenizer.to_json()).unwrap();
+            assert_eq!(Tokenizer::read(&path).unwrap(), tokenizer);
+            assert_eq!(tokenizer.byte_lengths().len(), tokenizer.vocab_size());
+        }
+        fs::write(&path, r#"{"kind":"chars","vocabulary":"ba"}"#).unwrap();
+        assert!(Tokenizer::read(&path).unwrap_err().to_string().contains("sorted"));
+        fs::write(&path, "{}").unwrap();
+        assert!(matches!(Tokenizer::read(&path), Err(TokenizerError::Refused { .. })));
+        assert!(matches!(Tokenizer::read(dir.path()), Err(TokenizerError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn pieces_that_end_within_a_character_are_put_together() {
+        let text = "学而时习之，不亦说乎？";
+        let bpe = Tokenizer::Bpe(WordCounts::of([text]).learn(300).unwrap());
+        let tokens = bpe.encode(text).unwrap();
+        assert!(tokens.len() > text.chars().count(), "a character is several tokens here");
+        assert_eq!(bpe.decode(&tokens), text);
+        let mut decoder = bpe.decoder();
+        let parts: Vec<String> = tokens.iter().map(|&token| decoder.push(token)).collect();
+        assert!(parts.iter().all(|part| !part.contains(char::REPLACEMENT_CHARACTER)));
     }
 
     #[test]

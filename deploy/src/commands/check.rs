@@ -7,7 +7,7 @@ use lockstep_model::compute::{Computer, SlotKey};
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::layout::initial_parameters;
 
-use super::{Usage, prepare};
+use super::{Usage, assemble};
 use crate::cli::Check;
 use crate::plan::Plan;
 use crate::recipe::Recipe;
@@ -24,8 +24,8 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<()> {
         let text = "--bandwidth-mbit and --worker-tokens-per-sec must be positive; for example --bandwidth-mbit 1000";
         return Err(Usage(text.into()).into());
     }
-    let recipe = prepare::recipe(&args.recipe, None)?;
-    let data = prepare::data(&recipe)?;
+    let recipe = assemble::recipe(&args.recipe, None)?;
+    let data = assemble::data(&recipe)?;
     let (rate, origin) = match args.worker_tokens_per_sec {
         Some(rate) => (rate, "given".to_string()),
         None => {
@@ -40,7 +40,7 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<()> {
 }
 
 /// Tokens a second of this machine, on the recipe's own first slot.
-fn measure(recipe: &Recipe, data: &prepare::Data, device: &ComputeDevice) -> anyhow::Result<f64> {
+fn measure(recipe: &Recipe, data: &assemble::Data, device: &ComputeDevice) -> anyhow::Result<f64> {
     let model = recipe.model.with_vocabulary(data.vocab_size());
     let mut computer = Computer::new(&model, device);
     computer.load(&initial_parameters(&model, recipe.seed))?;

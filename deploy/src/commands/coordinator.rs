@@ -9,7 +9,7 @@ use lockstep_coordinator::observe::{Observer, RunEvent};
 use lockstep_coordinator::{RunConfig, Summary, run_dir};
 use tokio::net::TcpListener;
 
-use super::{Usage, block_on, prepare};
+use super::{Usage, assemble, block_on};
 use crate::cli::Coordinator;
 use crate::progress::Progress;
 use crate::trace::{Process, Recorder, TraceFile};
@@ -27,8 +27,8 @@ pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
         .into());
     }
     let recorder = telemetry::init("info", args.outputs.trace.is_some());
-    let recipe = prepare::recipe(&args.recipe, args.outputs.resume.then_some(args.run.as_path()))?;
-    let config = prepare::run_config(&recipe, args.run.clone(), args.outputs.resume)?;
+    let recipe = assemble::recipe(&args.recipe, args.outputs.resume.then_some(args.run.as_path()))?;
+    let config = assemble::run_config(&recipe, args.run.clone(), args.outputs.resume)?;
     block_on(async {
         let listener = bind(args.listen).await?;
         eprintln!("listening on {}; workers join with: lockstep worker --join {0}", listener.local_addr()?);
@@ -84,6 +84,9 @@ pub(crate) fn conclude(summary: &Summary, run: &Path) -> anyhow::Result<()> {
     }
     if let Some(validation) = summary.validation {
         println!("validation loss  {:.4} (step {})", validation.loss, validation.step);
+        if let Some(bits) = validation.bits_per_byte {
+            println!("bits per byte    {bits:.4}");
+        }
     }
     println!("checkpoints      {}", run_dir::checkpoints(run).display());
     println!("metrics          {shown}/metrics.jsonl, drawn in {shown}/loss.svg");

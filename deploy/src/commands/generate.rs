@@ -32,7 +32,8 @@ pub(crate) fn run(args: &Generate) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let mut decoder = tokenizer.decoder();
     let mut written = write!(out, "{}", args.prompt);
-    generate::generate(&computer, gpt.context, &prompt, args.tokens, &choice, |token| {
+    let end = tokenizer.end_of_text();
+    generate::generate(&computer, gpt.context, &prompt, args.tokens, &choice, end, |token| {
         written = write!(out, "{}", decoder.push(token)).and_then(|()| out.flush());
         written.is_ok()
     })?;

@@ -17,6 +17,7 @@ pub(crate) fn run(args: &Inspect) -> anyhow::Result<()> {
     // Reads all of it, so that what is shown is also whole.
     let manifest = checkpoint::read(&path)?.manifest;
     let val_loss = manifest.validation.map(|validation| validation.loss);
+    let val_bits_per_byte = manifest.validation.and_then(|validation| validation.bits_per_byte);
     if args.json {
         let shown = json!({
             "checkpoint": path,
@@ -25,6 +26,7 @@ pub(crate) fn run(args: &Inspect) -> anyhow::Result<()> {
             "tokens": manifest.tokens,
             "train_loss": manifest.train_loss,
             "val_loss": val_loss,
+            "val_bits_per_byte": val_bits_per_byte,
             "val_step": manifest.validation.map(|validation| validation.step),
             "parameters": Layout::of(&manifest.model).len(),
             "params_sha256": manifest.params_sha256,
@@ -43,6 +45,7 @@ pub(crate) fn run(args: &Inspect) -> anyhow::Result<()> {
     println!("step             {} ({} tokens)", manifest.step, manifest.tokens);
     println!("training loss    {}", number(manifest.train_loss));
     println!("validation loss  {}", number(val_loss));
+    println!("bits per byte    {}", val_bits_per_byte.map_or_else(|| "unknown".into(), |bits| format!("{bits:.4}")));
     println!("parameters       {}", Layout::of(&manifest.model).len());
     println!("params_sha256    {}", manifest.params_sha256);
     println!("optimizer_sha256 {}", manifest.optimizer_sha256);

@@ -1,5 +1,6 @@
 //! One file for each command.
 
+mod assemble;
 mod check;
 mod coordinator;
 mod devices;
@@ -29,6 +30,7 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Prepare(args) => prepare::run(&args),
         Command::Status(args) => status::run(args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "lockstep", &mut std::io::stdout());

@@ -7,7 +7,7 @@ use lockstep_model::config::ModelConfig;
 
 use super::coordinator::{bind, conclude, coordinate};
 use super::worker::cores;
-use super::{Usage, block_on, prepare};
+use super::{Usage, assemble, block_on};
 use crate::cli::Train;
 use crate::launcher::{Launch, supervise};
 use crate::telemetry;
@@ -24,10 +24,10 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
     if resume && args.run.is_none() {
         return Err(Usage("--resume needs the run to continue: add --run DIR".into()).into());
     }
-    let recipe = prepare::recipe(&args.recipe, args.run.as_deref().filter(|_| resume))?;
+    let recipe = assemble::recipe(&args.recipe, args.run.as_deref().filter(|_| resume))?;
     let run = args.run.unwrap_or_else(|| free_run_dir(&recipe.name));
     let threads = args.threads.unwrap_or_else(|| (cores() as u32 / args.workers).max(1));
-    let config = prepare::run_config(&recipe, run.clone(), resume)?;
+    let config = assemble::run_config(&recipe, run.clone(), resume)?;
     let text = matches!(config.model, ModelConfig::Gpt(_));
     eprintln!(
         "training {} with {} {} of {threads} {}; everything goes to {}",

@@ -35,6 +35,8 @@ pub(super) enum Reader {
     Line,
     /// Those that use AdamW.
     Adamw,
+    /// Those that learn a vocabulary.
+    Bpe,
     /// Those whose learning rate falls.
     FallingRate,
 }
@@ -52,6 +54,7 @@ pub(super) enum OnResume {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Kinds {
     pub(super) model: ModelKind,
+    pub(super) tokenizer: TokenizerKind,
     pub(super) optimizer: OptimizerKind,
     pub(super) decay: DecayKind,
 }
@@ -62,6 +65,20 @@ pub(super) struct Kinds {
 pub(super) enum ModelKind {
     Gpt,
     Line,
+}
+
+/// `tokenizer.kind`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum TokenizerKind {
+    /// That of the prepared corpus, or of `tokenizer.file`, or else characters.
+    Auto,
+    /// One token a byte.
+    Bytes,
+    /// One token a character.
+    Chars,
+    /// Pieces of words.
+    Bpe,
 }
 
 /// `optimizer.kind`.
@@ -84,7 +101,7 @@ pub(super) enum DecayKind {
 
 use Fallback::{Default, Required};
 use OnResume::{Fixed, Free};
-use Reader::{Adamw, Every, FallingRate, Gpt, Line};
+use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line};
 
 /// All keys, in the order in which a recipe is written. `recipes/quickstart.toml` says what each means and in which unit.
 /// The optimizer's defaults are PyTorch's.
@@ -107,10 +124,13 @@ pub(super) const KEYS: &[Key] = &[
     key("model.initial_bias",            Default("0.0"),              Line,        Fixed),
 
     key("data.input",                    Required("\"builtin:kjv\""), Gpt,         Free),
+    key("data.weights",                  Default("[]"),               Gpt,         Fixed),
     key("data.order",                    Default("\"random\""),       Gpt,         Fixed),
     key("data.train_fraction",           Default("0.9"),              Gpt,         Fixed),
 
-    key("tokenizer.kind",                Default("\"chars\""),        Gpt,         Fixed),
+    key("tokenizer.kind",                Default("\"auto\""),         Gpt,         Fixed),
+    key("tokenizer.file",                Default("\"\""),             Gpt,         Fixed),
+    key("tokenizer.vocab_size",          Default("4096"),             Bpe,         Fixed),
 
     key("optimizer.kind",                Default("\"adamw\""),        Every,       Fixed),
     key("optimizer.lr",                  Required("0.001"),           Every,       Fixed),
@@ -187,6 +207,7 @@ impl Reader {
             Every => true,
             Gpt => kinds.model == ModelKind::Gpt,
             Line => kinds.model == ModelKind::Line,
+            Bpe => kinds.model == ModelKind::Gpt && kinds.tokenizer == TokenizerKind::Bpe,
             Adamw => kinds.optimizer == OptimizerKind::Adamw,
             FallingRate => kinds.decay != DecayKind::Constant,
         }
@@ -197,6 +218,7 @@ impl Reader {
         match self {
             Every | Gpt => "model.kind = \"gpt\"",
             Line => "model.kind = \"line\"",
+            Bpe => "tokenizer.kind = \"bpe\"",
             Adamw => "optimizer.kind = \"adamw\"",
             FallingRate => "schedule.decay = \"cosine\"",
         }

@@ -17,9 +17,9 @@ use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationCo
 use lockstep_model::config::{
     BatchConfig, Gelu, GptConfig, LineConfig, ModelConfig, OptimizerConfig, ScheduleConfig, WindowOrder,
 };
-use lockstep_model::tokenizer::TokenizerKind;
 
 pub(crate) use self::error::RecipeError;
+pub(crate) use self::keys::TokenizerKind;
 use self::values::Values;
 use crate::builtin;
 
@@ -97,14 +97,34 @@ pub(crate) struct GptRecipe {
 /// The corpus, how it is cut and how it becomes tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct DataRecipe {
-    /// Where the text is.
-    pub(crate) input: Input,
+    /// Where the text is, at least one place; several are a mixture.
+    pub(crate) inputs: Vec<WeightedInput>,
     /// In which order windows are drawn.
     pub(crate) order: WindowOrder,
     /// The share of the text, from its beginning, that is trained on, in `(0, 1]`; the rest is validated on.
     pub(crate) train_fraction: f64,
     /// How text becomes tokens.
-    pub(crate) tokenizer: TokenizerKind,
+    pub(crate) tokenizer: TokenizerRecipe,
+}
+
+/// One part of a mixture.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct WeightedInput {
+    /// Where the text is.
+    pub(crate) input: Input,
+    /// Rows come from this part in proportion to its weight; positive.
+    pub(crate) weight: f64,
+}
+
+/// How text becomes tokens, as far as it is known without the text.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct TokenizerRecipe {
+    /// Which kind, which a prepared corpus or a file must agree with.
+    pub(crate) kind: TokenizerKind,
+    /// A tokenizer made before.
+    pub(crate) file: Option<PathBuf>,
+    /// Tokens to learn, where they are learned.
+    pub(crate) vocab_size: usize,
 }
 
 /// Where a corpus is.
@@ -112,7 +132,7 @@ pub(crate) struct DataRecipe {
 pub(crate) enum Input {
     /// Within the program: the King James text.
     KingJames,
-    /// A text file or a directory of such, relative to the current directory.
+    /// A text file, a directory of such, or a prepared corpus, relative to the current directory.
     Path(PathBuf),
 }
 

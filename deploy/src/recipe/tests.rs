@@ -46,6 +46,9 @@ fn a_recipe_survives_being_written() {
         "optimizer.kind=sgd",
         "schedule.decay=constant",
         "model.kind=line",
+        "tokenizer.kind=bpe",
+        "tokenizer.file=data/tokenizer.json",
+        "data.input=['a.txt', 'b']",
         "data.input=C:\\texts\\\"odd\" name.txt",
         "sampling.prompts=[\"\\n\", \"'\\\"\\\\\\t\\u007f\\u0000\", \"第一\"]",
         "checkpoint.stop_after=10",
@@ -187,7 +190,8 @@ fn the_reference_settings_are_exact() {
 fn overrides_are_toml_values_or_bare_texts() {
     let recipe = fixed(&["data.input=a/b.txt", "model.heads = 2", "sampling.prompts=['a']", "seed=3", "seed=4"]);
     let recipe = recipe.unwrap();
-    assert_eq!(recipe.data.unwrap().input, Input::Path("a/b.txt".into()));
+    let input = Input::Path("a/b.txt".into());
+    assert_eq!(recipe.data.unwrap().inputs, [WeightedInput { input, weight: 1.0 }]);
     assert_eq!((recipe.sampling.prompts, recipe.seed), (vec!["a".to_string()], 4));
     expect![[r#"
         --set steps: must have the form KEY=VALUE; for example --set schedule.steps=100
@@ -242,6 +246,12 @@ fn refusals_name_key_value_reason_and_example() {
         "data.train_fraction=1.0",
         "data.input=",
         "data.input=builtin:moby",
+        "data.input=[]",
+        "data.weights=[1,0]",
+        "data.input=['a.txt','b.txt'] data.weights=[1]",
+        "data.input=['a.txt','b.txt'] data.order=epoch",
+        "tokenizer.kind=bpe tokenizer.vocab_size=256",
+        "tokenizer.file=3",
         "sampling.prompts=[]",
         "sampling.prompts=[\"\"]",
         "sampling.temperature=-1",
@@ -277,6 +287,12 @@ fn refusals_name_key_value_reason_and_example() {
         recipe shakespeare-char-cpu: data.train_fraction = 1.0: leaves no text to evaluate on; lower it, or set evaluation.every_steps = 0; for example data.train_fraction = 0.9
         recipe shakespeare-char-cpu: data.input = "": must be a text in quotes, and not an empty one; for example data.input = "builtin:kjv"
         recipe shakespeare-char-cpu: data.input = "builtin:moby": the only built-in text is builtin:kjv; for example data.input = "builtin:kjv"
+        recipe shakespeare-char-cpu: data.input = []: must name at least one input; for example data.input = "builtin:kjv"
+        recipe shakespeare-char-cpu: data.weights = [1, 0]: must be a list of numbers above 0; for example data.weights = []
+        recipe shakespeare-char-cpu: data.weights = [1]: there must be one weight for each of the inputs, which are 2, or none, and not 1; for example data.weights = []
+        recipe shakespeare-char-cpu: data.order = "epoch": a mixture is drawn from at random: its parts are not through at the same time; for example data.order = "random", or a single data.input
+        recipe shakespeare-char-cpu: tokenizer.vocab_size = 256: must be a whole number from 257 to 1048576; for example tokenizer.vocab_size = 4096
+        recipe shakespeare-char-cpu: tokenizer.file = 3: must be a text in quotes; for example tokenizer.file = ""
         recipe shakespeare-char-cpu: sampling.prompts = []: there is nothing to continue; set sampling.every_steps = 0 for no samples; for example sampling.prompts = ["\n"]
         recipe shakespeare-char-cpu: sampling.prompts = [""]: must be a list of texts in quotes, none of them empty; for example sampling.prompts = ["\n"]
         recipe shakespeare-char-cpu: sampling.temperature = -1.0: must be a number of at least 0; for example sampling.temperature = 0.8
@@ -293,6 +309,7 @@ fn keys_that_nothing_reads_are_refused() {
     let refusals = [
         "optimizer.kind=sgd optimizer.beta1=0.5",
         "model.initial_weight=1",
+        "tokenizer.vocab_size=300",
         "model.head=4",
         "train.steps=4",
         "model=4",
@@ -302,6 +319,7 @@ fn keys_that_nothing_reads_are_refused() {
     expect![[r#"
         recipe shakespeare-char-cpu: optimizer.beta1 = 0.5: nothing reads this key beside the others; leave it out, or change the kind; for example optimizer.kind = "adamw"
         recipe shakespeare-char-cpu: model.initial_weight = 1: nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "line"
+        recipe shakespeare-char-cpu: tokenizer.vocab_size = 300: nothing reads this key beside the others; leave it out, or change the kind; for example tokenizer.kind = "bpe"
         recipe shakespeare-char-cpu: model.head = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, width, context, bias, tied_head, gelu, norm_epsilon, dropout, initial_weight, initial_bias
         recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed
         recipe shakespeare-char-cpu: model = 4: unknown key; the keys of [model] are kind, layers, heads, width, context, bias, tied_head, gelu, norm_epsilon, dropout, initial_weight, initial_bias

@@ -4,13 +4,16 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
-use lockstep_model::config::{BatchConfig, Decay, LineConfig, OptimizerConfig, ScheduleConfig, UpdateRule};
+use lockstep_model::bpe::MIN_VOCAB_SIZE;
+use lockstep_model::config::{
+    BatchConfig, Decay, LineConfig, OptimizerConfig, ScheduleConfig, UpdateRule, WindowOrder,
+};
 use lockstep_model::layout::Layout;
 
 use super::error::RecipeError;
-use super::keys::{DecayKind, ModelKind, OptimizerKind};
+use super::keys::{DecayKind, ModelKind, OptimizerKind, TokenizerKind};
 use super::values::Values;
-use super::{BYTES_PER_TOKEN, DataRecipe, GptRecipe, Input, ModelRecipe, Recipe};
+use super::{BYTES_PER_TOKEN, DataRecipe, GptRecipe, Input, ModelRecipe, Recipe, TokenizerRecipe, WeightedInput};
 use crate::builtin;
 
 /// Most elements of a flat vector: 8 GiB of parameters.
@@ -21,6 +24,8 @@ pub(super) const MAX_SLOT_BYTES: i64 = lockstep_proto::MAX_LEASE_BYTES as i64;
 const MAX_SLOTS: i64 = 1 << 16;
 /// Most tokens of a sequence: a slot holds at least one.
 const MAX_CONTEXT: i64 = MAX_SLOT_BYTES / BYTES_PER_TOKEN as i64;
+/// Most tokens that are learned.
+const MAX_VOCAB_SIZE: i64 = 1 << 20;
 const MAX_LAYERS: i64 = 1024;
 const MAX_WIDTH: i64 = 1 << 16;
 /// Longest time between heartbeats.
@@ -107,20 +112,49 @@ fn line(v: &Values) -> Result<LineConfig, RecipeError> {
 }
 
 fn data(v: &Values) -> Result<DataRecipe, RecipeError> {
-    let input = v.text("data.input")?;
-    let input = match input.as_str() {
-        builtin::KJV => Input::KingJames,
-        other if other.starts_with("builtin:") => {
-            return Err(v.refuse("data.input", format!("the only built-in text is {}", builtin::KJV)));
-        }
-        path => Input::Path(PathBuf::from(path)),
-    };
+    let inputs = v.text_or_texts("data.input")?;
+    let mut weights = v.positive_numbers("data.weights")?;
+    if weights.is_empty() {
+        weights = vec![1.0; inputs.len()];
+    }
+    if weights.len() != inputs.len() {
+        let (weights, inputs) = (weights.len(), inputs.len());
+        let reason =
+            format!("there must be one weight for each of the inputs, which are {inputs}, or none, and not {weights}");
+        return Err(v.refuse("data.weights", reason));
+    }
+    let weighted = |(text, weight): (&String, f64)| Ok(WeightedInput { input: input(v, text)?, weight });
+    let inputs = inputs.iter().zip(weights).map(weighted).collect::<Result<Vec<_>, _>>()?;
+    let order = v.choice("data.order")?;
+    if order == WindowOrder::Epoch && inputs.len() > 1 {
+        let reason = "a mixture is drawn from at random: its parts are not through at the same time";
+        return Err(v.refuse_for("data.order", reason, "data.order = \"random\", or a single data.input"));
+    }
     Ok(DataRecipe {
-        input,
-        order: v.choice("data.order")?,
+        inputs,
+        order,
         train_fraction: v.number("data.train_fraction", "above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?,
-        tokenizer: v.choice("tokenizer.kind")?,
+        tokenizer: tokenizer(v)?,
     })
+}
+
+fn input(v: &Values, text: &str) -> Result<Input, RecipeError> {
+    match text {
+        builtin::KJV => Ok(Input::KingJames),
+        other if other.starts_with("builtin:") => {
+            Err(v.refuse("data.input", format!("the only built-in text is {}", builtin::KJV)))
+        }
+        path => Ok(Input::Path(PathBuf::from(path))),
+    }
+}
+
+fn tokenizer(v: &Values) -> Result<TokenizerRecipe, RecipeError> {
+    let kind = v.choice("tokenizer.kind")?;
+    let vocab_size = match kind {
+        TokenizerKind::Bpe => v.integer("tokenizer.vocab_size", MIN_VOCAB_SIZE as i64..=MAX_VOCAB_SIZE)?,
+        _ => 0,
+    };
+    Ok(TokenizerRecipe { kind, file: v.text_or_none("tokenizer.file")?.map(PathBuf::from), vocab_size })
 }
 
 fn optimizer(v: &Values, kind: OptimizerKind) -> Result<OptimizerConfig, RecipeError> {

@@ -67,6 +67,7 @@ impl Values {
     pub(super) fn kinds(&self) -> Result<Kinds, RecipeError> {
         Ok(Kinds {
             model: self.choice("model.kind")?,
+            tokenizer: self.choice("tokenizer.kind")?,
             optimizer: self.choice("optimizer.kind")?,
             decay: self.choice("schedule.decay")?,
         })
@@ -101,6 +102,32 @@ impl Values {
         let value = self.read(path)?;
         let text = value.as_str().filter(|text| !text.is_empty());
         text.map(str::to_owned).ok_or_else(|| self.refuse(path, "must be a text in quotes, and not an empty one"))
+    }
+
+    /// A text, which may be empty.
+    pub(super) fn text_or_none(&self, path: &str) -> Result<Option<String>, RecipeError> {
+        let value = self.read(path)?;
+        let text = value
+            .as_str()
+            .ok_or_else(|| self.refuse_for(path, "must be a text in quotes", format!("{path} = \"\"")))?;
+        Ok((!text.is_empty()).then(|| text.to_owned()))
+    }
+
+    /// One text, or a list of at least one, none of them empty.
+    pub(super) fn text_or_texts(&self, path: &str) -> Result<Vec<String>, RecipeError> {
+        if !self.read(path)?.is_array() {
+            return Ok(vec![self.text(path)?]);
+        }
+        let texts = self.texts(path)?;
+        if texts.is_empty() { Err(self.refuse(path, "must name at least one input")) } else { Ok(texts) }
+    }
+
+    /// Positive numbers.
+    pub(super) fn positive_numbers(&self, path: &str) -> Result<Vec<f64>, RecipeError> {
+        let number = |value: &Value| value.as_float().or_else(|| value.as_integer().map(|whole| whole as f64));
+        let positive = |value: &Value| number(value).filter(|number| number.is_finite() && *number > 0.0);
+        let numbers = self.read(path)?.as_array().and_then(|values| values.iter().map(positive).collect());
+        numbers.ok_or_else(|| self.refuse(path, "must be a list of numbers above 0"))
     }
 
     /// Texts, none of them empty.

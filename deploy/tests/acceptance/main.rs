@@ -9,6 +9,7 @@ mod equal_runs;
 mod gpu;
 mod line;
 mod parity;
+mod prepare;
 mod quickstart;
 mod tidy;
 mod tracing;

@@ -1,0 +1,110 @@
+//! From a recipe to a run: the corpus is read and everything is put together.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lockstep_coordinator::{RunConfig, run_dir};
+use lockstep_model::checkpoint;
+use lockstep_model::corpus::Corpus;
+use lockstep_model::sampler::{LineSource, Source, TokenSource, WeightedCorpus};
+use lockstep_model::tokenizer::Tokenizer;
+
+use crate::cli::RecipeArgs;
+use crate::data::corpus;
+use crate::recipe::{self, ModelRecipe, Recipe};
+
+/// The recipe of a newcomer.
+const DEFAULT_RECIPE: &str = "quickstart";
+
+/// Reads the recipe that the command line names; where it names none, that of the run to resume, or the default.
+pub(crate) fn recipe(args: &RecipeArgs, resumed: Option<&Path>) -> anyhow::Result<Recipe> {
+    let own = resumed.map(run_dir::recipe).filter(|own| own.exists()).map(|own| own.display().to_string());
+    let named = args.recipe.clone().or(own).unwrap_or_else(|| DEFAULT_RECIPE.into());
+    Ok(Recipe::load(&named, &args.set)?)
+}
+
+/// What a recipe is about once its corpus is read.
+pub(crate) struct Data {
+    /// Where batches come from.
+    pub(crate) source: Source,
+    /// How text becomes tokens.
+    pub(crate) tokenizer: Option<Tokenizer>,
+    /// Bytes of text for each validation token, on average; `None` where there is no text.
+    pub(crate) bytes_per_token: Option<f64>,
+}
+
+impl Data {
+    /// Distinct tokens; 0 where there is no text.
+    pub(crate) fn vocab_size(&self) -> usize {
+        self.tokenizer.as_ref().map_or(0, Tokenizer::vocab_size)
+    }
+}
+
+/// Reads and tokenizes the recipe's corpus.
+pub(crate) fn data(recipe: &Recipe) -> anyhow::Result<Data> {
+    let (ModelRecipe::Gpt(model), Some(data)) = (&recipe.model, &recipe.data) else {
+        let source = Source::Line(LineSource { batch: recipe.batch });
+        return Ok(Data { source, tokenizer: None, bytes_per_token: None });
+    };
+    let corpora = corpus::load(data)?;
+    for corpus in &corpora {
+        recipe.check_corpus(corpus.tokenizer.vocab_size(), corpus.training.len(), corpus.validation.len())?;
+    }
+    let weights = data.inputs.iter().map(|input| input.weight);
+    let bytes_per_token = bytes_per_token(corpora.iter().zip(weights.clone()));
+    let tokenizer = corpora.first().map(|corpus| corpus.tokenizer.clone());
+    let weighted = |(Corpus { training, validation, .. }, weight)| WeightedCorpus { weight, training, validation };
+    let source = TokenSource {
+        corpora: corpora.into_iter().zip(weights).map(weighted).collect(),
+        context: model.context,
+        order: data.order,
+        seed: recipe.seed,
+        batch: recipe.batch,
+    };
+    Ok(Data { source: Source::Tokens(source), tokenizer, bytes_per_token })
+}
+
+/// Bytes of text for each validation token of a mixture, on average over what is drawn.
+fn bytes_per_token<'a>(mixture: impl Iterator<Item = (&'a Corpus, f64)>) -> Option<f64> {
+    let (mut bytes, mut total) = (0.0, 0.0);
+    for (corpus, weight) in mixture {
+        bytes += weight * corpus.validation_bytes_per_token()?;
+        total += weight;
+    }
+    Some(bytes / total)
+}
+
+/// Everything a coordinator must know. A resumed run's recipe may differ only where that does not change the run.
+pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow::Result<RunConfig> {
+    if resume {
+        check_resume(recipe, &run)?;
+    }
+    let data = data(recipe)?;
+    Ok(RunConfig {
+        recipe_name: recipe.name.clone(),
+        recipe_toml: recipe.to_toml(),
+        seed: recipe.seed,
+        model: recipe.model.with_vocabulary(data.vocab_size()),
+        tokenizer: data.tokenizer,
+        bytes_per_token: data.bytes_per_token,
+        source: Arc::new(data.source),
+        optimizer: recipe.optimizer.clone(),
+        schedule: recipe.schedule.clone(),
+        batch: recipe.batch,
+        evaluation: recipe.evaluation.clone(),
+        sampling: recipe.sampling.clone(),
+        checkpoint: recipe.checkpoint.clone(),
+        cluster: recipe.cluster.clone(),
+        run_dir: run,
+        resume,
+    })
+}
+
+fn check_resume(recipe: &Recipe, run: &Path) -> anyhow::Result<()> {
+    let (newest, _) = checkpoint::newest(&run_dir::checkpoints(run))?;
+    if let Some((_, checkpoint)) = newest {
+        let saved = Recipe::from_toml(&checkpoint.manifest.recipe_name, &checkpoint.manifest.recipe, &[])?;
+        recipe::resume::check(&saved, recipe)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,10 @@
+//! Texts on their way to tokens: [`inputs`] lists files, [`documents`] reads them piece by piece, [`tokenize`] turns the
+//! pieces into tokens on all cores, [`corpus`] does it for a recipe, and [`progress`] shows how far it is.
+
+pub(crate) mod corpus;
+pub(crate) mod documents;
+pub(crate) mod inputs;
+mod jsonl;
+mod parquet;
+pub(crate) mod progress;
+pub(crate) mod tokenize;
