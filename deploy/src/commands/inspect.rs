@@ -45,7 +45,9 @@ pub(crate) fn run(args: &Inspect) -> anyhow::Result<()> {
     println!("step             {} ({} tokens)", manifest.step, manifest.tokens);
     println!("training loss    {}", number(manifest.train_loss));
     println!("validation loss  {}", number(val_loss));
-    println!("bits per byte    {}", val_bits_per_byte.map_or_else(|| "unknown".into(), |bits| format!("{bits:.4}")));
+    if let Some(bits) = val_bits_per_byte {
+        println!("bits per byte    {bits:.4}");
+    }
     println!("parameters       {}", Layout::of(&manifest.model).len());
     println!("params_sha256    {}", manifest.params_sha256);
     println!("optimizer_sha256 {}", manifest.optimizer_sha256);
