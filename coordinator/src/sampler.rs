@@ -56,23 +56,23 @@ fn sample(
     let device = ComputeDevice::open(DeviceChoice::Cpu).or_else(|_| ComputeDevice::open(DeviceChoice::Auto))?;
     let mut computer = Computer::new(model, &device);
     computer.load(parameters)?;
-    match (model, tokenizer) {
-        (ModelConfig::Gpt(gpt), Some(tokenizer)) => {
+    match (model, model.context(), tokenizer) {
+        (_, Some(context), Some(tokenizer)) => {
             let prompt = tokenizer.encode(prompt)?;
             let choice = Choice { temperature: config.temperature, top_k: config.top_k, top_p: 1.0, seed };
             let mut tokens = Vec::with_capacity(config.tokens);
             let end = tokenizer.end_of_text();
-            generate(&computer, gpt.context, &prompt, config.tokens, &choice, end, |token| {
+            generate(&computer, context, &prompt, config.tokens, &choice, end, |token| {
                 tokens.push(token);
                 true
             })?;
             Ok(tokenizer.decode(&tokens))
         }
-        (ModelConfig::Line(_), _) => {
+        (ModelConfig::Line(_), ..) => {
             let x: f32 =
                 prompt.trim().parse().map_err(|_| anyhow::anyhow!("{prompt:?} is no number to predict for"))?;
             Ok(format!(" → {:.2}", computer.predict(x)?))
         }
-        (ModelConfig::Gpt(_), None) => anyhow::bail!("a Transformer without a tokenizer generates no text"),
+        _ => anyhow::bail!("a Transformer without a tokenizer generates no text"),
     }
 }

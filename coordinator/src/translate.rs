@@ -21,6 +21,20 @@ pub(crate) fn model(model: &ModelConfig) -> v1::Model {
             norm_epsilon: gpt.norm_epsilon,
             dropout: gpt.dropout,
         }),
+        ModelConfig::Llama(llama) => v1::model::Kind::Llama(v1::Llama {
+            vocab_size: llama.vocab_size as u32,
+            context: llama.context as u32,
+            layers: llama.layers as u32,
+            heads: llama.heads as u32,
+            kv_heads: llama.kv_heads as u32,
+            width: llama.width as u32,
+            ffn_width: llama.ffn_width as u32,
+            qk_norm: llama.qk_norm,
+            tied_head: llama.tied_head,
+            rope_theta: llama.rope_theta,
+            norm_epsilon: llama.norm_epsilon,
+            dropout: llama.dropout,
+        }),
         ModelConfig::Line(_) => v1::model::Kind::Line(v1::Line {}),
     };
     v1::Model { kind: Some(kind) }

@@ -45,7 +45,7 @@ pub(crate) enum Command {
 /// A recipe and what is changed in it.
 #[derive(Args, Debug)]
 pub(crate) struct RecipeArgs {
-    /// An embedded recipe (quickstart, shakespeare-char-cpu, shakespeare-char, line) or the path of a TOML file
+    /// An embedded recipe (quickstart, quickstart-llama, shakespeare-char-cpu, shakespeare-char, line) or the path of a TOML file
     /// [default: quickstart; with --resume, the run's own].
     pub(crate) recipe: Option<String>,
     /// Override a key of the recipe; may be given several times.

@@ -210,6 +210,15 @@ fn activation_bytes(model: &ModelConfig, rows: u64) -> u64 {
             let per_token = layers * (18 * c + 3 * h * t) + 2 * c + 3 * v;
             rows * t * per_token * FLOAT_BYTES
         }
+        // As above, with K heads of keys and values and F feed-forward width: both norms' inputs and outputs, query, key and
+        // value before and after their rotation, the attention's output, two masks; gate, its activation, up, their product.
+        ModelConfig::Llama(llama) => {
+            let sizes = [llama.layers, llama.width, llama.heads, llama.context, llama.vocab_size];
+            let [layers, c, h, t, v] = sizes.map(|size| size as u64);
+            let kv = 3 * (llama.kv_heads * llama.head_width()) as u64;
+            let per_token = layers * (9 * c + kv + 4 * llama.ffn_width as u64 + 3 * h * t) + 2 * c + 3 * v;
+            rows * t * per_token * FLOAT_BYTES
+        }
         // Prediction, residual and its square.
         ModelConfig::Line(_) => rows * 3 * FLOAT_BYTES,
     }
@@ -220,6 +229,10 @@ fn in_words(model: &ModelConfig) -> String {
         ModelConfig::Gpt(gpt) => format!(
             "Transformer of {} layers, {} heads, {} wide, context {}, vocabulary {}",
             gpt.layers, gpt.heads, gpt.width, gpt.context, gpt.vocab_size
+        ),
+        ModelConfig::Llama(llama) => format!(
+            "Llama of {} layers, {} heads ({} of keys and values), {} wide ({} feed-forward), context {}, vocabulary {}",
+            llama.layers, llama.heads, llama.kv_heads, llama.width, llama.ffn_width, llama.context, llama.vocab_size
         ),
         ModelConfig::Line(_) => "straight line".into(),
     }

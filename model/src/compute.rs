@@ -9,9 +9,11 @@ use crate::batch::{Batch, BatchError, Sums};
 use crate::config::ModelConfig;
 use crate::device::ComputeDevice;
 use crate::dropout::Dropout;
+use crate::gpt::Gpt;
 use crate::layout::Layout;
 use crate::line::Line;
-use crate::transformer::Gpt;
+use crate::llama::Llama;
+use crate::transformer::Transformer;
 use crate::tree::{add_vectors, sum_leaves};
 
 /// Names one slot of one step of one run: all that dropout depends on.
@@ -228,11 +230,11 @@ impl Computer {
     /// If the model is no Transformer, the tokens do not fit it, or the device fails.
     pub fn next_token_logits(&self, tokens: &[u32]) -> Result<Vec<f32>, ComputeError> {
         let (device, leaves) = self.inference();
-        let Network::Gpt { gpt, vocab_size, context, .. } = self.network(&leaves) else {
+        let Network::Text { transformer, vocab_size, context, .. } = self.network(&leaves) else {
             return Err(ComputeError::Input("the straight line generates no text; choose a Transformer's run".into()));
         };
         let tokens_tensor = token_tensor(tokens, [1, tokens.len()], vocab_size, context, "tokens", &device)?;
-        let logits = gpt.logits(tokens_tensor, Dropout::inactive()); // [T, V]
+        let logits = transformer.logits(tokens_tensor, Dropout::inactive()); // [T, V]
         let last = logits.slice(tokens.len() - 1..tokens.len());
         floats(last.try_into_data().map_err(|error| ComputeError::Device(error.to_string()))?)
     }
@@ -257,21 +259,23 @@ impl Computer {
 
     fn network(&self, leaves: &[Leaf]) -> Network {
         let mut leaves = Leaves(leaves.iter());
-        match &self.model {
-            ModelConfig::Gpt(config) => Network::Gpt {
-                gpt: Box::new(Gpt::assemble(config, &mut leaves)),
-                vocab_size: config.vocab_size,
-                context: config.context,
-                dropout: config.dropout,
-            },
-            ModelConfig::Line(_) => Network::Line(Box::new(Line::assemble(&mut leaves))),
-        }
+        let (transformer, vocab_size, context, dropout) = match &self.model {
+            ModelConfig::Gpt(gpt) => {
+                (Transformer::Gpt(Box::new(Gpt::assemble(gpt, &mut leaves))), gpt.vocab_size, gpt.context, gpt.dropout)
+            }
+            ModelConfig::Llama(llama) => {
+                let transformer = Transformer::Llama(Box::new(Llama::assemble(llama, &mut leaves)));
+                (transformer, llama.vocab_size, llama.context, llama.dropout)
+            }
+            ModelConfig::Line(_) => return Network::Line(Box::new(Line::assemble(&mut leaves))),
+        };
+        Network::Text { transformer, vocab_size, context, dropout }
     }
 }
 
 /// A model's tensors in working order.
 enum Network {
-    Gpt { gpt: Box<Gpt>, vocab_size: usize, context: usize, dropout: f64 },
+    Text { transformer: Transformer, vocab_size: usize, context: usize, dropout: f64 },
     Line(Box<Line>),
 }
 
@@ -279,7 +283,7 @@ impl Network {
     /// The weighted loss sum `[1]` and the weight sum; dropout is active where there is a key.
     fn loss(&self, batch: &Batch, key: Option<SlotKey>, device: &Device) -> Result<(Tensor<1>, f64), ComputeError> {
         match self {
-            Self::Gpt { gpt, vocab_size, context, dropout } => {
+            Self::Text { transformer, vocab_size, context, dropout } => {
                 let (tokens, shape) = batch.u32("tokens")?;
                 let (targets, _) = batch.u32("targets")?;
                 let weights = batch.optional_f32("weights")?;
@@ -287,7 +291,7 @@ impl Network {
                 let targets = token_tensor(targets, shape, *vocab_size, *context, "targets", device)?;
                 let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(*dropout, key));
                 let positions = shape[0] * shape[1];
-                let log_probabilities = log_softmax(gpt.logits(tokens, dropout), 1); // [B·T, V]
+                let log_probabilities = log_softmax(transformer.logits(tokens, dropout), 1); // [B·T, V]
                 let losses = -log_probabilities.gather(1, targets.reshape([positions, 1])).reshape([positions]);
                 Ok(match weights {
                     None => (losses.sum(), positions as f64),
@@ -432,7 +436,7 @@ fn floats(data: TensorData) -> Result<Vec<f32>, ComputeError> {
 mod tests {
     use super::*;
     use crate::batch::{Column, Values};
-    use crate::config::{Gelu, GptConfig, LineConfig, OptimizerConfig, UpdateRule};
+    use crate::config::{Gelu, GptConfig, LineConfig, LlamaConfig, OptimizerConfig, UpdateRule};
     use crate::device::DeviceChoice;
     use crate::layout::initial_parameters;
     use crate::optimizer::{self, OptimizerState};
@@ -450,6 +454,23 @@ mod tests {
             bias: true,
             tied_head: false,
             gelu: Gelu::Exact,
+            norm_epsilon: 1e-5,
+            dropout,
+        })
+    }
+
+    fn llama(dropout: f64) -> ModelConfig {
+        ModelConfig::Llama(LlamaConfig {
+            vocab_size: 11,
+            context: 8,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            width: 16,
+            ffn_width: 24,
+            qk_norm: true,
+            tied_head: true,
+            rope_theta: 100.0,
             norm_epsilon: 1e-5,
             dropout,
         })
@@ -482,10 +503,11 @@ mod tests {
 
     #[test]
     fn an_untrained_model_knows_nothing() {
-        let model = gpt(0.0);
-        let sums = computer(&model, &initial_parameters(&model, 1)).loss(&batch(4, None)).unwrap();
-        assert_eq!(sums.weight, 32.0);
-        assert!((sums.mean() / 11f64.ln() - 1.0).abs() < 0.01, "{}", sums.mean());
+        for model in [gpt(0.0), llama(0.0)] {
+            let sums = computer(&model, &initial_parameters(&model, 1)).loss(&batch(4, None)).unwrap();
+            assert_eq!(sums.weight, 32.0);
+            assert!((sums.mean() / 11f64.ln() - 1.0).abs() < 0.02, "{}", sums.mean());
+        }
     }
 
     /// Central differences along a random direction within each tensor, against the gradient.
@@ -494,6 +516,8 @@ mod tests {
         for (model, batch) in [
             (gpt(0.0), batch(3, Some((0..24).map(|i| [1.0, 0.5, 0.0, 2.0][i % 4]).collect()))),
             (gpt(0.3), batch(3, None)),
+            (llama(0.0), batch(3, Some((0..24).map(|i| [1.0, 0.5, 0.0, 2.0][i % 4]).collect()))),
+            (llama(0.3), batch(3, None)),
         ] {
             let parameters = lively_parameters(&model);
             let gradient = computer(&model, &parameters).gradient(&batch, KEY).unwrap().gradient;
@@ -520,8 +544,11 @@ mod tests {
 
     #[test]
     fn slots_add_up_to_the_whole_batch() {
-        let model = gpt(0.0);
-        let computer = computer(&model, &lively_parameters(&model));
+        [gpt(0.0), llama(0.0)].iter().for_each(slots_of_a_model_add_up);
+    }
+
+    fn slots_of_a_model_add_up(model: &ModelConfig) {
+        let computer = computer(model, &lively_parameters(model));
         let whole = computer.gradient(&batch(4, None), KEY).unwrap();
         let part = |rows: std::ops::Range<usize>| {
             let whole = batch(4, None);

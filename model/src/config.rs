@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 pub enum ModelConfig {
     /// A decoder-only Transformer of GPT-2 shape.
     Gpt(GptConfig),
+    /// A decoder-only Transformer of Llama shape.
+    Llama(LlamaConfig),
     /// `y = weight * x + bias` on scalars with squared error: the smallest job a cluster can do.
     Line(LineConfig),
 }
@@ -39,7 +41,54 @@ pub struct GptConfig {
     pub dropout: f64,
 }
 
-/// The activation of the feed-forward layers (Hendrycks and Gimpel, arXiv:1606.08415).
+/// Sizes of a Llama shaped Transformer. It has no biases.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LlamaConfig {
+    /// Distinct tokens.
+    pub vocab_size: usize,
+    /// Longest sequence, in tokens.
+    pub context: usize,
+    /// Transformer blocks.
+    pub layers: usize,
+    /// Query heads; divides `width`, to an even quotient.
+    pub heads: usize,
+    /// Heads of keys and values, each shared by `heads / kv_heads` query heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of the residual stream.
+    pub width: usize,
+    /// Width of the feed-forward layers.
+    pub ffn_width: usize,
+    /// Whether queries and keys are normalised before they are rotated.
+    pub qk_norm: bool,
+    /// Whether the output head shares the token embedding's weights.
+    pub tied_head: bool,
+    /// Base of the rotation's wave lengths.
+    pub rope_theta: f64,
+    /// Added to the mean square in norms.
+    pub norm_epsilon: f64,
+    /// Probability of zeroing an activation during training, in `[0, 1)`.
+    pub dropout: f64,
+}
+
+impl LlamaConfig {
+    /// Width of one head.
+    pub fn head_width(&self) -> usize {
+        self.width / self.heads
+    }
+}
+
+impl ModelConfig {
+    /// The longest sequence, in tokens; `None` of a model that reads none.
+    pub fn context(&self) -> Option<usize> {
+        match self {
+            Self::Gpt(gpt) => Some(gpt.context),
+            Self::Llama(llama) => Some(llama.context),
+            Self::Line(_) => None,
+        }
+    }
+}
+
+/// The activation of GPT-2's feed-forward layers (Hendrycks and Gimpel, arXiv:1606.08415).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Gelu {

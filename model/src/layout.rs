@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{GptConfig, ModelConfig};
+use crate::config::{GptConfig, LlamaConfig, ModelConfig};
 use crate::random::{Stream, normal};
 
 /// Standard deviation of the initial weights of matrices and embeddings (GPT-2).
@@ -50,6 +50,7 @@ impl Layout {
         let mut layout = Self { tensors: Vec::new() };
         match model {
             ModelConfig::Gpt(gpt) => layout.push_gpt(gpt),
+            ModelConfig::Llama(llama) => layout.push_llama(llama),
             ModelConfig::Line(_) => {
                 layout.push("weight".into(), &[1, 1]);
                 layout.push("bias".into(), &[1]);
@@ -86,6 +87,31 @@ impl Layout {
         }
     }
 
+    fn push_llama(&mut self, llama: &LlamaConfig) {
+        let LlamaConfig { vocab_size, width, ffn_width, kv_heads, .. } = *llama;
+        let (head_width, kv_width) = (llama.head_width(), kv_heads * llama.head_width());
+        self.push("embed_tokens.weight".into(), &[vocab_size, width]);
+        for i in 0..llama.layers {
+            self.push(format!("layers.{i}.input_layernorm.weight"), &[width]);
+            self.push(format!("layers.{i}.self_attn.q_proj.weight"), &[width, width]);
+            self.push(format!("layers.{i}.self_attn.k_proj.weight"), &[width, kv_width]);
+            self.push(format!("layers.{i}.self_attn.v_proj.weight"), &[width, kv_width]);
+            if llama.qk_norm {
+                self.push(format!("layers.{i}.self_attn.q_norm.weight"), &[head_width]);
+                self.push(format!("layers.{i}.self_attn.k_norm.weight"), &[head_width]);
+            }
+            self.push(format!("layers.{i}.self_attn.o_proj.weight"), &[width, width]);
+            self.push(format!("layers.{i}.post_attention_layernorm.weight"), &[width]);
+            self.push(format!("layers.{i}.mlp.gate_proj.weight"), &[width, ffn_width]);
+            self.push(format!("layers.{i}.mlp.up_proj.weight"), &[width, ffn_width]);
+            self.push(format!("layers.{i}.mlp.down_proj.weight"), &[ffn_width, width]);
+        }
+        self.push("norm.weight".into(), &[width]);
+        if !llama.tied_head {
+            self.push("lm_head.weight".into(), &[vocab_size, width]);
+        }
+    }
+
     /// A weight and, if wanted, a bias as long as the weight's last axis.
     fn push_affine(&mut self, name: &str, shape: &[usize], bias: bool) {
         self.push(format!("{name}.weight"), shape);
@@ -102,24 +128,26 @@ impl Layout {
 
 /// The parameters a run starts from: a pure function of model and seed.
 ///
-/// Transformer: matrices and embeddings from N(0, 0.02²), those that write to the residual stream (`c_proj`) from
-/// N(0, (0.02 / √(2·layers))²) (Radford et al. 2019); norms at 1, biases at 0. Line: as configured.
+/// Transformers: matrices and embeddings from N(0, 0.02²), those that write to the residual stream (`c_proj`, `o_proj`,
+/// `down_proj`) from N(0, (0.02 / √(2·layers))²) (Radford et al. 2019); norms at 1, biases at 0. Line: as configured.
 pub fn initial_parameters(model: &ModelConfig, seed: u64) -> Vec<f32> {
     let layout = Layout::of(model);
-    let gpt = match model {
+    let layers = match model {
         ModelConfig::Line(line) => return vec![line.weight, line.bias],
-        ModelConfig::Gpt(gpt) => gpt,
+        ModelConfig::Gpt(gpt) => gpt.layers,
+        ModelConfig::Llama(llama) => llama.layers,
     };
-    let residual_std = INIT_STD / (2.0 * gpt.layers as f64).sqrt();
+    let residual_std = INIT_STD / (2.0 * layers as f64).sqrt();
     let mut parameters = vec![0.0; layout.len()];
     for (tensor_index, tensor) in layout.tensors.iter().enumerate() {
         let values = &mut parameters[tensor.range()];
-        let norm = tensor.name.contains("ln_");
-        match (norm, tensor.name.ends_with(".bias")) {
-            (_, true) => {}
-            (true, false) => values.fill(1.0),
-            (false, false) => {
-                let std = if tensor.name.contains("c_proj") { residual_std } else { INIT_STD };
+        let writes_residual = ["c_proj.weight", "o_proj.weight", "down_proj.weight"];
+        match tensor.shape.len() {
+            1 if tensor.name.ends_with(".bias") => {}
+            1 => values.fill(1.0),
+            _ => {
+                let residual = writes_residual.iter().any(|name| tensor.name.ends_with(name));
+                let std = if residual { residual_std } else { INIT_STD };
                 normal(seed, Stream::Initialisation, tensor_index as u64, std, values);
             }
         }
@@ -147,16 +175,36 @@ mod tests {
         }
     }
 
+    fn llama() -> LlamaConfig {
+        LlamaConfig {
+            vocab_size: 65,
+            context: 64,
+            layers: 4,
+            heads: 4,
+            kv_heads: 2,
+            width: 128,
+            ffn_width: 320,
+            qk_norm: true,
+            tied_head: true,
+            rope_theta: 10_000.0,
+            norm_epsilon: 1e-5,
+            dropout: 0.0,
+        }
+    }
+
     #[test]
     fn tensors_follow_one_another_without_gaps() {
-        let layout = Layout::of(&ModelConfig::Gpt(GptConfig { bias: true, tied_head: false, ..gpt() }));
-        let mut end = 0;
-        for tensor in &layout.tensors {
-            assert_eq!(tensor.offset, end, "{}", tensor.name);
-            end = tensor.range().end;
+        let gpt = ModelConfig::Gpt(GptConfig { bias: true, tied_head: false, ..gpt() });
+        let llama = ModelConfig::Llama(LlamaConfig { tied_head: false, ..llama() });
+        for (model, tensors) in [(gpt, 2 + 4 * 12 + 2 + 1), (llama, 1 + 4 * 11 + 1 + 1)] {
+            let layout = Layout::of(&model);
+            let mut end = 0;
+            for tensor in &layout.tensors {
+                assert_eq!(tensor.offset, end, "{}", tensor.name);
+                end = tensor.range().end;
+            }
+            assert_eq!((layout.len(), layout.tensors.len()), (end, tensors));
         }
-        assert_eq!(layout.len(), end);
-        assert_eq!(layout.tensors.len(), 2 + 4 * 12 + 2 + 1);
     }
 
     /// nanoGPT counts 0.80 M for this shape; PyTorch reports 804,096 with 65 characters.
@@ -167,20 +215,23 @@ mod tests {
 
     #[test]
     fn initial_parameters_have_their_distributions() {
-        let model = ModelConfig::Gpt(gpt());
-        let (layout, parameters) = (Layout::of(&model), initial_parameters(&model, 1));
-        for tensor in &layout.tensors {
-            let values = &parameters[tensor.range()];
-            let std = (values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
-            let expected = match tensor.name.as_str() {
-                name if name.contains("ln_") => 1.0,
-                name if name.contains("c_proj") => 0.02 / 8f64.sqrt(),
-                _ => 0.02,
-            };
-            assert!((std / expected - 1.0).abs() < 0.03, "{}: {std} is not {expected}", tensor.name);
+        for model in [ModelConfig::Gpt(gpt()), ModelConfig::Llama(llama())] {
+            let (layout, parameters) = (Layout::of(&model), initial_parameters(&model, 1));
+            for tensor in &layout.tensors {
+                let values = &parameters[tensor.range()];
+                let std = (values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
+                let expected = match tensor.name.as_str() {
+                    name if name.contains("ln_") || name.contains("norm") => 1.0,
+                    name if ["c_proj", "o_proj", "down_proj"].iter().any(|part| name.contains(part)) => {
+                        0.02 / 8f64.sqrt()
+                    }
+                    _ => 0.02,
+                };
+                assert!((std / expected - 1.0).abs() < 0.03, "{}: {std} is not {expected}", tensor.name);
+            }
+            assert_ne!(parameters, initial_parameters(&model, 2));
+            assert_eq!(parameters, initial_parameters(&model, 1));
         }
-        assert_ne!(parameters, initial_parameters(&model, 2));
-        assert_eq!(parameters, initial_parameters(&model, 1));
     }
 
     #[test]

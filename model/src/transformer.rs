@@ -1,145 +1,67 @@
-//! A decoder-only Transformer of GPT-2 shape (Radford et al. 2019), from tokens to logits.
+//! What the shapes of Transformer share: one interface, and causal attention over heads.
 //!
-//! Shapes beside the tensors: B rows, T positions, C width, H heads, D = C / H, V vocabulary.
+//! Shapes beside the tensors, here and in the shapes' own files: B rows, T positions, C width, H heads, D = C / H,
+//! V vocabulary.
 
-use burn::tensor::activation::{gelu, gelu_approximate, softmax};
-use burn::tensor::module::{embedding, layer_norm, linear};
+use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::compute::Leaves;
-use crate::config::{Gelu, GptConfig};
 use crate::dropout::{Dropout, Site};
+use crate::gpt::Gpt;
+use crate::llama::Llama;
 
 /// Added to the scores of positions that a query must not see. Finite, so that no backend meets an infinity; its
 /// exponential is exactly 0.
 const MASKED: f32 = -1e30;
 
-/// The parameters of one model, as tensors on a device.
+/// A decoder-only Transformer.
 #[derive(Clone, Debug)]
-pub(crate) struct Gpt {
-    config: GptConfig,
-    wte: Tensor<2>, // [V, C]
-    wpe: Tensor<2>, // [T, C]
-    blocks: Vec<Block>,
-    ln_f: Norm,
-    lm_head: Tensor<2>, // [V, C]
+pub(crate) enum Transformer {
+    Gpt(Box<Gpt>),
+    Llama(Box<Llama>),
 }
 
-#[derive(Clone, Debug)]
-struct Block {
-    ln_1: Norm,
-    c_attn: Affine,    // [C, 3C]
-    attn_proj: Affine, // [C, C]
-    ln_2: Norm,
-    c_fc: Affine,     // [C, 4C]
-    mlp_proj: Affine, // [4C, C]
-}
-
-#[derive(Clone, Debug)]
-struct Affine {
-    weight: Tensor<2>, // [in, out]
-    bias: Option<Tensor<1>>,
-}
-
-#[derive(Clone, Debug)]
-struct Norm {
-    weight: Tensor<1>,
-    bias: Option<Tensor<1>>,
-}
-
-impl Gpt {
-    /// Takes the tensors from `leaves` in layout order.
-    pub(crate) fn assemble(config: &GptConfig, leaves: &mut Leaves<'_>) -> Self {
-        let bias = config.bias;
-        let wte = leaves.matrix();
-        let wpe = leaves.matrix();
-        let blocks = (0..config.layers).map(|_| Block {
-            ln_1: Norm::assemble(leaves, bias),
-            c_attn: Affine::assemble(leaves, bias),
-            attn_proj: Affine::assemble(leaves, bias),
-            ln_2: Norm::assemble(leaves, bias),
-            c_fc: Affine::assemble(leaves, bias),
-            mlp_proj: Affine::assemble(leaves, bias),
-        });
-        let blocks = blocks.collect();
-        let ln_f = Norm::assemble(leaves, bias);
-        let lm_head = if config.tied_head { wte.clone() } else { leaves.matrix() };
-        Self { config: config.clone(), wte, wpe, blocks, ln_f, lm_head }
-    }
-
+impl Transformer {
     /// Logits `[B·T, V]` for `tokens` `[B, T]`.
     pub(crate) fn logits(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<2> {
-        let [b, t] = tokens.dims();
-        let device = tokens.device();
-        let mask = causal_mask(t, &device);
-
-        let positions = self.wpe.clone().slice(0..t).unsqueeze::<3>(); // [1, T, C]
-        let mut x = embedding(self.wte.clone(), tokens) + positions; // [B, T, C]
-        x = dropout.apply(x, Site::Embedding, &device);
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let attended = self.attention(block, layer, block.ln_1.forward(x.clone(), &self.config), &mask, dropout);
-            x = x + dropout.apply(attended, Site::AttentionOutput(layer), &device);
-            let fed = self.feed_forward(block, block.ln_2.forward(x.clone(), &self.config));
-            x = x + dropout.apply(fed, Site::FeedForwardOutput(layer), &device);
+        match self {
+            Self::Gpt(gpt) => gpt.logits(tokens, dropout),
+            Self::Llama(llama) => llama.logits(tokens, dropout),
         }
-        let x = self.ln_f.forward(x, &self.config).reshape([b * t, self.config.width]); // [B·T, C]
-        x.matmul(self.lm_head.clone().transpose()) // [B·T, V]
-    }
-
-    /// Causal multi-head self-attention: `[B, T, C]` to `[B, T, C]`.
-    fn attention(&self, block: &Block, layer: usize, x: Tensor<3>, mask: &Tensor<4>, dropout: Dropout) -> Tensor<3> {
-        let [b, t, c] = x.dims();
-        let (heads, head_width) = (self.config.heads, c / self.config.heads);
-        let device = x.device();
-
-        let qkv = block.c_attn.forward(x); // [B, T, 3C]
-        let head = |part: usize| {
-            let part = qkv.clone().narrow(2, part * c, c); // [B, T, C]
-            part.reshape([b, t, heads, head_width]).swap_dims(1, 2) // [B, H, T, D]
-        };
-        let (q, k, v) = (head(0), head(1), head(2));
-        let scores = q.matmul(k.transpose()) * (1.0 / (head_width as f64).sqrt()); // [B, H, T, T]
-        let probabilities = softmax(scores + mask.clone(), 3);
-        let probabilities = dropout.apply(probabilities, Site::Attention(layer), &device);
-        let y = probabilities.matmul(v); // [B, H, T, D]
-        block.attn_proj.forward(y.swap_dims(1, 2).reshape([b, t, c]))
-    }
-
-    /// Two linear layers with GELU between: `[B, T, C]` to `[B, T, C]`.
-    fn feed_forward(&self, block: &Block, x: Tensor<3>) -> Tensor<3> {
-        let hidden = block.c_fc.forward(x); // [B, T, 4C]
-        let hidden = match self.config.gelu {
-            Gelu::Exact => gelu(hidden),
-            Gelu::Tanh => gelu_approximate(hidden),
-        };
-        block.mlp_proj.forward(hidden)
     }
 }
 
-impl Affine {
-    fn assemble(leaves: &mut Leaves<'_>, bias: bool) -> Self {
-        Self { weight: leaves.matrix(), bias: bias.then(|| leaves.vector()) }
-    }
-
-    /// `x W + b` over the last axis.
-    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        linear(x, self.weight.clone(), self.bias.clone())
-    }
+/// `[B, T, H·D]` as `heads` contiguous slices, `[B, H, T, D]`.
+pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
+    let [b, t, width] = x.dims();
+    x.reshape([b, t, heads, width / heads]).swap_dims(1, 2)
 }
 
-impl Norm {
-    fn assemble(leaves: &mut Leaves<'_>, bias: bool) -> Self {
-        Self { weight: leaves.vector(), bias: bias.then(|| leaves.vector()) }
-    }
+/// `[B, H, T, D]` side by side, `[B, T, H·D]`.
+pub(crate) fn join_heads(x: Tensor<4>) -> Tensor<3> {
+    let [b, heads, t, head_width] = x.dims();
+    x.swap_dims(1, 2).reshape([b, t, heads * head_width])
+}
 
-    /// Layer normalisation over the last axis (Ba et al., arXiv:1607.06450).
-    fn forward(&self, x: Tensor<3>, config: &GptConfig) -> Tensor<3> {
-        layer_norm(x, self.weight.clone(), self.bias.clone(), config.norm_epsilon)
-    }
+/// Scaled dot-product attention (Vaswani et al., arXiv:1706.03762) of layer `layer`: `q`, `k`, `v` and the result are
+/// `[B, H, T, D]`, `mask` is [`causal_mask`]'s.
+pub(crate) fn attend(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    mask: &Tensor<4>,
+    dropout: Dropout,
+    layer: usize,
+) -> Tensor<4> {
+    let head_width = q.dims()[3];
+    let device = q.device();
+    let scores = q.matmul(k.transpose()) * (1.0 / (head_width as f64).sqrt()); // [B, H, T, T]
+    let probabilities = softmax(scores + mask.clone(), 3);
+    dropout.apply(probabilities, Site::Attention(layer), &device).matmul(v)
 }
 
 /// `[1, 1, T, T]`: 0 where the query in the row may see the key in the column, [`MASKED`] where the key comes later.
-fn causal_mask(t: usize, device: &Device) -> Tensor<4> {
+pub(crate) fn causal_mask(t: usize, device: &Device) -> Tensor<4> {
     let values = (0..t * t).map(|i| if i % t > i / t { MASKED } else { 0.0 }).collect::<Vec<f32>>();
     Tensor::from_data(TensorData::new(values, [1, 1, t, t]), device)
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lockstep_model::batch::{Batch, Column, Values};
-use lockstep_model::config::{Gelu, GptConfig, LineConfig, ModelConfig};
+use lockstep_model::config::{Gelu, GptConfig, LineConfig, LlamaConfig, ModelConfig};
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
 use lockstep_proto::v1;
@@ -143,6 +143,7 @@ fn required<T>(field: Option<T>, name: impl FnOnce() -> String) -> Result<T, Wir
 fn model(model: &v1::Model) -> Result<ModelConfig, WireError> {
     match required(model.kind.as_ref(), || "the kind of model".into())? {
         v1::model::Kind::Gpt(gpt) => self::gpt(gpt).map(ModelConfig::Gpt),
+        v1::model::Kind::Llama(llama) => self::llama(llama).map(ModelConfig::Llama),
         // Where the line starts is the coordinator's affair; a worker never sees it but as parameters.
         v1::model::Kind::Line(v1::Line {}) => Ok(ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 })),
     }
@@ -150,17 +151,15 @@ fn model(model: &v1::Model) -> Result<ModelConfig, WireError> {
 
 fn gpt(gpt: &v1::Gpt) -> Result<GptConfig, WireError> {
     let &v1::Gpt { vocab_size, context, layers, heads, width, bias, tied_head, gelu_tanh, norm_epsilon, dropout } = gpt;
-    let sizes =
-        [("vocab_size", vocab_size), ("context", context), ("layers", layers), ("heads", heads), ("width", width)];
-    if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
-        return Err(WireError(format!("the model's {name} is 0")));
-    }
-    if width % heads != 0 {
-        return Err(WireError(format!("the model's {heads} heads do not divide its width {width}")));
-    }
-    if !(0.0..1.0).contains(&dropout) {
-        return Err(WireError(format!("the model's dropout {dropout} is not in [0, 1)")));
-    }
+    check_sizes(&[
+        ("vocab_size", vocab_size),
+        ("context", context),
+        ("layers", layers),
+        ("heads", heads),
+        ("width", width),
+    ])?;
+    check_divides("heads", heads, "width", width)?;
+    check_dropout(dropout)?;
     Ok(GptConfig {
         vocab_size: vocab_size as usize,
         context: context as usize,
@@ -173,6 +172,60 @@ fn gpt(gpt: &v1::Gpt) -> Result<GptConfig, WireError> {
         norm_epsilon,
         dropout,
     })
+}
+
+fn llama(llama: &v1::Llama) -> Result<LlamaConfig, WireError> {
+    let &v1::Llama { vocab_size, context, layers, heads, kv_heads, width, ffn_width, .. } = llama;
+    check_sizes(&[
+        ("vocab_size", vocab_size),
+        ("context", context),
+        ("layers", layers),
+        ("heads", heads),
+        ("kv_heads", kv_heads),
+        ("width", width),
+        ("ffn_width", ffn_width),
+    ])?;
+    check_divides("kv_heads", kv_heads, "heads", heads)?;
+    check_divides("heads", heads, "width", width)?;
+    if !(width / heads).is_multiple_of(2) {
+        return Err(WireError(format!("the model's head width {} is odd, and its halves are rotated", width / heads)));
+    }
+    check_dropout(llama.dropout)?;
+    Ok(LlamaConfig {
+        vocab_size: vocab_size as usize,
+        context: context as usize,
+        layers: layers as usize,
+        heads: heads as usize,
+        kv_heads: kv_heads as usize,
+        width: width as usize,
+        ffn_width: ffn_width as usize,
+        qk_norm: llama.qk_norm,
+        tied_head: llama.tied_head,
+        rope_theta: llama.rope_theta,
+        norm_epsilon: llama.norm_epsilon,
+        dropout: llama.dropout,
+    })
+}
+
+fn check_sizes(sizes: &[(&str, u32)]) -> Result<(), WireError> {
+    match sizes.iter().find(|(_, size)| *size == 0) {
+        Some((name, _)) => Err(WireError(format!("the model's {name} is 0"))),
+        None => Ok(()),
+    }
+}
+
+fn check_divides(parts: &str, part: u32, wholes: &str, whole: u32) -> Result<(), WireError> {
+    match whole.is_multiple_of(part) {
+        true => Ok(()),
+        false => Err(WireError(format!("the model's {part} {parts} do not divide its {wholes} {whole}"))),
+    }
+}
+
+fn check_dropout(dropout: f64) -> Result<(), WireError> {
+    match (0.0..1.0).contains(&dropout) {
+        true => Ok(()),
+        false => Err(WireError(format!("the model's dropout {dropout} is not in [0, 1)"))),
+    }
 }
 
 /// Compares the coordinator's layout with this build's, and names the first difference.

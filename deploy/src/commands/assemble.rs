@@ -11,7 +11,7 @@ use lockstep_model::tokenizer::Tokenizer;
 
 use crate::cli::RecipeArgs;
 use crate::data::corpus;
-use crate::recipe::{self, ModelRecipe, Recipe};
+use crate::recipe::{self, Recipe};
 
 /// The recipe of a newcomer.
 const DEFAULT_RECIPE: &str = "quickstart";
@@ -42,7 +42,7 @@ impl Data {
 
 /// Reads and tokenizes the recipe's corpus.
 pub(crate) fn data(recipe: &Recipe) -> anyhow::Result<Data> {
-    let (ModelRecipe::Gpt(model), Some(data)) = (&recipe.model, &recipe.data) else {
+    let (Some(context), Some(data)) = (recipe.model.context(), &recipe.data) else {
         let source = Source::Line(LineSource { batch: recipe.batch });
         return Ok(Data { source, tokenizer: None, bytes_per_token: None });
     };
@@ -56,7 +56,7 @@ pub(crate) fn data(recipe: &Recipe) -> anyhow::Result<Data> {
     let weighted = |(Corpus { training, validation, .. }, weight)| WeightedCorpus { weight, training, validation };
     let source = TokenSource {
         corpora: corpora.into_iter().zip(weights).map(weighted).collect(),
-        context: model.context,
+        context,
         order: data.order,
         seed: recipe.seed,
         batch: recipe.batch,

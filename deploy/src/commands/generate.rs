@@ -4,7 +4,6 @@ use std::io::Write as _;
 
 use anyhow::{Context as _, bail};
 use lockstep_model::compute::Computer;
-use lockstep_model::config::ModelConfig;
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::generate::{self, Choice};
 
@@ -22,7 +21,7 @@ pub(crate) fn run(args: &Generate) -> anyhow::Result<()> {
     }
     let path = inspect::locate(&args.run)?;
     let checkpoint = lockstep_model::checkpoint::read(&path)?;
-    let (ModelConfig::Gpt(gpt), Some(tokenizer)) = (&checkpoint.manifest.model, &checkpoint.manifest.tokenizer) else {
+    let (Some(context), Some(tokenizer)) = (checkpoint.manifest.model.context(), &checkpoint.manifest.tokenizer) else {
         bail!("{}: the run's model reads no text, so it writes none", path.display());
     };
     let prompt = tokenizer.encode(&args.prompt).map_err(|error| Usage(format!("--prompt: {error}")))?;
@@ -33,7 +32,7 @@ pub(crate) fn run(args: &Generate) -> anyhow::Result<()> {
     let mut decoder = tokenizer.decoder();
     let mut written = write!(out, "{}", args.prompt);
     let end = tokenizer.end_of_text();
-    generate::generate(&computer, gpt.context, &prompt, args.tokens, &choice, end, |token| {
+    generate::generate(&computer, context, &prompt, args.tokens, &choice, end, |token| {
         written = write!(out, "{}", decoder.push(token)).and_then(|()| out.flush());
         written.is_ok()
     })?;

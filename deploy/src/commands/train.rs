@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use lockstep_coordinator::metrics::{self, Line};
-use lockstep_model::config::ModelConfig;
 
 use super::coordinator::{bind, conclude, coordinate};
 use super::worker::cores;
@@ -28,7 +27,7 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
     let run = args.run.unwrap_or_else(|| free_run_dir(&recipe.name));
     let threads = args.threads.unwrap_or_else(|| (cores() as u32 / args.workers).max(1));
     let config = assemble::run_config(&recipe, run.clone(), resume)?;
-    let text = matches!(config.model, ModelConfig::Gpt(_));
+    let text = config.model.context().is_some();
     eprintln!(
         "training {} with {} {} of {threads} {}; everything goes to {}",
         recipe.name,

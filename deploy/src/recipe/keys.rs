@@ -30,7 +30,11 @@ pub(super) enum Reader {
     /// All.
     Every,
     /// Those of a Transformer.
+    Text,
+    /// Those of a Transformer of GPT-2 shape.
     Gpt,
+    /// Those of a Transformer of Llama shape.
+    Llama,
     /// Those of the straight line.
     Line,
     /// Those that use AdamW.
@@ -64,6 +68,7 @@ pub(super) struct Kinds {
 #[serde(rename_all = "snake_case")]
 pub(super) enum ModelKind {
     Gpt,
+    Llama,
     Line,
 }
 
@@ -101,7 +106,7 @@ pub(super) enum DecayKind {
 
 use Fallback::{Default, Required};
 use OnResume::{Fixed, Free};
-use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line};
+use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line, Llama, Text};
 
 /// All keys, in the order in which a recipe is written. `recipes/quickstart.toml` says what each means and in which unit.
 /// The optimizer's defaults are PyTorch's.
@@ -111,25 +116,29 @@ pub(super) const KEYS: &[Key] = &[
     key("seed",                          Default("1"),                Every,       Fixed),
 
     key("model.kind",                    Default("\"gpt\""),          Every,       Fixed),
-    key("model.layers",                  Required("4"),               Gpt,         Fixed),
-    key("model.heads",                   Required("4"),               Gpt,         Fixed),
-    key("model.width",                   Required("128"),             Gpt,         Fixed),
-    key("model.context",                 Required("64"),              Gpt,         Fixed),
+    key("model.layers",                  Required("4"),               Text,        Fixed),
+    key("model.heads",                   Required("4"),               Text,        Fixed),
+    key("model.kv_heads",                Default("0"),                Llama,       Fixed),
+    key("model.width",                   Required("128"),             Text,        Fixed),
+    key("model.ffn_width",               Default("0"),                Llama,       Fixed),
+    key("model.context",                 Required("64"),              Text,        Fixed),
     key("model.bias",                    Default("true"),             Gpt,         Fixed),
-    key("model.tied_head",               Default("true"),             Gpt,         Fixed),
+    key("model.qk_norm",                 Default("false"),            Llama,       Fixed),
+    key("model.tied_head",               Default("true"),             Text,        Fixed),
     key("model.gelu",                    Default("\"exact\""),        Gpt,         Fixed),
-    key("model.norm_epsilon",            Default("1e-5"),             Gpt,         Fixed),
-    key("model.dropout",                 Default("0.0"),              Gpt,         Fixed),
+    key("model.rope_theta",              Default("10000.0"),          Llama,       Fixed),
+    key("model.norm_epsilon",            Default("1e-5"),             Text,        Fixed),
+    key("model.dropout",                 Default("0.0"),              Text,        Fixed),
     key("model.initial_weight",          Default("0.0"),              Line,        Fixed),
     key("model.initial_bias",            Default("0.0"),              Line,        Fixed),
 
-    key("data.input",                    Required("\"builtin:kjv\""), Gpt,         Free),
-    key("data.weights",                  Default("[]"),               Gpt,         Fixed),
-    key("data.order",                    Default("\"random\""),       Gpt,         Fixed),
-    key("data.train_fraction",           Default("0.9"),              Gpt,         Fixed),
+    key("data.input",                    Required("\"builtin:kjv\""), Text,        Free),
+    key("data.weights",                  Default("[]"),               Text,        Fixed),
+    key("data.order",                    Default("\"random\""),       Text,        Fixed),
+    key("data.train_fraction",           Default("0.9"),              Text,        Fixed),
 
-    key("tokenizer.kind",                Default("\"auto\""),         Gpt,         Fixed),
-    key("tokenizer.file",                Default("\"\""),             Gpt,         Fixed),
+    key("tokenizer.kind",                Default("\"auto\""),         Text,        Fixed),
+    key("tokenizer.file",                Default("\"\""),             Text,        Fixed),
     key("tokenizer.vocab_size",          Default("4096"),             Bpe,         Fixed),
 
     key("optimizer.kind",                Default("\"adamw\""),        Every,       Fixed),
@@ -154,9 +163,9 @@ pub(super) const KEYS: &[Key] = &[
 
     key("sampling.every_steps",          Default("0"),                Every,       Free),
     key("sampling.prompts",              Default("[\"\\n\"]"),        Every,       Free),
-    key("sampling.tokens",               Default("200"),              Gpt,         Free),
-    key("sampling.temperature",          Default("0.8"),              Gpt,         Free),
-    key("sampling.top_k",                Default("0"),                Gpt,         Free),
+    key("sampling.tokens",               Default("200"),              Text,        Free),
+    key("sampling.temperature",          Default("0.8"),              Text,        Free),
+    key("sampling.top_k",                Default("0"),                Text,        Free),
 
     key("checkpoint.every_steps",        Default("500"),              Every,       Free),
     key("checkpoint.keep_last",          Default("2"),                Every,       Free),
@@ -205,9 +214,11 @@ impl Reader {
     pub(super) fn includes(self, kinds: Kinds) -> bool {
         match self {
             Every => true,
+            Text => kinds.model != ModelKind::Line,
             Gpt => kinds.model == ModelKind::Gpt,
+            Llama => kinds.model == ModelKind::Llama,
             Line => kinds.model == ModelKind::Line,
-            Bpe => kinds.model == ModelKind::Gpt && kinds.tokenizer == TokenizerKind::Bpe,
+            Bpe => kinds.model != ModelKind::Line && kinds.tokenizer == TokenizerKind::Bpe,
             Adamw => kinds.optimizer == OptimizerKind::Adamw,
             FallingRate => kinds.decay != DecayKind::Constant,
         }
@@ -216,7 +227,8 @@ impl Reader {
     /// The assignment that makes a recipe one of them, as TOML.
     pub(super) fn condition(self) -> &'static str {
         match self {
-            Every | Gpt => "model.kind = \"gpt\"",
+            Every | Text | Gpt => "model.kind = \"gpt\"",
+            Llama => "model.kind = \"llama\"",
             Line => "model.kind = \"line\"",
             Bpe => "tokenizer.kind = \"bpe\"",
             Adamw => "optimizer.kind = \"adamw\"",

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
 use lockstep_model::config::{
-    BatchConfig, Gelu, GptConfig, LineConfig, ModelConfig, OptimizerConfig, ScheduleConfig, WindowOrder,
+    BatchConfig, GptConfig, LlamaConfig, ModelConfig, OptimizerConfig, ScheduleConfig, WindowOrder,
 };
 
 pub(crate) use self::error::RecipeError;
@@ -24,8 +24,9 @@ use self::values::Values;
 use crate::builtin;
 
 /// The recipes that come with the program, by name.
-const EMBEDDED: [(&str, &str); 4] = [
+const EMBEDDED: [(&str, &str); 5] = [
     ("quickstart", include_str!("../../recipes/quickstart.toml")),
+    ("quickstart-llama", include_str!("../../recipes/quickstart-llama.toml")),
     ("shakespeare-char-cpu", include_str!("../../recipes/shakespeare-char-cpu.toml")),
     ("shakespeare-char", include_str!("../../recipes/shakespeare-char.toml")),
     ("line", include_str!("../../recipes/line.toml")),
@@ -62,37 +63,9 @@ pub(crate) struct Recipe {
     values: Values,
 }
 
-/// A model whose vocabulary is not known yet.
+/// A model whose vocabulary is not known yet: it has 0 entries.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum ModelRecipe {
-    /// A decoder-only Transformer of GPT-2 shape.
-    Gpt(GptRecipe),
-    /// The straight line, which has none.
-    Line(LineConfig),
-}
-
-/// [`GptConfig`] without its vocabulary.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct GptRecipe {
-    /// Longest sequence, in tokens.
-    pub(crate) context: usize,
-    /// Transformer blocks.
-    pub(crate) layers: usize,
-    /// Attention heads; divides `width`.
-    pub(crate) heads: usize,
-    /// Width of the residual stream.
-    pub(crate) width: usize,
-    /// Whether linear layers and layer norms have biases.
-    pub(crate) bias: bool,
-    /// Whether the output head shares the token embedding's weights.
-    pub(crate) tied_head: bool,
-    /// Which GELU.
-    pub(crate) gelu: Gelu,
-    /// Added to the variance in layer norms.
-    pub(crate) norm_epsilon: f64,
-    /// Probability of zeroing an activation during training, in `[0, 1)`.
-    pub(crate) dropout: f64,
-}
+pub(crate) struct ModelRecipe(ModelConfig);
 
 /// The corpus, how it is cut and how it becomes tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -185,13 +158,13 @@ impl Recipe {
         validation_tokens: usize,
     ) -> Result<(), RecipeError> {
         validate::check_elements(&self.values, &self.model, vocab_size)?;
-        let ModelRecipe::Gpt(GptRecipe { context, .. }) = &self.model else { return Ok(()) };
+        let Some(context) = self.model.context() else { return Ok(()) };
         let evaluated = (self.evaluation.slots > 0).then_some(("validate", validation_tokens));
         let parts = [Some(("train", training_tokens)), evaluated];
         let Some((purpose, tokens)) = parts.into_iter().flatten().min_by_key(|(_, tokens)| *tokens) else {
             return Ok(());
         };
-        if tokens > *context {
+        if tokens > context {
             return Ok(());
         }
         let reason = format!(
@@ -209,32 +182,21 @@ impl Recipe {
 impl ModelRecipe {
     /// The whole model; the straight line has no vocabulary.
     pub(crate) fn with_vocabulary(&self, vocab_size: usize) -> ModelConfig {
-        match self {
-            Self::Line(line) => ModelConfig::Line(line.clone()),
-            Self::Gpt(gpt) => {
-                let GptRecipe { context, layers, heads, width, bias, tied_head, gelu, norm_epsilon, dropout } = *gpt;
-                ModelConfig::Gpt(GptConfig {
-                    vocab_size,
-                    context,
-                    layers,
-                    heads,
-                    width,
-                    bias,
-                    tied_head,
-                    gelu,
-                    norm_epsilon,
-                    dropout,
-                })
-            }
+        match self.0.clone() {
+            ModelConfig::Gpt(gpt) => ModelConfig::Gpt(GptConfig { vocab_size, ..gpt }),
+            ModelConfig::Llama(llama) => ModelConfig::Llama(LlamaConfig { vocab_size, ..llama }),
+            ModelConfig::Line(line) => ModelConfig::Line(line),
         }
+    }
+
+    /// Longest sequence, in tokens; `None` of the straight line.
+    pub(crate) fn context(&self) -> Option<usize> {
+        self.0.context()
     }
 
     /// Tokens of a sequence; a row of the straight line counts as one.
     pub(crate) fn tokens_per_sequence(&self) -> usize {
-        match self {
-            Self::Gpt(gpt) => gpt.context,
-            Self::Line(_) => 1,
-        }
+        self.context().unwrap_or(1)
     }
 }
 

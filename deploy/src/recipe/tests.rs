@@ -1,10 +1,10 @@
 //! Recipes from text to types and back, and what they refuse.
 
 use expect_test::expect;
-use lockstep_model::config::{Decay, UpdateRule};
+use lockstep_model::config::{Decay, LineConfig, UpdateRule};
 use lockstep_model::layout::Layout;
 
-use super::keys::KEYS;
+use super::keys::{KEYS, Key};
 use super::*;
 
 fn load(name: &str, overrides: &[&str]) -> Result<Recipe, RecipeError> {
@@ -119,17 +119,44 @@ fn the_whole_text_names_every_key_that_is_read() {
     }
 }
 
-#[test]
-fn quickstart_explains_every_key_of_a_transformer() {
-    let (_, text) = EMBEDDED[0];
+/// Whether an embedded recipe names a key of its own, at the beginning of a line.
+fn names(recipe: &str, key: &Key) -> bool {
+    let (_, text) = EMBEDDED.iter().find(|(name, _)| *name == recipe).unwrap();
     let table: toml::Table = text.parse().unwrap();
-    let kinds = load("quickstart", &[]).unwrap().values.kinds().unwrap();
-    for key in KEYS.iter().filter(|key| key.reader.includes(kinds) && key.path != "name") {
-        let section = if key.section().is_empty() { Some(&table) } else { table[key.section()].as_table() };
-        assert!(section.unwrap().contains_key(key.leaf()), "{} is not in quickstart.toml", key.path);
-        let line = text.lines().find(|line| line.starts_with(&format!("{} ", key.leaf())));
-        assert!(line.is_some(), "{} does not begin a line", key.path);
+    let section =
+        if key.section().is_empty() { Some(&table) } else { table.get(key.section()).and_then(|s| s.as_table()) };
+    let line = text.lines().any(|line| line.starts_with(&format!("{} ", key.leaf())));
+    line && section.is_some_and(|section| section.contains_key(key.leaf()))
+}
+
+#[test]
+fn the_quickstarts_explain_every_key_of_a_transformer() {
+    let kinds = |recipe: &str| load(recipe, &[]).unwrap().values.kinds().unwrap();
+    let (gpt, llama) = (kinds("quickstart"), kinds("quickstart-llama"));
+    for key in KEYS.iter().filter(|key| key.path != "name") {
+        if key.reader.includes(gpt) {
+            assert!(names("quickstart", key), "{} is not in quickstart.toml", key.path);
+        } else if key.reader.includes(llama) {
+            assert!(names("quickstart-llama", key), "{} is not in quickstart-llama.toml", key.path);
+        }
     }
+}
+
+#[test]
+fn the_sizes_of_a_llama_fit_together() {
+    let model = |sets: &[&str]| match load("quickstart-llama", sets).map(|recipe| recipe.model.0) {
+        Ok(ModelConfig::Llama(llama)) => Ok((llama.heads, llama.kv_heads, llama.ffn_width)),
+        Ok(other) => panic!("{other:?}"),
+        Err(error) => Err(error.to_string()),
+    };
+    assert_eq!(model(&[]), Ok((4, 2, 384)));
+    assert_eq!(model(&["model.kv_heads=0", "model.ffn_width=0"]), Ok((4, 4, 352)));
+    let refused = [["model.kv_heads=3"], ["model.heads=128"], ["model.width=129"], ["model.gelu=tanh"]];
+    expect![[r#"
+        recipe quickstart-llama: model.kv_heads = 3: heads must divide model.heads = 4; for example model.kv_heads = 2
+        recipe quickstart-llama: model.heads = 128: heads must divide half of model.width = 64; for example model.heads = 64
+        recipe quickstart-llama: model.width = 129: rotary positions turn pairs of numbers: it must be even; for example model.width = 130
+        recipe quickstart-llama: model.gelu = "tanh": nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "gpt""#]].assert_eq(&refused.map(|sets| model(&sets).unwrap_err()).join("\n"));
 }
 
 #[test]
@@ -173,10 +200,10 @@ fn the_reference_settings_are_exact() {
     assert_eq!(gpu.batch.slots * gpu.batch.sequences_per_slot, 64);
     assert_eq!(gpu.evaluation.slots * gpu.batch.sequences_per_slot, 200 * 64);
     assert_eq!((gpu.schedule.steps, gpu.evaluation.every_steps, gpu.optimizer.rule), (5000, 250, adamw));
-    assert!(matches!(gpu.model, ModelRecipe::Gpt(GptRecipe { dropout: 0.2, context: 256, .. })));
+    assert!(matches!(gpu.model.0, ModelConfig::Gpt(GptConfig { dropout: 0.2, context: 256, .. })));
 
     let line = load("line", &[]).unwrap();
-    assert_eq!(line.model, ModelRecipe::Line(LineConfig { weight: 0.35, bias: 0.01 }));
+    assert_eq!(line.model.0, ModelConfig::Line(LineConfig { weight: 0.35, bias: 0.01 }));
     assert_eq!(line.optimizer, OptimizerConfig { rule: UpdateRule::Sgd, lr: 0.01, grad_clip: None });
     assert_eq!(line.schedule, ScheduleConfig { steps: 200, warmup_steps: 0, decay: Decay::Constant, min_lr: 0.0 });
     assert_eq!(line.batch, BatchConfig { slots: 2, sequences_per_slot: 5 });
@@ -266,7 +293,7 @@ fn refusals_name_key_value_reason_and_example() {
         recipe shakespeare-char-cpu: model.heads = 5: heads must divide model.width = 128; for example model.heads = 4
         recipe shakespeare-char-cpu: model.heads = "four": must be a whole number from 1 to 65536; for example model.heads = 4
         recipe shakespeare-char-cpu: model.layers = 0: must be a whole number from 1 to 1024; for example model.layers = 4
-        recipe shakespeare-char-cpu: model.kind = "gtp": must be `gpt` or `line`; for example model.kind = "gpt"
+        recipe shakespeare-char-cpu: model.kind = "gtp": must be one of `gpt`, `llama`, `line`; for example model.kind = "gpt"
         recipe shakespeare-char-cpu: model.gelu = 3: must be `exact` or `tanh`; for example model.gelu = "exact"
         recipe shakespeare-char-cpu: model.bias = "yes": must be true or false; for example model.bias = true
         recipe shakespeare-char-cpu: model.dropout = 1.0: must be a number of at least 0 and below 1; for example model.dropout = 0.0
@@ -320,10 +347,10 @@ fn keys_that_nothing_reads_are_refused() {
         recipe shakespeare-char-cpu: optimizer.beta1 = 0.5: nothing reads this key beside the others; leave it out, or change the kind; for example optimizer.kind = "adamw"
         recipe shakespeare-char-cpu: model.initial_weight = 1: nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "line"
         recipe shakespeare-char-cpu: tokenizer.vocab_size = 300: nothing reads this key beside the others; leave it out, or change the kind; for example tokenizer.kind = "bpe"
-        recipe shakespeare-char-cpu: model.head = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, width, context, bias, tied_head, gelu, norm_epsilon, dropout, initial_weight, initial_bias
+        recipe shakespeare-char-cpu: model.head = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, norm_epsilon, dropout, initial_weight, initial_bias
         recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed
-        recipe shakespeare-char-cpu: model = 4: unknown key; the keys of [model] are kind, layers, heads, width, context, bias, tied_head, gelu, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: model.heads.x = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, width, context, bias, tied_head, gelu, norm_epsilon, dropout, initial_weight, initial_bias
+        recipe shakespeare-char-cpu: model = 4: unknown key; the keys of [model] are kind, layers, heads, kv_heads, width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, norm_epsilon, dropout, initial_weight, initial_bias
+        recipe shakespeare-char-cpu: model.heads.x = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, norm_epsilon, dropout, initial_weight, initial_bias
         recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed"#]].assert_eq(&refusals.map(refusal).join("\n"));
 
     let text = |text: &str| Recipe::from_toml("mine", text, &[]).unwrap_err().to_string();
@@ -386,7 +413,7 @@ fn recipes_come_from_files_too() {
     assert_eq!((recipe.name.as_str(), recipe.seed), ("mine", 5));
 
     let error = load("quikstart", &[]).unwrap_err();
-    expect![[r#"there is no recipe "quikstart" (did you mean quickstart?); give the path of a TOML file or an embedded recipe: quickstart, shakespeare-char-cpu, shakespeare-char, line"#]].assert_eq(&error.to_string());
+    expect![[r#"there is no recipe "quikstart" (did you mean quickstart?); give the path of a TOML file or an embedded recipe: quickstart, quickstart-llama, shakespeare-char-cpu, shakespeare-char, line"#]].assert_eq(&error.to_string());
     let error = load("no/such.toml", &[]).unwrap_err();
-    expect!["no/such.toml: the recipe cannot be read: No such file or directory (os error 2); give the path of a TOML file or an embedded recipe: quickstart, shakespeare-char-cpu, shakespeare-char, line"].assert_eq(&error.to_string());
+    expect!["no/such.toml: the recipe cannot be read: No such file or directory (os error 2); give the path of a TOML file or an embedded recipe: quickstart, quickstart-llama, shakespeare-char-cpu, shakespeare-char, line"].assert_eq(&error.to_string());
 }

@@ -6,14 +6,15 @@ use std::time::Duration;
 use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
 use lockstep_model::bpe::MIN_VOCAB_SIZE;
 use lockstep_model::config::{
-    BatchConfig, Decay, LineConfig, OptimizerConfig, ScheduleConfig, UpdateRule, WindowOrder,
+    BatchConfig, Decay, GptConfig, LineConfig, LlamaConfig, ModelConfig, OptimizerConfig, ScheduleConfig, UpdateRule,
+    WindowOrder,
 };
 use lockstep_model::layout::Layout;
 
 use super::error::RecipeError;
 use super::keys::{DecayKind, ModelKind, OptimizerKind, TokenizerKind};
 use super::values::Values;
-use super::{BYTES_PER_TOKEN, DataRecipe, GptRecipe, Input, ModelRecipe, Recipe, TokenizerRecipe, WeightedInput};
+use super::{BYTES_PER_TOKEN, DataRecipe, Input, ModelRecipe, Recipe, TokenizerRecipe, WeightedInput};
 use crate::builtin;
 
 /// Most elements of a flat vector: 8 GiB of parameters.
@@ -38,9 +39,11 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
     let v = &values;
     let kinds = v.kinds()?;
     let (model, data) = match kinds.model {
-        ModelKind::Gpt => (ModelRecipe::Gpt(gpt(v)?), Some(data(v)?)),
-        ModelKind::Line => (ModelRecipe::Line(line(v)?), None),
+        ModelKind::Gpt => (ModelConfig::Gpt(gpt(v)?), Some(data(v)?)),
+        ModelKind::Llama => (ModelConfig::Llama(llama(v)?), Some(data(v)?)),
+        ModelKind::Line => (ModelConfig::Line(line(v)?), None),
     };
+    let model = ModelRecipe(model);
     check_elements(v, &model, 1)?;
     let context = model.tokens_per_sequence();
     let optimizer = optimizer(v, kinds.optimizer)?;
@@ -84,18 +87,14 @@ fn name(v: &Values) -> Result<String, RecipeError> {
     Ok(name)
 }
 
-fn gpt(v: &Values) -> Result<GptRecipe, RecipeError> {
-    let layers = v.integer("model.layers", 1..=MAX_LAYERS)?;
+fn gpt(v: &Values) -> Result<GptConfig, RecipeError> {
     let heads: usize = v.integer("model.heads", 1..=MAX_WIDTH)?;
     let width: usize = v.integer("model.width", 1..=MAX_WIDTH)?;
-    if !width.is_multiple_of(heads) {
-        let fitting = (1..heads.min(width + 1)).rev().find(|heads| width.is_multiple_of(*heads)).unwrap_or(1);
-        let reason = format!("heads must divide model.width = {width}");
-        return Err(v.refuse_for("model.heads", reason, format!("model.heads = {fitting}")));
-    }
-    Ok(GptRecipe {
+    check_heads(v, "model.heads", heads, "model.width", width, |heads| width.is_multiple_of(heads))?;
+    Ok(GptConfig {
+        vocab_size: 0,
         context: v.integer("model.context", 1..=MAX_CONTEXT)?,
-        layers,
+        layers: v.integer("model.layers", 1..=MAX_LAYERS)?,
         heads,
         width,
         bias: v.boolean("model.bias")?,
@@ -104,6 +103,55 @@ fn gpt(v: &Values) -> Result<GptRecipe, RecipeError> {
         norm_epsilon: v.number("model.norm_epsilon", "above 0", |epsilon| epsilon > 0.0)?,
         dropout: v.number("model.dropout", "of at least 0 and below 1", is_below_one)?,
     })
+}
+
+fn llama(v: &Values) -> Result<LlamaConfig, RecipeError> {
+    let heads: usize = v.integer("model.heads", 1..=MAX_WIDTH)?;
+    let width: usize = v.integer("model.width", 2..=MAX_WIDTH)?;
+    if !width.is_multiple_of(2) {
+        let reason = "rotary positions turn pairs of numbers: it must be even";
+        return Err(v.refuse_for("model.width", reason, format!("model.width = {}", width + 1)));
+    }
+    check_heads(v, "model.heads", heads, "half of model.width", width / 2, |heads| width.is_multiple_of(2 * heads))?;
+    let kv_heads = match v.integer("model.kv_heads", 0..=MAX_WIDTH)? {
+        0 => heads,
+        kv_heads => kv_heads,
+    };
+    check_heads(v, "model.kv_heads", kv_heads, "model.heads", heads, |kv_heads| heads.is_multiple_of(kv_heads))?;
+    let ffn_width = match v.integer("model.ffn_width", 0..=4 * MAX_WIDTH)? {
+        0 => (8 * width).div_ceil(3).next_multiple_of(32),
+        ffn_width => ffn_width,
+    };
+    Ok(LlamaConfig {
+        vocab_size: 0,
+        context: v.integer("model.context", 1..=MAX_CONTEXT)?,
+        layers: v.integer("model.layers", 1..=MAX_LAYERS)?,
+        heads,
+        kv_heads,
+        width,
+        ffn_width,
+        qk_norm: v.boolean("model.qk_norm")?,
+        tied_head: v.boolean("model.tied_head")?,
+        rope_theta: v.number("model.rope_theta", "above 1", |theta| theta > 1.0)?,
+        norm_epsilon: v.number("model.norm_epsilon", "above 0", |epsilon| epsilon > 0.0)?,
+        dropout: v.number("model.dropout", "of at least 0 and below 1", is_below_one)?,
+    })
+}
+
+/// Refuses a number of heads that does not divide `whole`, called `of`, as `divides` says.
+fn check_heads(
+    v: &Values,
+    path: &str,
+    heads: usize,
+    of: &str,
+    whole: usize,
+    divides: impl Fn(usize) -> bool,
+) -> Result<(), RecipeError> {
+    if divides(heads) {
+        return Ok(());
+    }
+    let fitting = (1..heads.min(whole + 1)).rev().find(|heads| divides(*heads)).unwrap_or(1);
+    Err(v.refuse_for(path, format!("heads must divide {of} = {whole}"), format!("{path} = {fitting}")))
 }
 
 fn line(v: &Values) -> Result<LineConfig, RecipeError> {

@@ -34,6 +34,20 @@ fn any_number_of_workers_and_threads_gives_the_same_bits() {
 }
 
 #[test]
+fn so_it_is_with_a_llama() {
+    const LLAMA: &[&str] =
+        &["model.heads=4", "model.kv_heads=2", "model.ffn_width=48", "model.qk_norm=true", "schedule.steps=6"];
+    let dir = tempfile::tempdir().unwrap();
+    let fingerprints = ["1", "2", "3"].map(|workers| {
+        let run = dir.path().join(workers);
+        let arguments = ["train", "quickstart-llama", "--device", "cpu", "--run", path(&run), "--workers", workers];
+        succeed(lockstep(&arguments, &[SMALL, LLAMA].concat()));
+        fingerprint(&run)
+    });
+    assert!(fingerprints.iter().all(|print| *print == fingerprints[0]), "{fingerprints:?}");
+}
+
+#[test]
 fn a_run_stopped_and_resumed_gives_the_same_bits() {
     let dir = tempfile::tempdir().unwrap();
     let quiet = quiet(dir.path());

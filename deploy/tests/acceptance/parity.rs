@@ -1,19 +1,22 @@
 //! Our numbers beside PyTorch's: the gradient of a step, and what optimizers make of it.
 //!
-//! `peer/torch_gpt.py` and `peer/torch_optim.py` wrote the golden files and say how their inputs are made.
+//! `peer/torch_gradients.py` and `peer/torch_optim.py` wrote the golden files and say how their inputs are made.
 
+use std::collections::HashMap;
+use std::path::Path;
 use std::process::Command;
 
 use lockstep_model::batch::{Batch, Column, Values};
 use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
-use lockstep_model::config::{GptConfig, ModelConfig, OptimizerConfig, ScheduleConfig};
+use lockstep_model::config::{LlamaConfig, ModelConfig, OptimizerConfig, ScheduleConfig};
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
+use lockstep_model::generate::{Choice, generate};
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::optimizer::{self, OptimizerState, Update};
 use lockstep_model::schedule::learning_rate;
 use serde_json::{Value, json};
 
-use crate::cluster::{path, python, text, workspace};
+use crate::cluster::{data, path, python, text, workspace};
 
 /// Largest error of a gradient, ‖g − g′‖ ÷ ‖g′‖.
 const GRADIENT_TOLERANCE: f64 = 1e-4;
@@ -44,7 +47,7 @@ fn floats(values: &Value) -> Vec<f64> {
 }
 
 fn model_of(case: &Value) -> ModelConfig {
-    ModelConfig::Gpt(serde_json::from_value::<GptConfig>(case["config"].clone()).unwrap())
+    serde_json::from_value(case["config"].clone()).unwrap()
 }
 
 /// Loss and gradient of a case, as a worker computes them.
@@ -80,7 +83,7 @@ fn relative_error(ours: &[f32], reference: &[f64]) -> f64 {
 
 #[test]
 fn loss_and_gradients_are_pytorchs() {
-    let golden = golden("gpt.json");
+    let golden = golden("gradients.json");
     for case in cases(&golden) {
         let ours = compute(case);
         let loss = case["loss_sum"].as_f64().unwrap();
@@ -114,13 +117,21 @@ fn pytorch_agrees_on_the_spot() {
     let larger = json!({
         "name": "larger",
         "config": {
-            "vocab_size": 97, "context": 32, "layers": 4, "heads": 4, "width": 64, "bias": true, "tied_head": true,
-            "gelu": "exact", "norm_epsilon": 1e-5, "dropout": 0.0
+            "kind": "gpt", "vocab_size": 97, "context": 32, "layers": 4, "heads": 4, "width": 64, "bias": true,
+            "tied_head": true, "gelu": "exact", "norm_epsilon": 1e-5, "dropout": 0.0
         },
         "parameter_scale": 1.0, "rows": 2, "length": 32, "weighted": true
     });
-    let golden = golden("gpt.json");
-    let with_ours = cases(&golden).iter().chain([&larger]).map(|case| {
+    let larger_llama = json!({
+        "name": "larger_llama",
+        "config": {
+            "kind": "llama", "vocab_size": 97, "context": 32, "layers": 4, "heads": 8, "kv_heads": 2, "width": 64,
+            "ffn_width": 160, "qk_norm": false, "tied_head": true, "rope_theta": 1e4, "norm_epsilon": 1e-6, "dropout": 0.0
+        },
+        "parameter_scale": 0.5, "rows": 2, "length": 32, "weighted": true
+    });
+    let golden = golden("gradients.json");
+    let with_ours = cases(&golden).iter().chain([&larger, &larger_llama]).map(|case| {
         let ours = compute(case);
         let layout = Layout::of(&model_of(case));
         let tensors = layout.tensors.iter();
@@ -135,11 +146,90 @@ fn pytorch_agrees_on_the_spot() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("ours.json");
     std::fs::write(&file, json!({ "cases": with_ours.collect::<Vec<_>>() }).to_string()).unwrap();
-    let script = workspace("deploy/tests/peer/torch_gpt.py");
+    let script = workspace("deploy/tests/peer/torch_gradients.py");
     let output = Command::new(python).args([path(&script), "--check", path(&file)]).output().expect("Python starts");
     let said = text(&output.stdout);
     assert!(output.status.success(), "{said}{}", text(&output.stderr));
     println!("{}", said.lines().last().unwrap_or_default());
+}
+
+/// A Llama that others trained, beside the logits and the text that `transformers` gets from it.
+#[test]
+fn a_trained_llama_says_what_transformers_says() {
+    const LOGIT_TOLERANCE: f64 = 1e-3;
+    let Some(dir) = data("a_trained_llama_says_what_transformers_says", "weights-tinystories-656k") else { return };
+    let tensors = safetensors(&dir.join("model.safetensors"));
+    let model = ModelConfig::Llama(LlamaConfig {
+        vocab_size: 2048,
+        context: 512,
+        layers: 2,
+        heads: 8,
+        kv_heads: 4,
+        width: 128,
+        ffn_width: 384,
+        qk_norm: false,
+        tied_head: true,
+        rope_theta: 1e4,
+        norm_epsilon: 1e-6,
+        dropout: 0.0,
+    });
+    let layout = Layout::of(&model);
+    let mut parameters = vec![0.0; layout.len()];
+    for tensor in &layout.tensors {
+        // The file has the shared matrix as its head, and matrices of linear layers as [out, in].
+        let shared = tensor.name == "embed_tokens.weight";
+        let theirs = &tensors[&if shared { "lm_head.weight".into() } else { format!("model.{}", tensor.name) }];
+        let ours = &mut parameters[tensor.range()];
+        match tensor.shape[..] {
+            [rows, columns] if !shared => {
+                (0..rows * columns).for_each(|i| ours[i] = theirs[i % columns * rows + i / columns]);
+            }
+            _ => ours.copy_from_slice(theirs),
+        }
+    }
+    let device = ComputeDevice::open(DeviceChoice::Cpu).unwrap();
+    let mut computer = Computer::new(&model, &device);
+    computer.load(&parameters).unwrap();
+
+    let golden: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("golden.json")).unwrap()).unwrap();
+    let ids = |key: &str| -> Vec<u32> { floats(&golden[key]).iter().map(|&id| id as u32).collect() };
+    let (prompt, greedy) = (ids("prompt_ids"), ids("greedy_ids_60"));
+    let logits = computer.next_token_logits(&prompt).unwrap();
+    let pairs = logits.iter().zip(floats(&golden["last_logits_first16"]));
+    let worst = pairs.map(|(&ours, theirs)| (f64::from(ours) - theirs).abs()).fold(0.0, f64::max);
+    assert!(worst <= LOGIT_TOLERANCE, "logits are off by {worst:.1e}");
+
+    let rows =
+        |tokens: &[u32]| Column { name: String::new(), shape: [1, tokens.len()], values: Values::U32(tokens.to_vec()) };
+    let (read, predicted) = (rows(&prompt[..prompt.len() - 1]), rows(&prompt[1..]));
+    let columns = vec![Column { name: "tokens".into(), ..read }, Column { name: "targets".into(), ..predicted }];
+    let loss = computer.loss(&Batch { columns }).unwrap().mean();
+    let reference = golden["mean_nll_prompt"].as_f64().unwrap();
+    assert!((loss - reference).abs() <= LOGIT_TOLERANCE, "loss {loss} is not {reference}");
+
+    let mut said = prompt.clone();
+    let choice = Choice { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
+    generate(&computer, 512, &prompt, greedy.len() - prompt.len(), &choice, None, |token| {
+        said.push(token);
+        true
+    })
+    .unwrap();
+    assert_eq!(said, greedy);
+    println!("logits off by at most {worst:.1e}, loss by {:.1e}", (loss - reference).abs());
+}
+
+/// The f32 tensors of a safetensors file: 8 bytes of header length, a JSON header of places, the bytes.
+fn safetensors(file: &Path) -> HashMap<String, Vec<f32>> {
+    let bytes = std::fs::read(file).unwrap();
+    let (length, rest) = bytes.split_first_chunk().unwrap();
+    let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+    let header: HashMap<String, Value> = serde_json::from_slice(header).unwrap();
+    let tensors = header.into_iter().filter(|(_, tensor)| tensor["dtype"] == "F32").map(|(name, tensor)| {
+        let place = floats(&tensor["data_offsets"]);
+        let (values, _) = data[place[0] as usize..place[1] as usize].as_chunks();
+        (name, values.iter().map(|value| f32::from_le_bytes(*value)).collect())
+    });
+    tensors.collect()
 }
 
 #[test]

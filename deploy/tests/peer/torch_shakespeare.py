@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from torch_gpt import GptConfig, layout, logits
+from models import GptConfig
 
 BATCH = 12
 CONTEXT = 64
@@ -31,7 +31,7 @@ REPORT_EVERY_STEPS = 250
 def initial_parameters(config: GptConfig, generator: torch.Generator) -> dict[str, Tensor]:
     """GPT-2's initial values: N(0, 0.02), residual projections divided by sqrt(2 * layers), norms 1."""
     parameters = {}
-    for name, shape in layout(config).items():
+    for name, shape in config.layout().items():
         std = 0.02 / math.sqrt(2 * config.layers) if "c_proj" in name else 0.02
         values = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * std
         parameters[name] = values.requires_grad_()
@@ -57,7 +57,7 @@ def random_batch(data: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
 def mean_loss(config: GptConfig, parameters: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross-entropy over all positions."""
     tokens, targets = batch
-    return cross_entropy(logits(config, parameters, tokens).flatten(0, 1), targets.flatten())
+    return cross_entropy(config.logits(parameters, tokens).flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()

@@ -50,6 +50,21 @@ fn wire_gpt() -> v1::Gpt {
     v1::Gpt { vocab_size: 65, context: 8, layers: 1, heads: 2, width: 4, norm_epsilon: 1e-5, ..Default::default() }
 }
 
+fn wire_llama() -> v1::Llama {
+    v1::Llama {
+        vocab_size: 65,
+        context: 8,
+        layers: 1,
+        heads: 4,
+        kv_heads: 2,
+        width: 16,
+        ffn_width: 24,
+        rope_theta: 1e4,
+        norm_epsilon: 1e-5,
+        ..Default::default()
+    }
+}
+
 fn refused<T: std::fmt::Debug>(result: Result<T, WireError>, words: &Expect) {
     words.assert_eq(&result.unwrap_err().to_string());
 }
@@ -162,6 +177,15 @@ fn models_that_cannot_be_are_refused() {
     refused(gpt(&v1::Gpt { layers: 0, ..wire_gpt() }), &expect!["the model's layers is 0"]);
     refused(gpt(&v1::Gpt { heads: 3, ..wire_gpt() }), &expect!["the model's 3 heads do not divide its width 4"]);
     refused(gpt(&v1::Gpt { dropout: 1.0, ..wire_gpt() }), &expect!["the model's dropout 1 is not in [0, 1)"]);
+    refused(llama(&v1::Llama { ffn_width: 0, ..wire_llama() }), &expect!["the model's ffn_width is 0"]);
+    refused(
+        llama(&v1::Llama { kv_heads: 3, ..wire_llama() }),
+        &expect!["the model's 3 kv_heads do not divide its heads 4"],
+    );
+    refused(
+        llama(&v1::Llama { width: 12, ..wire_llama() }),
+        &expect!["the model's head width 3 is odd, and its halves are rotated"],
+    );
     refused(
         model(&v1::Model { kind: None }),
         &expect!["the kind of model is missing, or of a kind that this build does not know"],

@@ -1,11 +1,10 @@
-"""A second opinion on the Transformer: loss and gradients of a GPT-2 shaped model in plain PyTorch.
+"""A second opinion on the Transformers: losses and gradients of models.py's, which are plain PyTorch.
 
-The model follows the comments of `message Gpt` in proto/lockstep.proto and shares nothing with the Rust code.
 Parameters and batches come from formulas, so that both sides have them without exchanging any.
 
-    python torch_gpt.py                 writes ../golden/gpt.json
-    python torch_gpt.py --check FILE    compares losses and gradients in FILE, of the same form, with PyTorch's in f64;
-                                        exits with 1 where ||g - g'|| / ||g'|| is above 1e-4
+    python torch_gradients.py                 writes ../golden/gradients.json
+    python torch_gradients.py --check FILE    compares losses and gradients in FILE, of the same form, with PyTorch's in
+                                              f64; exits with 1 where ||g - g'|| / ||g'|| is above 1e-4
 
 A case's batch has `rows` sequences of `length` positions, element i (row by row) being
     tokens[i]  = (i * 7919 + 13) mod vocab_size
@@ -24,33 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, gelu, layer_norm, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 
 import golden
+from models import GptConfig, LlamaConfig, ModelConfig, config_of
 
 TOLERANCE = 1e-4
 """Largest relative error of a tensor's gradient, and of the loss."""
-
-
-@dataclass(frozen=True)
-class GptConfig:
-    """Sizes of a GPT-2 shaped Transformer, named as in the contract."""
-
-    vocab_size: int
-    context: int
-    layers: int
-    heads: int
-    width: int
-    bias: bool
-    tied_head: bool
-    gelu: str
-    """"exact" or "tanh"."""
-    norm_epsilon: float
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads or self.gelu not in ("exact", "tanh") or self.dropout != 0.0:
-            raise ValueError(f"heads must divide width, gelu be exact or tanh, and dropout be 0: {self}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +37,7 @@ class Case:
     """One comparison: a model, its parameters and a batch."""
 
     name: str
-    config: GptConfig
+    config: ModelConfig
     parameter_scale: float
     rows: int
     length: int
@@ -68,6 +47,12 @@ class Case:
 WITH_BIAS = GptConfig(11, 8, 2, 2, 16, bias=True, tied_head=False, gelu="exact", norm_epsilon=1e-5)
 WITHOUT_BIAS = GptConfig(11, 8, 3, 2, 8, bias=False, tied_head=True, gelu="tanh", norm_epsilon=1e-5)
 ODD_SIZES = GptConfig(13, 7, 1, 3, 12, bias=True, tied_head=True, gelu="tanh", norm_epsilon=1e-2)
+GROUPED = LlamaConfig(
+    11, 8, 2, heads=4, kv_heads=2, width=16, ffn_width=24, qk_norm=True, tied_head=True, rope_theta=1e4, norm_epsilon=1e-5
+)
+UNTIED = LlamaConfig(
+    13, 7, 1, heads=2, kv_heads=2, width=8, ffn_width=20, qk_norm=False, tied_head=False, rope_theta=1e2, norm_epsilon=1e-2
+)
 
 # The probe's small parameters keep attention almost uniform and activations almost linear. The larger ones do not, so
 # that a mistake in the scale of scores or in the kind of GELU is far above the tolerance.
@@ -77,63 +62,17 @@ CASES = [
     Case("large_bias_untied_exact", WITH_BIAS, 2.0, rows=3, length=8, weighted=False),
     Case("large_no_bias_tied_tanh_weighted", WITHOUT_BIAS, 2.0, rows=3, length=8, weighted=True),
     Case("odd_sizes_short_rows_weighted", ODD_SIZES, 2.0, rows=2, length=5, weighted=True),
+    Case("probe_llama_grouped_qk_norm_tied", GROUPED, golden.PROBE_SCALE, rows=3, length=8, weighted=False),
+    Case("large_llama_grouped_qk_norm_tied_weighted", GROUPED, 2.0, rows=3, length=8, weighted=True),
+    Case("large_llama_untied_short_rows", UNTIED, 2.0, rows=2, length=5, weighted=False),
 ]
-
-
-def layout(config: GptConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors, in the order of the flat vector."""
-    c = config.width
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, c), "wpe.weight": (config.context, c)}
-
-    def affine(name: str, *shape: int) -> None:
-        shapes[f"{name}.weight"] = shape
-        if config.bias:
-            shapes[f"{name}.bias"] = shape[-1:]
-
-    for i in range(config.layers):
-        affine(f"h.{i}.ln_1", c)
-        affine(f"h.{i}.attn.c_attn", c, 3 * c)
-        affine(f"h.{i}.attn.c_proj", c, c)
-        affine(f"h.{i}.ln_2", c)
-        affine(f"h.{i}.mlp.c_fc", c, 4 * c)
-        affine(f"h.{i}.mlp.c_proj", 4 * c, c)
-    affine("ln_f", c)
-    if not config.tied_head:
-        shapes["lm_head.weight"] = (config.vocab_size, c)
-    return shapes
-
-
-def logits(config: GptConfig, parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """Logits [B, T, V] for tokens [B, T]."""
-    b, t = tokens.shape
-    c = config.width
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return layer_norm(x, (c,), parameters[f"{name}.weight"], parameters.get(f"{name}.bias"), config.norm_epsilon)
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        y = x @ parameters[f"{name}.weight"]
-        return y + parameters[f"{name}.bias"] if config.bias else y
-
-    def heads(x: Tensor) -> Tensor:
-        return x.view(b, t, config.heads, c // config.heads).transpose(1, 2)  # [B, H, T, D]
-
-    x = parameters["wte.weight"][tokens] + parameters["wpe.weight"][:t]  # [B, T, C]
-    for i in range(config.layers):
-        q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(c, dim=2)
-        attended = scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True)
-        x = x + linear(attended.transpose(1, 2).reshape(b, t, c), f"h.{i}.attn.c_proj")
-        hidden = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        x = x + linear(gelu(hidden, approximate="tanh" if config.gelu == "tanh" else "none"), f"h.{i}.mlp.c_proj")
-    head = parameters["wte.weight" if config.tied_head else "lm_head.weight"]
-    return norm(x, "ln_f") @ head.T
 
 
 def case_parameters(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """The case's parameters, rounded to f32 whatever `dtype` they are computed with."""
     parameters = {}
     offset = 0
-    for name, shape in layout(case.config).items():
+    for name, shape in case.config.layout().items():
         count = math.prod(shape)
         values = [golden.hashed(offset + i, case.parameter_scale) for i in range(count)]
         tensor = torch.tensor(values, dtype=torch.float32).to(dtype).view(shape)
@@ -157,7 +96,7 @@ def compute(case: Case, dtype: torch.dtype) -> tuple[float, float, dict[str, Ten
     """Weighted loss sum, weight sum, and the gradient of the loss sum for each tensor, computed in `dtype`."""
     parameters = case_parameters(case, dtype)
     tokens, targets, weights = case_batch(case, dtype)
-    losses = cross_entropy(logits(case.config, parameters, tokens).flatten(0, 1), targets.flatten(), reduction="none")
+    losses = cross_entropy(case.config.logits(parameters, tokens).flatten(0, 1), targets.flatten(), reduction="none")
     loss_sum = (losses * weights.flatten()).sum()
     loss_sum.backward()
     gradients = {name: tensor.grad for name, tensor in parameters.items() if tensor.grad is not None}
@@ -197,17 +136,17 @@ def golden_case(case: Case) -> dict[str, Any]:
 def write_golden() -> None:
     """Writes the golden file."""
     about = (
-        "Losses and gradients of GPT-2 shaped models, by PyTorch in f64 (loss_sum_f32: f32), of the sum over positions "
-        "of weight * cross-entropy. Written by peer/torch_gpt.py, which says how parameters and batches are made."
+        "Losses and gradients of Transformers, by PyTorch in f64 (loss_sum_f32: f32), of the sum over positions "
+        "of weight * cross-entropy. Written by peer/torch_gradients.py, which says how parameters and batches are made."
     )
-    golden.write("gpt.json", {"about": about, "torch": torch.__version__, "cases": [golden_case(c) for c in CASES]})
+    golden.write("gradients.json", {"about": about, "torch": torch.__version__, "cases": [golden_case(c) for c in CASES]})
 
 
 def check_case(found: dict[str, Any]) -> float:
     """Compares one case of a file with PyTorch, a line for each tensor; returns the largest relative error."""
     case = Case(
         name=found["name"],
-        config=GptConfig(**found["config"]),
+        config=config_of(found["config"]),
         parameter_scale=found["parameter_scale"],
         rows=found["rows"],
         length=found["length"],
@@ -240,7 +179,7 @@ def check(path: Path) -> None:
 
 def main() -> None:
     """Writes the golden file, or checks another."""
-    parser = argparse.ArgumentParser(description="Losses and gradients of a GPT-2 shaped model by PyTorch.")
+    parser = argparse.ArgumentParser(description="Losses and gradients of Transformers by PyTorch.")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare the losses and gradients in FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

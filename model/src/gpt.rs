@@ -1,0 +1,127 @@
+//! A decoder-only Transformer of GPT-2 shape (Radford et al. 2019), from tokens to logits.
+//!
+//! Shapes as in [`transformer`](crate::transformer).
+
+use burn::tensor::activation::{gelu, gelu_approximate};
+use burn::tensor::module::{embedding, layer_norm, linear};
+use burn::tensor::{Int, Tensor};
+
+use crate::compute::Leaves;
+use crate::config::{Gelu, GptConfig};
+use crate::dropout::{Dropout, Site};
+use crate::transformer::{attend, causal_mask, join_heads, split_heads};
+
+/// The parameters of one model, as tensors on a device.
+#[derive(Clone, Debug)]
+pub(crate) struct Gpt {
+    config: GptConfig,
+    wte: Tensor<2>, // [V, C]
+    wpe: Tensor<2>, // [T, C]
+    blocks: Vec<Block>,
+    ln_f: Norm,
+    lm_head: Tensor<2>, // [V, C]
+}
+
+#[derive(Clone, Debug)]
+struct Block {
+    ln_1: Norm,
+    c_attn: Affine,    // [C, 3C]
+    attn_proj: Affine, // [C, C]
+    ln_2: Norm,
+    c_fc: Affine,     // [C, 4C]
+    mlp_proj: Affine, // [4C, C]
+}
+
+#[derive(Clone, Debug)]
+struct Affine {
+    weight: Tensor<2>, // [in, out]
+    bias: Option<Tensor<1>>,
+}
+
+#[derive(Clone, Debug)]
+struct Norm {
+    weight: Tensor<1>,
+    bias: Option<Tensor<1>>,
+}
+
+impl Gpt {
+    /// Takes the tensors from `leaves` in layout order.
+    pub(crate) fn assemble(config: &GptConfig, leaves: &mut Leaves<'_>) -> Self {
+        let bias = config.bias;
+        let wte = leaves.matrix();
+        let wpe = leaves.matrix();
+        let blocks = (0..config.layers).map(|_| Block {
+            ln_1: Norm::assemble(leaves, bias),
+            c_attn: Affine::assemble(leaves, bias),
+            attn_proj: Affine::assemble(leaves, bias),
+            ln_2: Norm::assemble(leaves, bias),
+            c_fc: Affine::assemble(leaves, bias),
+            mlp_proj: Affine::assemble(leaves, bias),
+        });
+        let blocks = blocks.collect();
+        let ln_f = Norm::assemble(leaves, bias);
+        let lm_head = if config.tied_head { wte.clone() } else { leaves.matrix() };
+        Self { config: config.clone(), wte, wpe, blocks, ln_f, lm_head }
+    }
+
+    /// Logits `[B·T, V]` for `tokens` `[B, T]`.
+    pub(crate) fn logits(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<2> {
+        let [b, t] = tokens.dims();
+        let device = tokens.device();
+        let mask = causal_mask(t, &device);
+
+        let positions = self.wpe.clone().slice(0..t).unsqueeze::<3>(); // [1, T, C]
+        let mut x = embedding(self.wte.clone(), tokens) + positions; // [B, T, C]
+        x = dropout.apply(x, Site::Embedding, &device);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let attended = self.attention(block, layer, block.ln_1.forward(x.clone(), &self.config), &mask, dropout);
+            x = x + dropout.apply(attended, Site::AttentionOutput(layer), &device);
+            let fed = self.feed_forward(block, block.ln_2.forward(x.clone(), &self.config));
+            x = x + dropout.apply(fed, Site::FeedForwardOutput(layer), &device);
+        }
+        let x = self.ln_f.forward(x, &self.config).reshape([b * t, self.config.width]); // [B·T, C]
+        x.matmul(self.lm_head.clone().transpose()) // [B·T, V]
+    }
+
+    /// Causal multi-head self-attention: `[B, T, C]` to `[B, T, C]`.
+    fn attention(&self, block: &Block, layer: usize, x: Tensor<3>, mask: &Tensor<4>, dropout: Dropout) -> Tensor<3> {
+        let width = self.config.width;
+        let qkv = block.c_attn.forward(x); // [B, T, 3C]
+        let part = |index: usize| split_heads(qkv.clone().narrow(2, index * width, width), self.config.heads);
+        let (q, k, v) = (part(0), part(1), part(2)); // [B, H, T, D]
+        let y = attend(q, k, v, mask, dropout, layer); // [B, H, T, D]
+        block.attn_proj.forward(join_heads(y))
+    }
+
+    /// Two linear layers with GELU between: `[B, T, C]` to `[B, T, C]`.
+    fn feed_forward(&self, block: &Block, x: Tensor<3>) -> Tensor<3> {
+        let hidden = block.c_fc.forward(x); // [B, T, 4C]
+        let hidden = match self.config.gelu {
+            Gelu::Exact => gelu(hidden),
+            Gelu::Tanh => gelu_approximate(hidden),
+        };
+        block.mlp_proj.forward(hidden)
+    }
+}
+
+impl Affine {
+    fn assemble(leaves: &mut Leaves<'_>, bias: bool) -> Self {
+        Self { weight: leaves.matrix(), bias: bias.then(|| leaves.vector()) }
+    }
+
+    /// `x W + b` over the last axis.
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        linear(x, self.weight.clone(), self.bias.clone())
+    }
+}
+
+impl Norm {
+    fn assemble(leaves: &mut Leaves<'_>, bias: bool) -> Self {
+        Self { weight: leaves.vector(), bias: bias.then(|| leaves.vector()) }
+    }
+
+    /// Layer normalisation over the last axis (Ba et al., arXiv:1607.06450).
+    fn forward(&self, x: Tensor<3>, config: &GptConfig) -> Tensor<3> {
+        layer_norm(x, self.weight.clone(), self.bias.clone(), config.norm_epsilon)
+    }
+}

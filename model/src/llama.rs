@@ -1,0 +1,162 @@
+//! A decoder-only Transformer of Llama shape (Touvron et al., arXiv:2302.13971), from tokens to logits: root-mean-square
+//! norms, rotary positions, grouped-query attention, gated feed-forward layers, no biases.
+//!
+//! Shapes as in [`transformer`](crate::transformer); besides: K heads of keys and values, F feed-forward width.
+
+use burn::tensor::activation::silu;
+use burn::tensor::module::{embedding, linear};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use crate::compute::Leaves;
+use crate::config::LlamaConfig;
+use crate::dropout::{Dropout, Site};
+use crate::transformer::{attend, causal_mask, join_heads, split_heads};
+
+/// The parameters of one model, as tensors on a device.
+#[derive(Clone, Debug)]
+pub(crate) struct Llama {
+    config: LlamaConfig,
+    embed_tokens: Tensor<2>, // [V, C]
+    blocks: Vec<Block>,
+    norm: Tensor<1>,    // [C]
+    lm_head: Tensor<2>, // [V, C]
+}
+
+#[derive(Clone, Debug)]
+struct Block {
+    input_norm: Tensor<1>,                    // [C]
+    q_proj: Tensor<2>,                        // [C, H·D]
+    k_proj: Tensor<2>,                        // [C, K·D]
+    v_proj: Tensor<2>,                        // [C, K·D]
+    qk_norms: Option<(Tensor<1>, Tensor<1>)>, // [D] each
+    o_proj: Tensor<2>,                        // [H·D, C]
+    post_attention_norm: Tensor<1>,           // [C]
+    gate_proj: Tensor<2>,                     // [C, F]
+    up_proj: Tensor<2>,                       // [C, F]
+    down_proj: Tensor<2>,                     // [F, C]
+}
+
+/// What attention needs besides a layer's parameters.
+struct Positions {
+    rotation: Rotation,
+    mask: Tensor<4>, // [1, 1, T, T]
+}
+
+impl Llama {
+    /// Takes the tensors from `leaves` in layout order.
+    pub(crate) fn assemble(config: &LlamaConfig, leaves: &mut Leaves<'_>) -> Self {
+        let embed_tokens = leaves.matrix();
+        let blocks = (0..config.layers).map(|_| Block {
+            input_norm: leaves.vector(),
+            q_proj: leaves.matrix(),
+            k_proj: leaves.matrix(),
+            v_proj: leaves.matrix(),
+            qk_norms: config.qk_norm.then(|| (leaves.vector(), leaves.vector())),
+            o_proj: leaves.matrix(),
+            post_attention_norm: leaves.vector(),
+            gate_proj: leaves.matrix(),
+            up_proj: leaves.matrix(),
+            down_proj: leaves.matrix(),
+        });
+        let blocks = blocks.collect();
+        let norm = leaves.vector();
+        let lm_head = if config.tied_head { embed_tokens.clone() } else { leaves.matrix() };
+        Self { config: config.clone(), embed_tokens, blocks, norm, lm_head }
+    }
+
+    /// Logits `[B·T, V]` for `tokens` `[B, T]`.
+    pub(crate) fn logits(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<2> {
+        let [b, t] = tokens.dims();
+        let device = tokens.device();
+        let positions = Positions { rotation: Rotation::new(&self.config, t, &device), mask: causal_mask(t, &device) };
+
+        let mut x = embedding(self.embed_tokens.clone(), tokens); // [B, T, C]
+        x = dropout.apply(x, Site::Embedding, &device);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let attended = self.attention(block, layer, self.norm(x.clone(), &block.input_norm), &positions, dropout);
+            x = x + dropout.apply(attended, Site::AttentionOutput(layer), &device);
+            let fed = feed_forward(block, self.norm(x.clone(), &block.post_attention_norm));
+            x = x + dropout.apply(fed, Site::FeedForwardOutput(layer), &device);
+        }
+        let x = self.norm(x, &self.norm).reshape([b * t, self.config.width]); // [B·T, C]
+        x.matmul(self.lm_head.clone().transpose()) // [B·T, V]
+    }
+
+    /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245): `[B, T, C]` to `[B, T, C]`.
+    fn attention(
+        &self,
+        block: &Block,
+        layer: usize,
+        x: Tensor<3>,
+        positions: &Positions,
+        dropout: Dropout,
+    ) -> Tensor<3> {
+        let LlamaConfig { heads, kv_heads, .. } = self.config;
+        let mut q = split_heads(linear(x.clone(), block.q_proj.clone(), None), heads); // [B, H, T, D]
+        let mut k = split_heads(linear(x.clone(), block.k_proj.clone(), None), kv_heads); // [B, K, T, D]
+        let v = split_heads(linear(x, block.v_proj.clone(), None), kv_heads); // [B, K, T, D]
+        if let Some((q_norm, k_norm)) = &block.qk_norms {
+            (q, k) = (self.norm(q, q_norm), self.norm(k, k_norm));
+        }
+        let (q, k) = (positions.rotation.apply(q), positions.rotation.apply(k));
+        let (k, v) = (repeat_heads(k, heads), repeat_heads(v, heads)); // [B, H, T, D]
+        let y = attend(q, k, v, &positions.mask, dropout, layer);
+        linear(join_heads(y), block.o_proj.clone(), None)
+    }
+
+    /// Root-mean-square normalisation over the last axis (Zhang and Sennrich, arXiv:1910.07467).
+    fn norm<const N: usize>(&self, x: Tensor<N>, weight: &Tensor<1>) -> Tensor<N> {
+        let mean_square = (x.clone() * x.clone()).mean_dim(N - 1);
+        x / (mean_square + self.config.norm_epsilon).sqrt() * weight.clone().unsqueeze::<N>()
+    }
+}
+
+/// Two linear layers, the first gated by a third (SwiGLU: Shazeer, arXiv:2002.05202): `[B, T, C]` to `[B, T, C]`.
+fn feed_forward(block: &Block, x: Tensor<3>) -> Tensor<3> {
+    let gate = silu(linear(x.clone(), block.gate_proj.clone(), None)); // [B, T, F]
+    let up = linear(x, block.up_proj.clone(), None); // [B, T, F]
+    linear(gate * up, block.down_proj.clone(), None)
+}
+
+/// Each of K heads for `heads / K` consecutive ones: `[B, K, T, D]` to `[B, H, T, D]`.
+fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
+    let [b, kv_heads, t, head_width] = x.dims();
+    if kv_heads == heads {
+        return x;
+    }
+    let x = x.unsqueeze_dim::<5>(2).expand([b, kv_heads, heads / kv_heads, t, head_width]);
+    x.reshape([b, heads, t, head_width])
+}
+
+/// Rotary positions (Su et al., arXiv:2104.09864): element `i` of a head's first half and element `i` of its second are
+/// turned, as a point of the plane, by `position · theta^(-2i/D)`.
+struct Rotation {
+    cos: Tensor<4>, // [1, 1, T, D/2]
+    sin: Tensor<4>, // [1, 1, T, D/2]
+}
+
+impl Rotation {
+    /// For positions 0 to `t - 1`. Angles are computed in f64 by `libm`, so that every machine has the same.
+    fn new(config: &LlamaConfig, t: usize, device: &Device) -> Self {
+        let half = config.head_width() / 2;
+        let angle = |i: usize| {
+            let (position, element) = ((i / half) as f64, (i % half) as f64);
+            position * libm::pow(config.rope_theta, -element / half as f64)
+        };
+        let table = |function: fn(f64) -> f64| {
+            let values: Vec<f32> = (0..t * half).map(|i| function(angle(i)) as f32).collect();
+            Tensor::from_data(TensorData::new(values, [1, 1, t, half]), device)
+        };
+        Self { cos: table(libm::cos), sin: table(libm::sin) }
+    }
+
+    /// `x` `[B, H, T, D]`, turned.
+    fn apply(&self, x: Tensor<4>) -> Tensor<4> {
+        let half = x.dims()[3] / 2;
+        let (first, second) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
+        let (cos, sin) = (self.cos.clone(), self.sin.clone());
+        let turned_first = first.clone() * cos.clone() - second.clone() * sin.clone();
+        let turned_second = second * cos + first * sin;
+        Tensor::cat(vec![turned_first, turned_second], 3)
+    }
+}
