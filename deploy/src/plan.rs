@@ -114,7 +114,7 @@ impl Plan {
         let parameters = Layout::of(&model).len() as u64;
         let vector = parameters * FLOAT_BYTES;
         let moments = match recipe.optimizer.rule {
-            UpdateRule::Adamw { .. } => 2 * vector,
+            UpdateRule::Adamw(_) | UpdateRule::Muon(_) => 2 * vector,
             UpdateRule::Sgd => 0,
         };
         let waiting_sums = u64::from(recipe.batch.slots.next_power_of_two().ilog2());

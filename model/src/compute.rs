@@ -436,7 +436,7 @@ fn floats(data: TensorData) -> Result<Vec<f32>, ComputeError> {
 mod tests {
     use super::*;
     use crate::batch::{Column, Values};
-    use crate::config::{Gelu, GptConfig, LineConfig, LlamaConfig, OptimizerConfig, UpdateRule};
+    use crate::config::{AdamwConfig, Gelu, GptConfig, LineConfig, LlamaConfig, OptimizerConfig, UpdateRule};
     use crate::device::DeviceChoice;
     use crate::layout::initial_parameters;
     use crate::optimizer::{self, OptimizerState};
@@ -605,7 +605,7 @@ mod tests {
     #[test]
     fn one_batch_can_be_learnt_by_heart() {
         let model = gpt(0.0);
-        let rule = UpdateRule::Adamw { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
+        let rule = UpdateRule::Adamw(AdamwConfig { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 });
         let config = OptimizerConfig { rule, lr: 1e-2, grad_clip: Some(1.0) };
         let mut parameters = initial_parameters(&model, 1);
         let mut state = OptimizerState::new(&config, parameters.len());

@@ -123,18 +123,34 @@ pub struct OptimizerConfig {
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum UpdateRule {
     /// Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101).
-    Adamw {
-        /// Decay of the first moment.
-        beta1: f64,
-        /// Decay of the second moment.
-        beta2: f64,
-        /// Added to the root of the second moment.
-        epsilon: f64,
-        /// Decoupled decay, on the layout's decay tensors only.
-        weight_decay: f64,
-    },
+    Adamw(AdamwConfig),
+    /// Momentum made orthogonal (Jordan et al. 2024) for hidden matrices, AdamW for all else.
+    Muon(MuonConfig),
     /// Plain stochastic gradient descent.
     Sgd,
+}
+
+/// Settings of AdamW.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdamwConfig {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled decay, on the layout's decay tensors only.
+    pub weight_decay: f64,
+}
+
+/// Settings of Muon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MuonConfig {
+    /// Decay of the momentum.
+    pub momentum: f64,
+    /// What tensors follow that are no hidden matrices; its weight decay holds for all.
+    #[serde(flatten)]
+    pub adamw: AdamwConfig,
 }
 
 /// The learning rate over the run.

@@ -42,6 +42,12 @@ impl TensorSpec {
     pub fn range(&self) -> std::ops::Range<usize> {
         self.offset..self.offset + self.elements()
     }
+
+    /// Whether it is a matrix that turns activations into activations: no vector, no embedding and no head.
+    pub fn is_hidden_matrix(&self) -> bool {
+        const EMBEDDINGS_AND_HEADS: [&str; 4] = ["wte.weight", "wpe.weight", "embed_tokens.weight", "lm_head.weight"];
+        self.shape.len() == 2 && !EMBEDDINGS_AND_HEADS.contains(&self.name.as_str())
+    }
 }
 
 impl Layout {

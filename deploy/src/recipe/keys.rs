@@ -37,8 +37,10 @@ pub(super) enum Reader {
     Llama,
     /// Those of the straight line.
     Line,
-    /// Those that use AdamW.
+    /// Those that use AdamW, for some tensors at least.
     Adamw,
+    /// Those that use Muon.
+    Muon,
     /// Those that learn a vocabulary.
     Bpe,
     /// Those whose learning rate falls.
@@ -91,6 +93,7 @@ pub(crate) enum TokenizerKind {
 #[serde(rename_all = "snake_case")]
 pub(super) enum OptimizerKind {
     Adamw,
+    Muon,
     Sgd,
 }
 
@@ -106,7 +109,7 @@ pub(super) enum DecayKind {
 
 use Fallback::{Default, Required};
 use OnResume::{Fixed, Free};
-use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line, Llama, Text};
+use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line, Llama, Muon, Text};
 
 /// All keys, in the order in which a recipe is written. `recipes/quickstart.toml` says what each means and in which unit.
 /// The optimizer's defaults are PyTorch's.
@@ -143,6 +146,7 @@ pub(super) const KEYS: &[Key] = &[
 
     key("optimizer.kind",                Default("\"adamw\""),        Every,       Fixed),
     key("optimizer.lr",                  Required("0.001"),           Every,       Fixed),
+    key("optimizer.momentum",            Default("0.95"),             Muon,        Fixed),
     key("optimizer.beta1",               Default("0.9"),              Adamw,       Fixed),
     key("optimizer.beta2",               Default("0.999"),            Adamw,       Fixed),
     key("optimizer.epsilon",             Default("1e-8"),             Adamw,       Fixed),
@@ -219,7 +223,8 @@ impl Reader {
             Llama => kinds.model == ModelKind::Llama,
             Line => kinds.model == ModelKind::Line,
             Bpe => kinds.model != ModelKind::Line && kinds.tokenizer == TokenizerKind::Bpe,
-            Adamw => kinds.optimizer == OptimizerKind::Adamw,
+            Adamw => kinds.optimizer != OptimizerKind::Sgd,
+            Muon => kinds.optimizer == OptimizerKind::Muon,
             FallingRate => kinds.decay != DecayKind::Constant,
         }
     }
@@ -232,6 +237,7 @@ impl Reader {
             Line => "model.kind = \"line\"",
             Bpe => "tokenizer.kind = \"bpe\"",
             Adamw => "optimizer.kind = \"adamw\"",
+            Muon => "optimizer.kind = \"muon\"",
             FallingRate => "schedule.decay = \"cosine\"",
         }
     }

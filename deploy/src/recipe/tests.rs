@@ -1,7 +1,7 @@
 //! Recipes from text to types and back, and what they refuse.
 
 use expect_test::expect;
-use lockstep_model::config::{Decay, LineConfig, UpdateRule};
+use lockstep_model::config::{AdamwConfig, Decay, LineConfig, UpdateRule};
 use lockstep_model::layout::Layout;
 
 use super::keys::{KEYS, Key};
@@ -193,7 +193,7 @@ fn the_reference_settings_are_exact() {
     assert_eq!(cpu.schedule.decay, Decay::Cosine { steps: 2000 });
     assert_eq!(cpu.batch.slots * cpu.batch.sequences_per_slot, 12);
     assert_eq!(cpu.evaluation.slots * cpu.batch.sequences_per_slot, 200 * 12);
-    let adamw = UpdateRule::Adamw { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
+    let adamw = UpdateRule::Adamw(AdamwConfig { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 });
     assert_eq!(cpu.optimizer, OptimizerConfig { rule: adamw.clone(), lr: 1e-3, grad_clip: Some(1.0) });
 
     let gpu = load("shakespeare-char", &[]).unwrap();

@@ -6,8 +6,8 @@ use std::time::Duration;
 use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
 use lockstep_model::bpe::MIN_VOCAB_SIZE;
 use lockstep_model::config::{
-    BatchConfig, Decay, GptConfig, LineConfig, LlamaConfig, ModelConfig, OptimizerConfig, ScheduleConfig, UpdateRule,
-    WindowOrder,
+    AdamwConfig, BatchConfig, Decay, GptConfig, LineConfig, LlamaConfig, ModelConfig, MuonConfig, OptimizerConfig,
+    ScheduleConfig, UpdateRule, WindowOrder,
 };
 use lockstep_model::layout::Layout;
 
@@ -207,12 +207,11 @@ fn tokenizer(v: &Values) -> Result<TokenizerRecipe, RecipeError> {
 
 fn optimizer(v: &Values, kind: OptimizerKind) -> Result<OptimizerConfig, RecipeError> {
     let rule = match kind {
-        OptimizerKind::Adamw => UpdateRule::Adamw {
-            beta1: v.number("optimizer.beta1", "of at least 0 and below 1", is_below_one)?,
-            beta2: v.number("optimizer.beta2", "of at least 0 and below 1", is_below_one)?,
-            epsilon: v.number("optimizer.epsilon", "above 0", |epsilon| epsilon > 0.0)?,
-            weight_decay: v.number("optimizer.weight_decay", "of at least 0", |decay| decay >= 0.0)?,
-        },
+        OptimizerKind::Adamw => UpdateRule::Adamw(adamw(v)?),
+        OptimizerKind::Muon => {
+            let momentum = v.number("optimizer.momentum", "of at least 0 and below 1", is_below_one)?;
+            UpdateRule::Muon(MuonConfig { momentum, adamw: adamw(v)? })
+        }
         OptimizerKind::Sgd => UpdateRule::Sgd,
     };
     let grad_clip = v.number("optimizer.grad_clip", "of at least 0 (0: never clip)", |clip| clip >= 0.0)?;
@@ -220,6 +219,15 @@ fn optimizer(v: &Values, kind: OptimizerKind) -> Result<OptimizerConfig, RecipeE
         rule,
         lr: v.number("optimizer.lr", "above 0", |lr| lr > 0.0)?,
         grad_clip: (grad_clip > 0.0).then_some(grad_clip),
+    })
+}
+
+fn adamw(v: &Values) -> Result<AdamwConfig, RecipeError> {
+    Ok(AdamwConfig {
+        beta1: v.number("optimizer.beta1", "of at least 0 and below 1", is_below_one)?,
+        beta2: v.number("optimizer.beta2", "of at least 0 and below 1", is_below_one)?,
+        epsilon: v.number("optimizer.epsilon", "above 0", |epsilon| epsilon > 0.0)?,
+        weight_decay: v.number("optimizer.weight_decay", "of at least 0", |decay| decay >= 0.0)?,
     })
 }
 

@@ -34,9 +34,15 @@ fn any_number_of_workers_and_threads_gives_the_same_bits() {
 }
 
 #[test]
-fn so_it_is_with_a_llama() {
-    const LLAMA: &[&str] =
-        &["model.heads=4", "model.kv_heads=2", "model.ffn_width=48", "model.qk_norm=true", "schedule.steps=6"];
+fn so_it_is_with_a_llama_and_muon() {
+    const LLAMA: &[&str] = &[
+        "model.heads=4",
+        "model.kv_heads=2",
+        "model.ffn_width=48",
+        "model.qk_norm=true",
+        "optimizer.kind=muon",
+        "schedule.steps=6",
+    ];
     let dir = tempfile::tempdir().unwrap();
     let fingerprints = ["1", "2", "3"].map(|workers| {
         let run = dir.path().join(workers);

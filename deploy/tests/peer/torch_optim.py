@@ -1,26 +1,30 @@
-"""A second opinion on the optimizer: parameters after up to 50 steps of PyTorch's AdamW and SGD.
+"""A second opinion on the optimizer: parameters after up to 50 steps of PyTorch's AdamW and SGD, and of Muon.
 
     python torch_optim.py       writes ../golden/optim.json
 
-The vector has `decayed` elements in a group with weight decay, then `plain` elements in one without. It starts at
+The flat vector consists of `tensors`; those of two dimensions have weight decay. It starts at
 `golden.hashed(i, parameter_scale)`; the mean gradient of step t (from 1) is
     golden.hashed(t * 1000003 + i, ((t mod 8) + 1) * gradient_scale)
 so that its norm is sometimes above the clipping limit and sometimes below. Both are computed in f64 and rounded once to
 f32. The learning rates come from PyTorch's schedulers: a linear warm-up, then what `decay` says.
+
+PyTorch's own Muon rounds to bf16, so that `Muon` below computes its formula in f64; that PyTorch's comes near to it is
+checked. Of the tensors, `lm_head.weight` and the vector follow AdamW even so.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Muon as RoundedMuon
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 import golden
 
-DECAYED = 9
-PLAIN = 5
+TENSORS: dict[str, tuple[int, ...]] = {"wide": (3, 5), "tall": (4, 2), "lm_head.weight": (3, 3), "plain": (5,)}
 PARAMETER_SCALE = 2.0
 GRADIENT_SCALE = 0.25
 STEPS = 50
@@ -74,46 +78,97 @@ def adamw(beta2: float, epsilon: float, weight_decay: float) -> dict[str, Any]:
     return {"kind": "adamw", "beta1": 0.9, "beta2": beta2, "epsilon": epsilon, "weight_decay": weight_decay}
 
 
+def muon(momentum: float, weight_decay: float) -> dict[str, Any]:
+    """A Muon rule."""
+    return adamw(0.95, 1e-8, weight_decay) | {"kind": "muon", "momentum": momentum}
+
+
 # The large epsilon shows where in the formula it is added.
 CASES = [
     Case("adamw_clipped_cosine", adamw(0.99, 1e-8, 0.1), lr=1e-2, grad_clip=1.0, schedule=COSINE),
     Case("adamw_large_epsilon_linear", adamw(0.95, 1e-1, 0.5), lr=3e-2, grad_clip=None, schedule=LINEAR),
+    Case("muon_clipped_cosine", muon(0.95, 0.1), lr=1e-2, grad_clip=1.0, schedule=COSINE),
+    Case("muon_little_momentum_linear", muon(0.6, 0.5), lr=3e-2, grad_clip=None, schedule=LINEAR),
     Case("sgd_clipped_cosine", {"kind": "sgd"}, lr=1e-1, grad_clip=1.0, schedule=COSINE),
     Case("sgd_constant", {"kind": "sgd"}, lr=1e-1, grad_clip=None, schedule=CONSTANT),
 ]
 
 
-def optimizer_of(case: Case, decayed: torch.Tensor, plain: torch.Tensor) -> Optimizer:
-    """PyTorch's optimizer for a case."""
+class Muon(Optimizer):
+    """Nesterov's momentum through five Newton-Schulz steps, scaled by 0.2 * sqrt(max(rows, columns)), in f64."""
+
+    def __init__(self, params: list[torch.Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step."""
+        assert closure is None
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                state = self.state.setdefault(matrix, {"momentum": torch.zeros_like(matrix, dtype=torch.float64)})
+                gradient = matrix.grad.double()
+                state["momentum"] += (1 - group["momentum"]) * (gradient - state["momentum"])
+                nesterov = group["momentum"] * state["momentum"] + (1 - group["momentum"]) * gradient
+                x = nesterov.T if matrix.shape[0] > matrix.shape[1] else nesterov
+                x = x / x.norm()
+                for _ in range(5):
+                    square = x @ x.T
+                    x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+                x = x.T if matrix.shape[0] > matrix.shape[1] else x
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_((group["lr"] * 0.2 * max(matrix.shape) ** 0.5 * x).to(matrix.dtype))
+
+
+def optimizers_of(case: Case, tensors: dict[str, torch.Tensor], muon_type: type[Optimizer]) -> list[Optimizer]:
+    """PyTorch's optimizers for a case, of which each has some of the tensors."""
     rule = case.rule
     if rule["kind"] == "sgd":
-        return SGD([decayed, plain], lr=case.lr)
-    groups = [{"params": [decayed], "weight_decay": rule["weight_decay"]}, {"params": [plain], "weight_decay": 0.0}]
-    return AdamW(groups, lr=case.lr, betas=(rule["beta1"], rule["beta2"]), eps=rule["epsilon"])
+        return [SGD(tensors.values(), lr=case.lr)]
+    hidden = [t for name, t in tensors.items() if rule["kind"] == "muon" and t.dim() == 2 and name != "lm_head.weight"]
+    others = [t for t in tensors.values() if all(t is not matrix for matrix in hidden)]
+    groups = [
+        {"params": [t for t in others if t.dim() == 2], "weight_decay": rule["weight_decay"]},
+        {"params": [t for t in others if t.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=case.lr, betas=(rule["beta1"], rule["beta2"]), eps=rule["epsilon"])]
+    if hidden:
+        more = {"adjust_lr_fn": "match_rms_adamw"} if muon_type is RoundedMuon else {}
+        settings = {"lr": case.lr, "momentum": rule["momentum"], "weight_decay": rule["weight_decay"]}
+        optimizers.append(muon_type(hidden, **settings, **more))
+    return optimizers
 
 
-def golden_case(case: Case) -> dict[str, Any]:
+def golden_case(case: Case, muon_type: type[Optimizer] = Muon) -> dict[str, Any]:
     """Runs all steps of a case."""
-    count = DECAYED + PLAIN
-    start = torch.tensor([golden.hashed(i, PARAMETER_SCALE) for i in range(count)], dtype=torch.float32)
-    decayed, plain = (part.clone().requires_grad_() for part in start.split([DECAYED, PLAIN]))
-    optimizer = optimizer_of(case, decayed, plain)
-    scheduler = case.schedule.scheduler(optimizer, case.lr)
+    counts = [math.prod(shape) for shape in TENSORS.values()]
+    start = torch.tensor([golden.hashed(i, PARAMETER_SCALE) for i in range(sum(counts))], dtype=torch.float32)
+    tensors = {
+        name: values.clone().view(shape).requires_grad_()
+        for (name, shape), values in zip(TENSORS.items(), start.split(counts), strict=True)
+    }
+    optimizers = optimizers_of(case, tensors, muon_type)
+    schedulers = [case.schedule.scheduler(optimizer, case.lr) for optimizer in optimizers]
     rates: list[float] = []
     recorded: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
         scale = (step % 8 + 1) * GRADIENT_SCALE
-        gradient = [golden.hashed(step * 1000003 + i, scale) for i in range(count)]
-        decayed.grad, plain.grad = torch.tensor(gradient, dtype=torch.float32).split([DECAYED, PLAIN])
+        gradient = torch.tensor([golden.hashed(step * 1000003 + i, scale) for i in range(sum(counts))])
+        for tensor, values in zip(tensors.values(), gradient.split(counts), strict=True):
+            tensor.grad = values.float().view(tensor.shape)
         limit = float("inf") if case.grad_clip is None else case.grad_clip
-        grad_norm = clip_grad_norm_([decayed, plain], limit).item()
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
+        grad_norm = clip_grad_norm_(tensors.values(), limit).item()
+        rates.append(optimizers[0].param_groups[0]["lr"])
+        for part in [*optimizers, *schedulers]:
+            part.step()
         if step in RECORDED_STEPS:
-            parameters = golden.significant(torch.cat([decayed, plain]).tolist(), 9)
+            parameters = torch.cat([tensor.flatten() for tensor in tensors.values()]).tolist()
             recorded.append(
-                {"step": step, "grad_norm": golden.significant([grad_norm], 9)[0], "parameters": parameters}
+                {
+                    "step": step,
+                    "grad_norm": golden.significant([grad_norm], 9)[0],
+                    "parameters": golden.significant(parameters, 9),
+                }
             )
     return {
         "name": case.name,
@@ -124,21 +179,32 @@ def golden_case(case: Case) -> dict[str, Any]:
     }
 
 
+def check_muon(case: Case) -> None:
+    """Sees to it that PyTorch's Muon comes as near to ours as its roundings let it."""
+    ours, theirs = (golden_case(case, muon_type)["after"][-1]["parameters"] for muon_type in (Muon, RoundedMuon))
+    way = math.dist(ours, [golden.hashed(i, PARAMETER_SCALE) for i in range(len(ours))])
+    error = math.dist(ours, theirs) / way
+    print(f"{case.name}: PyTorch's Muon ends {error:.1%} of the way off")
+    assert error < 0.05
+
+
 def main() -> None:
     """Writes the golden file."""
     torch.set_num_threads(1)
     about = (
-        "Parameters in f32 after steps of PyTorch's optimizers, the norm of the mean gradient before clipping, and the "
+        "Parameters in f32 after steps of PyTorch's optimizers and of Muon, the norm of the mean gradient before clipping, and the "
         "learning rate of every step from 1. Written by peer/torch_optim.py, which says how parameters and gradients "
         "are made."
     )
     sizes = {
-        "decayed": DECAYED,
-        "plain": PLAIN,
+        "tensors": [{"name": name, "shape": list(shape)} for name, shape in TENSORS.items()],
         "parameter_scale": PARAMETER_SCALE,
         "gradient_scale": GRADIENT_SCALE,
     }
     cases = [golden_case(case) for case in CASES]
+    for case in CASES:
+        if case.rule["kind"] == "muon":
+            check_muon(case)
     golden.write("optim.json", {"about": about, "torch": torch.__version__, **sizes, "cases": cases})
 
 

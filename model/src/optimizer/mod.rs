@@ -1,12 +1,17 @@
-//! Parameters follow gradients: one fused, fixed-order pass over flat vectors.
+//! Parameters follow gradients: one pass over flat vectors, in a fixed order within each tensor.
 //!
 //! Everything here rounds the same on every machine: plain `f32` and `f64` arithmetic in a fixed order, `sqrt` (exact by
 //! IEEE 754) and `libm`. Only so can a run be the same whatever coordinates it.
 
+mod adamw;
+mod matrix;
+mod muon;
+
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{OptimizerConfig, UpdateRule};
-use crate::layout::Layout;
+use crate::config::{MuonConfig, OptimizerConfig, UpdateRule};
+use crate::layout::{Layout, TensorSpec};
 
 /// Elements of one partial sum of the squared norm.
 const NORM_BLOCK: usize = 4096;
@@ -16,9 +21,9 @@ const NORM_LANES: usize = 8;
 /// What an optimizer remembers between steps. Vectors are flat in layout order, and empty for rules that need none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct OptimizerState {
-    /// Running mean of gradients.
+    /// Running mean of gradients; Muon's momentum.
     pub first_moment: Vec<f32>,
-    /// Running mean of squared gradients.
+    /// Running mean of squared gradients; 0 where Muon rules.
     pub second_moment: Vec<f32>,
 }
 
@@ -26,7 +31,9 @@ impl OptimizerState {
     /// The state before the first step, for `elements` parameters.
     pub fn new(config: &OptimizerConfig, elements: usize) -> Self {
         match config.rule {
-            UpdateRule::Adamw { .. } => Self { first_moment: vec![0.0; elements], second_moment: vec![0.0; elements] },
+            UpdateRule::Adamw(_) | UpdateRule::Muon(_) => {
+                Self { first_moment: vec![0.0; elements], second_moment: vec![0.0; elements] }
+            }
             UpdateRule::Sgd => Self::default(),
         }
     }
@@ -52,10 +59,34 @@ pub struct Update<'a> {
     pub step: u64,
 }
 
-/// One optimizer step, in place. The mean over the global batch is taken here, once.
-///
-/// AdamW (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2), in PyTorch's order of operations: decay the parameter
-/// by `1 - lr · weight_decay`, update both moments, and subtract `lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)`.
+/// What all tensors of a step share.
+#[derive(Clone, Copy)]
+struct Rates {
+    /// Turns a gradient's sum into the clipped mean.
+    scale: f32,
+    lr: f64,
+    /// From 1.
+    step: u64,
+}
+
+/// One tensor of a step, with its share of every vector. Moments are empty where the rule has none.
+struct Part<'a> {
+    tensor: &'a TensorSpec,
+    parameters: &'a mut [f32],
+    gradient: &'a [f32],
+    first_moment: &'a mut [f32],
+    second_moment: &'a mut [f32],
+}
+
+impl Part<'_> {
+    /// What weight decay leaves of a parameter.
+    fn keep(&self, lr: f64, weight_decay: f64) -> f32 {
+        if self.tensor.decay { (1.0 - lr * weight_decay) as f32 } else { 1.0 }
+    }
+}
+
+/// One optimizer step, in place. The mean over the global batch is taken here, once, and its norm clipped. Tensors are
+/// independent of one another and are taken in parallel.
 pub fn step(
     config: &OptimizerConfig,
     layout: &Layout,
@@ -69,38 +100,45 @@ pub fn step(
         Some(limit) if grad_norm > limit => limit / (grad_norm + 1e-6),
         _ => 1.0,
     };
-    let scale = (clip / weight_sum) as f32;
-    for tensor in layout.tensors.iter().filter(|tensor| tensor.trainable) {
-        let range = tensor.range();
-        let (parameters, gradient) = (&mut parameters[range.clone()], &gradient_sum[range.clone()]);
-        match config.rule {
-            UpdateRule::Sgd => {
-                let lr = lr as f32;
-                for (p, g) in parameters.iter_mut().zip(gradient) {
-                    *p -= lr * (g * scale);
-                }
-            }
-            UpdateRule::Adamw { beta1, beta2, epsilon, weight_decay } => {
-                let decay = if tensor.decay { weight_decay } else { 0.0 };
-                let keep = (1.0 - lr * decay) as f32;
-                let (beta1_32, beta2_32) = (beta1 as f32, beta2 as f32);
-                let (rest1, rest2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
-                let step_size = (lr / (1.0 - libm::pow(beta1, step as f64))) as f32;
-                let root_correction = (1.0 - libm::pow(beta2, step as f64)).sqrt() as f32;
-                let epsilon = epsilon as f32;
-                let first = &mut state.first_moment[range.clone()];
-                let second = &mut state.second_moment[range];
-                for (((p, g), m), v) in parameters.iter_mut().zip(gradient).zip(first).zip(second) {
-                    let g = g * scale;
-                    *m = *m * beta1_32 + rest1 * g;
-                    *v = *v * beta2_32 + rest2 * g * g;
-                    let denominator = v.sqrt() / root_correction + epsilon;
-                    *p = *p * keep - step_size * (*m / denominator);
-                }
-            }
-        }
-    }
+    let rates = Rates { scale: (clip / weight_sum) as f32, lr, step };
+    let parts = parts(layout, parameters, gradient_sum, state);
+    parts.into_par_iter().filter(|part| part.tensor.trainable).for_each(|part| match &config.rule {
+        UpdateRule::Sgd => sgd(part, rates),
+        UpdateRule::Muon(muon) if part.tensor.is_hidden_matrix() => muon::step(muon, part, rates),
+        UpdateRule::Adamw(adamw) | UpdateRule::Muon(MuonConfig { adamw, .. }) => adamw::step(adamw, part, rates),
+    });
     StepReport { grad_norm }
+}
+
+/// Cuts all vectors of a step into tensors.
+fn parts<'a>(
+    layout: &'a Layout,
+    mut parameters: &'a mut [f32],
+    gradient: &'a [f32],
+    state: &'a mut OptimizerState,
+) -> Vec<Part<'a>> {
+    let (mut first, mut second) = (&mut state.first_moment[..], &mut state.second_moment[..]);
+    let cut = |tensor: &'a TensorSpec| Part {
+        tensor,
+        parameters: take(&mut parameters, tensor.elements()),
+        gradient: &gradient[tensor.range()],
+        first_moment: take(&mut first, tensor.elements()),
+        second_moment: take(&mut second, tensor.elements()),
+    };
+    layout.tensors.iter().map(cut).collect()
+}
+
+/// The next `count` elements; none of an empty vector.
+fn take<'a>(rest: &mut &'a mut [f32], count: usize) -> &'a mut [f32] {
+    rest.split_off_mut(..count.min(rest.len())).unwrap_or_default()
+}
+
+/// Stochastic gradient descent.
+fn sgd(part: Part<'_>, Rates { scale, lr, .. }: Rates) {
+    let lr = lr as f32;
+    for (p, g) in part.parameters.iter_mut().zip(part.gradient) {
+        *p -= lr * (g * scale);
+    }
 }
 
 /// The L2 norm, summed in `f64` in one fixed order: eight interleaved lanes in blocks of 4,096, blocks in order.
@@ -124,11 +162,11 @@ pub fn l2_norm(vector: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::AdamwConfig;
     use crate::digest::{hex, vector_sha256};
-    use crate::layout::TensorSpec;
 
     fn adamw(grad_clip: Option<f64>) -> OptimizerConfig {
-        let rule = UpdateRule::Adamw { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
+        let rule = UpdateRule::Adamw(AdamwConfig { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 });
         OptimizerConfig { rule, lr: 1e-2, grad_clip }
     }
 
@@ -265,5 +303,30 @@ mod tests {
             "[5562.367646304424, 4750.595256732812, 3286.1605103982815, 2336.7786039859157, 2034.7345469381853]"
         ]
         .assert_eq(&format!("{norms:?}"));
+    }
+
+    /// So it is with matrix products: a wide matrix, a tall one, an embedding and a vector.
+    #[test]
+    fn muons_arithmetic_is_pinned() {
+        let shapes: [(&str, &[usize]); 4] =
+            [("wide", &[37, 61]), ("tall", &[70, 23]), ("wte.weight", &[13, 11]), ("norm.weight", &[17])];
+        let mut layout = Layout { tensors: Vec::new() };
+        for (name, shape) in shapes {
+            let (name, shape, offset) = (name.into(), shape.to_vec(), layout.len());
+            layout.tensors.push(TensorSpec { name, decay: shape.len() == 2, shape, offset, trainable: true });
+        }
+        let adamw = AdamwConfig { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
+        let rule = UpdateRule::Muon(MuonConfig { momentum: 0.95, adamw });
+        let config = OptimizerConfig { rule, lr: 1e-2, grad_clip: Some(1.0) };
+        let mut parameters = crate::probe::parameters(layout.len());
+        let mut state = OptimizerState::new(&config, layout.len());
+        for t in 1..=5u64 {
+            let gradient: Vec<f32> = (0..layout.len() as u64).map(|i| ((i * 7 + t * 3) % 11) as f32 - 5.0).collect();
+            step(&config, &layout, &mut parameters, &mut state, update(&gradient, 4.0, 1e-2, t));
+        }
+        let unused = layout.tensors.iter().filter(|tensor| tensor.is_hidden_matrix());
+        assert!(unused.flat_map(|tensor| &state.second_moment[tensor.range()]).all(|moment| *moment == 0.0));
+        expect_test::expect!["21c82cabb49a6b801363558255f7a43bb6bcd7b71c0418bd828d06dec209b011"]
+            .assert_eq(&hex(&vector_sha256(&parameters)));
     }
 }
