@@ -109,6 +109,20 @@ mod tests {
         assert_eq!(pi, [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]);
     }
 
+    /// The examples in ARCHITECTURE.md, section "Draws", which a program in Python gives too.
+    #[test]
+    fn draws_are_as_they_are_described() {
+        let draws = Draws::new(1, Stream::TrainingWindows);
+        assert_eq!(draws.key, [0x3f55_b3f0, 0x8e76_cc9d]);
+        assert_eq!(draws.words(0, 0), [0x221b_f4e8, 0xaf41_840e, 0xbeef_1c46, 0x1c65_3a3e]);
+        assert_eq!(draws.below(0, 0, 1_000_003), 684_595);
+        let large = Draws::new((1 << 40) + 5, Stream::TrainingWindows);
+        assert_eq!(large.below((1 << 33) + 1, (1 << 34) + 7, 1_000_000_000_000), 932_453_694_349);
+        let mut values = [0.0; 3];
+        normal(1, Stream::Initialisation, 0, 0.02, &mut values);
+        assert_eq!(values.map(|value| (value * 1e8).round()), [-38_320.0, 2_374_531.0, 1_877_129.0]);
+    }
+
     #[test]
     fn streams_and_seeds_differ() {
         let words = |seed, stream, high, low| Draws::new(seed, stream).words(high, low);

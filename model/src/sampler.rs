@@ -240,6 +240,16 @@ mod tests {
         assert_eq!(source.validation_slot(2), source.validation_slot(2));
     }
 
+    /// The examples in ARCHITECTURE.md, section "Draws".
+    #[test]
+    fn rows_are_drawn_as_it_is_described_however_they_are_cut_into_slots() {
+        let source =
+            |starts: u32, slots, rows| TokenSource { seed: 1, ..source(WindowOrder::Random, starts + 4, slots, rows) };
+        assert_eq!(source(1_003_790, 1, 6).training_window(3, 0, 5).1, 132_868);
+        assert_eq!(source(1_003_790, 3, 2).training_window(3, 2, 1).1, 132_868);
+        assert_eq!(source(111_476, 3, 2).validation_window(2, 1).1, 58_656);
+    }
+
     #[test]
     fn an_epoch_visits_every_window_once_and_the_next_in_another_order() {
         // 41 tokens are 10 windows of 4 and the token after the last; 5 steps of 2 slots of 1 row are an epoch.

@@ -1,6 +1,6 @@
 //! Every run is the same run: whatever the number of workers, whoever dies, however often it stops.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 
@@ -51,6 +51,25 @@ fn so_it_is_with_a_llama_and_muon() {
         fingerprint(&run)
     });
     assert!(fingerprints.iter().all(|print| *print == fingerprints[0]), "{fingerprints:?}");
+}
+
+/// The bits differ, as batches of other sizes run through other kernels.
+#[test]
+fn more_slots_of_fewer_rows_are_the_same_run_but_for_rounding() {
+    let dir = tempfile::tempdir().unwrap();
+    let losses = ["1", "2", "4"].map(|slots| {
+        let run = dir.path().join(slots);
+        let slots: u32 = slots.parse().unwrap();
+        let cut = [format!("batch.slots={slots}"), format!("batch.sequences_per_slot={}", 8 / slots)];
+        train(&run, &["--workers", "2"], &["model.dropout=0", &cut[0], &cut[1]]);
+        metrics(&run).iter().filter_map(|line| line["loss"].as_f64()).collect::<Vec<f64>>()
+    });
+    assert_eq!(losses[0].len(), 24);
+    for others in &losses[1..] {
+        for (one, other) in losses[0].iter().zip(others) {
+            assert!((one - other).abs() <= 1e-5, "{one} in one slot, {other} in more");
+        }
+    }
 }
 
 #[test]
@@ -137,9 +156,12 @@ fn is_alive(id: u32) -> bool {
     status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
 }
 
+/// The lines of a run's metrics.
+fn metrics(run: &Path) -> Vec<Value> {
+    let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
 fn logged_steps(run: &Path) -> Vec<u64> {
-    let file: PathBuf = run.join("metrics.jsonl");
-    let lines = std::fs::read_to_string(file).unwrap();
-    let lines = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    lines.filter(|line| line.get("loss").is_some()).map(|line| line["step"].as_u64().unwrap()).collect()
+    metrics(run).iter().filter(|line| line.get("loss").is_some()).map(|line| line["step"].as_u64().unwrap()).collect()
 }

@@ -16,7 +16,7 @@ use lockstep_model::optimizer::{self, OptimizerState, Update};
 use lockstep_model::schedule::learning_rate;
 use serde_json::{Value, json};
 
-use crate::cluster::{data, path, python, text, workspace};
+use crate::cluster::{data, lockstep, path, python, succeed, text, workspace};
 
 /// Largest error of a gradient, ‖g − g′‖ ÷ ‖g′‖.
 const GRADIENT_TOLERANCE: f64 = 1e-4;
@@ -151,6 +151,48 @@ fn pytorch_agrees_on_the_spot() {
     let said = text(&output.stdout);
     assert!(output.status.success(), "{said}{}", text(&output.stderr));
     println!("{}", said.lines().last().unwrap_or_default());
+}
+
+/// 200 steps of the whole cluster beside 200 of PyTorch's, from the same weights over the same windows.
+#[test]
+fn pytorch_trains_to_the_same_losses() {
+    let Some(python) = python("pytorch_trains_to_the_same_losses", &["torch", "numpy"]) else { return };
+    const SMALL: &[&str] = &[
+        "tokenizer.kind=auto",
+        "model.layers=3",
+        "model.width=48",
+        "model.heads=4",
+        "model.context=32",
+        "batch.slots=3",
+        "batch.sequences_per_slot=2",
+        "schedule.steps=200",
+        "schedule.warmup_steps=20",
+        "evaluation.every_steps=100",
+        "evaluation.slots=20",
+        "sampling.every_steps=0",
+        "checkpoint.every_steps=0",
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let corpus = dir.path().join("corpus");
+    let texts = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"].map(|file| {
+        let text = dir.path().join(file).with_extension("txt");
+        std::fs::copy(workspace(file), &text).unwrap();
+        text
+    });
+    let mut prepare = lockstep(&["prepare", "--tokenizer", "bpe", "--vocab-size", "400", "--out", path(&corpus)], &[]);
+    prepare.args(&texts);
+    succeed(prepare);
+    let input = format!("data.input={}", path(&corpus));
+    for recipe in ["quickstart", "quickstart-llama"] {
+        let run = dir.path().join(recipe);
+        let arguments = ["train", recipe, "--device", "cpu", "--workers", "2", "--run", path(&run)];
+        succeed(lockstep(&arguments, &[SMALL, &[&input]].concat()));
+        let script = workspace("deploy/tests/peer/torch_curve.py");
+        let output = Command::new(&python).args([path(&script), path(&run)]).output().expect("Python starts");
+        let said = text(&output.stdout);
+        assert!(output.status.success(), "{recipe}: {said}{}", text(&output.stderr));
+        println!("{recipe}: {}", said.lines().last().unwrap_or_default());
+    }
 }
 
 /// A Llama that others trained, beside the logits and the text that `transformers` gets from it.
