@@ -11,5 +11,6 @@ mod line;
 mod parity;
 mod prepare;
 mod quickstart;
+mod scale_out;
 mod tidy;
 mod tracing;

@@ -7,6 +7,12 @@ corpus, and its losses to compare with; weights and windows are drawn anew (draw
 optimizer and the schedule are PyTorch's own, all in f32.
 
 Exits with 1 where a loss is off by more than 1e-3 in the first 50 steps or 5e-3 later.
+
+Training amplifies roundings, the more so the larger model and learning rate are. How much is due to that, PyTorch shows
+against itself, with another number of threads, and so other roundings:
+
+    python torch_curve.py RUN --threads 1 --write one-thread.jsonl
+    python torch_curve.py RUN --threads 2 --metrics one-thread.jsonl
 """
 
 import argparse
@@ -47,8 +53,8 @@ class Run:
     corpus: Path
 
     @classmethod
-    def open(cls, directory: Path) -> "Run":
-        """Reads recipe.toml and metrics.jsonl."""
+    def open(cls, directory: Path, metrics: Path) -> "Run":
+        """Reads recipe.toml, and the losses in `metrics`."""
         recipe = tomllib.loads((directory / "recipe.toml").read_text(encoding="utf-8"))
         inputs = recipe["data"]["input"]
         corpora = [Path(path) for path in ([inputs] if isinstance(inputs, str) else inputs)]
@@ -56,7 +62,7 @@ class Run:
             sys.exit(f"{directory}: its data.input must be one corpus written by `lockstep prepare`, not {inputs}")
         if recipe["data"]["order"] != "random" or recipe["model"]["dropout"] != 0.0:
             sys.exit(f"{directory}: only runs in random order and without dropout can be repeated here")
-        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
         val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
         return cls(recipe, losses, val_losses, corpora[0])
@@ -122,7 +128,7 @@ def mean_loss(config: ModelConfig, parameters: dict[str, Tensor], windows: Tenso
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-def train(run: Run, steps: int) -> tuple[dict[int, float], dict[int, float]]:
+def train(run: Run, steps: int, write: Path | None) -> tuple[dict[int, float], dict[int, float]]:
     """Training losses by step and validation losses by version, the latter where the run has them."""
     tokens, vocab_size = read_tokens(run.corpus)
     config, batches = run.model(vocab_size), Batches(run.recipe, tokens)
@@ -133,6 +139,7 @@ def train(run: Run, steps: int) -> tuple[dict[int, float], dict[int, float]]:
     schedulers = [case.schedule.scheduler(optimizer, case.lr) for optimizer in optimizers]
     losses: dict[int, float] = {}
     val_losses: dict[int, float] = {}
+    lines = write.open("w", encoding="utf-8", buffering=1) if write else None
 
     @torch.no_grad()
     def validate(version: int) -> None:
@@ -152,6 +159,8 @@ def train(run: Run, steps: int) -> tuple[dict[int, float], dict[int, float]]:
             loss.backward()
             total += loss.item()
         losses[step] = total
+        if lines:
+            print(json.dumps({"step": step, "loss": total}), file=lines)
         clip_grad_norm_(parameters.values(), float("inf") if case.grad_clip is None else case.grad_clip)
         for part in [*optimizers, *schedulers]:
             part.step()
@@ -195,14 +204,16 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="directory of a run that has ended")
     parser.add_argument("--steps", type=int, help="compare only so many (default: all of the run's)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--metrics", type=Path, help="losses to compare with (default: metrics.jsonl of the run)")
+    parser.add_argument("--write", type=Path, help="write PyTorch's losses to this file, in the form of metrics.jsonl")
     parser.add_argument("--svg", type=Path, help="draw both curves to this file (needs matplotlib)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    run = Run.open(arguments.run)
+    run = Run.open(arguments.run, arguments.metrics or arguments.run / "metrics.jsonl")
     steps = min(arguments.steps or len(run.losses), len(run.losses))
     if steps == 0:
-        sys.exit(f"{arguments.run}: there is no step in its metrics.jsonl")
-    losses, val_losses = train(run, steps)
+        sys.exit(f"{arguments.run}: there is no step in its metrics")
+    losses, val_losses = train(run, steps, arguments.write)
     if arguments.svg:
         draw(arguments.svg, run, losses, val_losses)
 
