@@ -45,16 +45,9 @@ remote() {
     ${LOCKSTEP_SSH:-ssh} -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ExitOnForwardFailure=yes "$@"
 }
 
-# wanted: the lines of HOSTS, without comments and blank lines.
+# wanted: the lines of HOSTS without comments, each host once, words parted by single spaces.
 wanted() {
-    sed -e 's/#.*//' -e 's/[[:space:]]*$//' -e 's/^[[:space:]]*//' -e '/^$/d' "$hosts"
-}
-
-# wanted_host HOST: its line.
-wanted_host() {
-    wanted | while read -r host options; do
-        [[ $host != "$1" ]] || printf '%s\n' "$host $options"
-    done
+    awk '{ sub(/#.*/, ""); $1 = $1 } NF && !seen[$1]++' "$hosts"
 }
 
 # tell TEXT: to the host's log, which standard error is in a link, and to people.
@@ -107,35 +100,38 @@ link() {
     done
 }
 
-# follow: starts a link for each wanted host without one, and ends those of hosts that are no longer wanted. A link that
-# ended stays in the list, so that it is not started again.
+# follow: starts a link for each wanted line without one, and ends those of lines that are no longer wanted. A link that
+# ended by itself keeps its place, so that it is not started again.
 follow() {
-    local host options index
-    while read -r host options; do
-        for index in "${!linked[@]}"; do
-            [[ ${linked[index]} != "$host $options" ]] || continue 2
-        done
-        if [[ ! $host =~ ^[A-Za-z0-9][A-Za-z0-9@._:-]*$ ]]; then
-            say "$hosts: \"$host\" is no host"
-        else
-            say "$host: starting a worker"
-            # shellcheck disable=SC2086 # options are words
-            start link "$host" $options <"$lifeline" 2>>"$logs/$host.log"
-        fi
-        linked+=("$host $options")
-        processes+=("$started")
-    done < <(wanted)
+    local lines line index
+    lines=$(wanted)
     for index in "${!linked[@]}"; do
-        host=${linked[index]%% *}
-        if [[ $(wanted_host "$host") != "${linked[index]}" ]]; then
-            say "$host: ending its worker"
-            unlink_host "$index"
+        line=${linked[index]}
+        if [[ $'\n'$lines$'\n' != *$'\n'$line$'\n'* ]]; then
+            [[ -z ${processes[index]} ]] || say "${line%% *}: ending its worker"
+            end_link "$index"
         fi
     done
+    while read -r line; do
+        [[ -n $line ]] || continue
+        for index in "${!linked[@]}"; do
+            [[ ${linked[index]} != "$line" ]] || continue 2
+        done
+        if [[ $line =~ ^[A-Za-z0-9][A-Za-z0-9@._-]*( |$) ]]; then
+            say "${line%% *}: starting a worker"
+            # shellcheck disable=SC2086 # a host and options are words
+            start link $line <"$lifeline" 2>>"$logs/${line%% *}.log"
+        else
+            say "$hosts: \"$line\" does not begin with a host"
+            started=""
+        fi
+        linked+=("$line")
+        processes+=("$started")
+    done <<<"$lines"
 }
 
-unlink_host() {
-    kill -TERM -- "-${processes[$1]}" 2>/dev/null || true
+end_link() {
+    [[ -z ${processes[$1]} ]] || kill -TERM -- "-${processes[$1]}" 2>/dev/null || true
     unset "linked[$1]" "processes[$1]"
 }
 
@@ -160,7 +156,7 @@ run() {
     rm -f "$lifeline"
     mkfifo "$lifeline"
     exec 3<>"$lifeline" 4>&2
-    trap 'for index in "${!linked[@]}"; do unlink_host "$index"; done; rm -f "$lifeline" "$logs/pid" "$logs/address"' EXIT
+    trap 'for index in "${!linked[@]}"; do end_link "$index"; done; rm -f "$lifeline" "$logs/pid" "$logs/address"' EXIT
 
     start_coordinator "$logs/coordinator.log" "$@"
     echo "$address" >"$logs/address"
@@ -176,7 +172,7 @@ status() {
     require_run
     find_program
     "$program" status "$(cat "$logs/address")"
-    wanted | while read -r host options; do
+    wanted | while read -r host _; do
         printf '%s: %s\n' "$host" "$(tail -n 1 "$logs/$host.log" 2>/dev/null || echo "starting")"
     done
 }
@@ -207,7 +203,8 @@ main() {
             edit "${1:?say which host}" "$*"
             ;;
         remove)
-            [[ -n $(wanted_host "${1:?say which host}") ]] || die "$hosts: $1 is not in it"
+            wanted | awk -v host="${1:?say which host}" '$1 == host { found = 1 } END { exit !found }' ||
+                die "$hosts: $1 is not in it"
             edit "$1" ""
             ;;
         stop)
