@@ -4,7 +4,7 @@
 
 RUN is the directory of a run over one prepared corpus, in random order and without dropout. Its recipe is read, its
 corpus, and its losses to compare with; weights and windows are drawn anew (draws.py), the model is models.py's, the
-optimizer and the schedule are PyTorch's own, all in f32.
+optimizer and the schedule are PyTorch's own, all in f32 unless --f64 is given.
 
 Exits with 1 where a loss is off by more than 1e-3 in the first 50 steps or 5e-3 later.
 
@@ -13,6 +13,11 @@ against itself, with another number of threads, and so other roundings:
 
     python torch_curve.py RUN --threads 1 --write one-thread.jsonl
     python torch_curve.py RUN --threads 2 --metrics one-thread.jsonl
+
+Whose roundings are the smaller, a run in f64 shows that both are compared with:
+
+    python torch_curve.py RUN --f64 --write exact.jsonl
+    python torch_curve.py RUN --metrics exact.jsonl
 """
 
 import argparse
@@ -128,12 +133,12 @@ def mean_loss(config: ModelConfig, parameters: dict[str, Tensor], windows: Tenso
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-def train(run: Run, steps: int, write: Path | None) -> tuple[dict[int, float], dict[int, float]]:
+def train(run: Run, steps: int, dtype: torch.dtype, write: Path | None) -> tuple[dict[int, float], dict[int, float]]:
     """Training losses by step and validation losses by version, the latter where the run has them."""
     tokens, vocab_size = read_tokens(run.corpus)
     config, batches = run.model(vocab_size), Batches(run.recipe, tokens)
     initial = draws.initial_parameters(config.layout(), config.layers, run.recipe["seed"])
-    parameters = {name: torch.from_numpy(values).requires_grad_() for name, values in initial.items()}
+    parameters = {name: torch.from_numpy(values).to(dtype).requires_grad_() for name, values in initial.items()}
     case = run.case()
     optimizers = optimizers_of(case, parameters, Muon)
     schedulers = [case.schedule.scheduler(optimizer, case.lr) for optimizer in optimizers]
@@ -204,6 +209,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="directory of a run that has ended")
     parser.add_argument("--steps", type=int, help="compare only so many (default: all of the run's)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--f64", action="store_true", help="let PyTorch compute in f64")
     parser.add_argument("--metrics", type=Path, help="losses to compare with (default: metrics.jsonl of the run)")
     parser.add_argument("--write", type=Path, help="write PyTorch's losses to this file, in the form of metrics.jsonl")
     parser.add_argument("--svg", type=Path, help="draw both curves to this file (needs matplotlib)")
@@ -213,7 +219,9 @@ def main() -> None:
     steps = min(arguments.steps or len(run.losses), len(run.losses))
     if steps == 0:
         sys.exit(f"{arguments.run}: there is no step in its metrics")
-    losses, val_losses = train(run, steps, arguments.write)
+    dtype = torch.float64 if arguments.f64 else torch.float32
+    torch.set_default_dtype(dtype)
+    losses, val_losses = train(run, steps, dtype, arguments.write)
     if arguments.svg:
         draw(arguments.svg, run, losses, val_losses)
 
