@@ -357,6 +357,7 @@ impl Runtime {
             slots: lease.block.slots(slots).map(|slot| translate::slot(slot, &batch(slot))).collect(),
             seed: self.config.seed,
             traceparent: traceparent(&self.manifest.run_id, lease.step),
+            parameters_sha256: Vec::new(),
         }
     }
 

@@ -18,6 +18,7 @@ mod dropout;
 pub mod generate;
 mod gpt;
 pub mod layout;
+pub mod ledger;
 mod line;
 mod llama;
 mod mapping;

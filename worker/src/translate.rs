@@ -124,6 +124,7 @@ pub(crate) fn block_result(
         spans,
         compute_nanos: nanos(outcome.compute_time),
         upload_nanos: nanos(upload_time),
+        batch_sha256: Vec::new(),
     }
 }
 

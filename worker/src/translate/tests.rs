@@ -21,6 +21,7 @@ fn wire_lease() -> v1::Lease {
         slots: vec![slot(4), slot(5), slot(6)],
         seed: 11,
         traceparent: "00-aa-bb-01".into(),
+        parameters_sha256: vec![3; 32],
     }
 }
 
