@@ -123,19 +123,31 @@ impl DeviceThread {
     }
 
     /// Computes a lease with the parameters loaded last, within `span`. A gradient that has a name is kept. It is computed to
-    /// the end even if nobody waits for the answer any more; anything else is then cut short.
+    /// the end even if the future that waits for the answer is dropped; anything else is then cut short.
     ///
     /// # Errors
     /// If the device fails: parameters must be loaded again. If `stop` is set before the end: they need not.
-    pub(crate) async fn compute(&self, work: Arc<Work>, stop: Stop, span: Span) -> Result<Outcome, DeviceFailure> {
-        self.ask(|reply| Job::Compute { work, stop, span, reply }).await
+    pub(crate) fn compute(
+        &self,
+        work: Arc<Work>,
+        stop: Stop,
+        span: Span,
+    ) -> impl Future<Output = Result<Outcome, DeviceFailure>> + use<> {
+        self.ask(|reply| Job::Compute { work, stop, span, reply })
     }
 
-    async fn ask<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, DeviceFailure> {
-        let gone = || DeviceFailure("the device's thread has ended; restart this worker".into());
+    /// Queues a job at once; the future waits for its answer.
+    fn ask<T, J>(&self, job: J) -> impl Future<Output = Result<T, DeviceFailure>> + use<T, J>
+    where
+        J: FnOnce(Reply<T>) -> Job,
+    {
         let (reply, answer) = oneshot::channel();
-        self.jobs.send(job(reply)).map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        // A thread that has ended drops the job, and with it the reply.
+        let _ = self.jobs.send(job(reply));
+        async {
+            let gone = || DeviceFailure("the device's thread has ended; restart this worker".into());
+            answer.await.map_err(|_| gone())?
+        }
     }
 }
 

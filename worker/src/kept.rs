@@ -50,7 +50,11 @@ impl Kept {
     }
 
     fn bytes(&self) -> usize {
-        self.gradients.iter().filter_map(|kept| kept.outcome.gradient.as_ref()).map(|gradient| gradient.bytes.len()).sum()
+        self.gradients
+            .iter()
+            .filter_map(|kept| kept.outcome.gradient.as_ref())
+            .map(|gradient| gradient.bytes.len())
+            .sum()
     }
 }
 

@@ -26,7 +26,9 @@ impl Lease {
     pub fn gradient_name(&self) -> Option<GradientName> {
         let &Self { step, parameters: Parameters { version, sha256 }, block, seed, task, .. } = self;
         match task {
-            Task::Gradient => sha256.map(|parameters_sha256| GradientName { step, version, parameters_sha256, block, seed }),
+            Task::Gradient => {
+                sha256.map(|parameters_sha256| GradientName { step, version, parameters_sha256, block, seed })
+            }
             Task::Evaluate => None,
         }
     }

@@ -1,6 +1,7 @@
 //! One membership: the loop that carries out what the [`Session`] decides.
 //!
-//! Slow things (transfers, computing) run as tasks that the membership owns; dropping it ends them.
+//! Slow things (transfers, computing) run as tasks that the membership owns; dropping it ends them, but for a gradient that
+//! the device computes: that is finished and kept.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -236,8 +237,8 @@ impl Service {
     fn compute(&mut self, lease: u64) {
         let held = self.held(lease);
         let (work, stop, span) = (held.work.clone(), held.stop.clone(), held.span());
-        let device = self.membership.device.clone();
-        self.tasks.spawn(async move { Report::Computed { lease, result: device.compute(work, stop, span).await } });
+        let outcome = self.membership.device.compute(work, stop, span);
+        self.tasks.spawn(async move { Report::Computed { lease, result: outcome.await } });
     }
 
     /// Ends the computation or the upload of a lease.

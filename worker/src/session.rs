@@ -415,7 +415,8 @@ impl Session {
 
     /// Takes the first lease that asks for something kept out of the queue, and what it asks for out of what is kept.
     fn next_from_memory(&mut self) -> Option<u64> {
-        let place = self.queue.iter().position(|lease| lease.gradient_name().is_some_and(|n| self.kept.contains(&n)))?;
+        let place =
+            self.queue.iter().position(|lease| lease.gradient_name().is_some_and(|n| self.kept.contains(&n)))?;
         let lease = self.queue.remove(place)?;
         self.kept.remove(&lease.gradient_name()?);
         Some(lease.id)

@@ -187,7 +187,9 @@ async fn a_gradient_whose_upload_was_cut_off_is_offered_and_pushed_without_compu
     let block = Some(v1::Block { level: 1, index: 0 });
     assert_eq!(kept.blocks, [v1::KeptBlock { step: 8, version: 7, block }]);
     to_worker.lease(lease(5, true, &[0, 1])).await;
-    let Seen::Push { header, vector, .. } = coordinator.sees().await else { panic!("nothing is pulled to be computed") };
+    let Seen::Push { header, vector, .. } = coordinator.sees().await else {
+        panic!("nothing is pulled to be computed")
+    };
     assert_eq!((header.lease_id, &header.vector_sha256), (5, &lost.vector_sha256));
     let computer = computer(&PARAMETERS);
     let [left, right] = [0, 1].map(|slot| slot_gradient(&computer, slot));
@@ -207,6 +209,27 @@ async fn a_gradient_whose_upload_was_cut_off_is_offered_and_pushed_without_compu
 }
 
 #[tokio::test]
+async fn a_gradient_that_was_being_computed_when_the_connection_was_lost_is_finished_and_offered() {
+    let mut coordinator = Scripted::start(Script::default(), 0).await;
+    let _worker = worker(&coordinator.address, no_spans());
+    let (_, to_worker) = coordinator.sees_joining().await;
+    to_worker.lease(lease(1, false, &[0])).await;
+    assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
+    assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 1));
+    let slots: Vec<u32> = (0..1 << 12).collect();
+    to_worker.lease(lease(2, true, &slots)).await;
+    drop(to_worker);
+
+    let (_, to_worker) = coordinator.sees_joining().await;
+    let Seen::Kept(kept) = coordinator.sees().await else { panic!("what is kept is offered first") };
+    let block = Some(v1::Block { level: 12, index: 0 });
+    assert_eq!(kept.blocks, [v1::KeptBlock { step: 8, version: 7, block }]);
+    to_worker.lease(lease(3, true, &slots)).await;
+    assert!(matches!(coordinator.sees().await, Seen::Push { header, .. } if header.lease_id == 3));
+    assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 3));
+}
+
+#[tokio::test]
 async fn a_revoked_lease_is_abandoned_and_the_next_begins() {
     let mut coordinator = Scripted::start(Script { stalled_pushes: 1, ..Script::default() }, 0).await;
     let _worker = worker(&coordinator.address, no_spans());
@@ -218,12 +241,13 @@ async fn a_revoked_lease_is_abandoned_and_the_next_begins() {
     assert!(matches!(coordinator.sees().await, Seen::StalledPush(header) if header.lease_id == 1));
     to_worker.revoke(1).await;
 
-    // While it is computed, which takes long: so many slots that it is seconds from its end when it is revoked.
+    // While it is computed, which takes long: so many slots that it is far from its end when it is revoked.
     let slots: Vec<u32> = (0..1 << 15).collect();
     to_worker.lease(lease(2, true, &slots)).await;
     to_worker.revoke(2).await;
-    to_worker.lease(lease(3, true, &[1])).await;
-    assert!(matches!(coordinator.sees().await, Seen::Push { header, .. } if header.lease_id == 3));
+    to_worker.lease(lease(3, true, &[0, 1])).await;
+    let seen = coordinator.sees().await;
+    assert!(matches!(&seen, Seen::Push { header, .. } if header.lease_id == 3), "{seen:?}");
     assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 3));
 }
 

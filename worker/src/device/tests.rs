@@ -56,7 +56,8 @@ async fn a_block_is_summed_in_tree_order() {
     let blocks = [(3, 0, 7), (2, 1, 7), (1, 3, 7), (0, 5, 7), (2, 1, 5), (3, 0, 5)];
     for (level, index, step_slots) in blocks {
         let block = Block { level, index };
-        let outcome = device.compute(work(Task::Gradient, block, step_slots), Stop::default(), Span::none()).await.unwrap();
+        let outcome =
+            device.compute(work(Task::Gradient, block, step_slots), Stop::default(), Span::none()).await.unwrap();
         let expected = recursive(&computer, block, step_slots);
         let bytes = chunk::to_bytes(&expected.gradient);
         assert_eq!(outcome.sums, expected.sums, "block {block} of {step_slots}");
@@ -154,11 +155,8 @@ async fn a_gradient_is_kept_though_nobody_waits_for_it_and_an_evaluation_is_cut_
     device.probe(LINE, Vec::new()).await.unwrap();
     device.load(vec![0.35, 0.01]).await.unwrap();
     assert_eq!(device.enter("run".into()).await.unwrap(), []);
-    for work in [work(Task::Gradient, Block::leaf(0), 2), work(Task::Evaluate, Block::leaf(1), 2)] {
-        let (reply, answer) = oneshot::channel();
-        drop(answer);
-        device.jobs.send(Job::Compute { work, stop: Stop::default(), span: Span::none(), reply }).unwrap();
-    }
+    drop(device.compute(work(Task::Gradient, Block::leaf(0), 2), Stop::default(), Span::none()));
+    drop(device.compute(work(Task::Evaluate, Block::leaf(1), 2), Stop::default(), Span::none()));
     let kept = device.enter("run".into()).await.unwrap();
     let expected = work(Task::Gradient, Block::leaf(0), 2).lease.gradient_name();
     assert_eq!(kept.iter().map(|kept| Some(kept.name)).collect::<Vec<_>>(), [expected]);
@@ -169,17 +167,12 @@ async fn a_gradient_is_kept_though_nobody_waits_for_it_and_an_evaluation_is_cut_
 
 #[test]
 fn nothing_is_computed_to_the_end_when_the_worker_is_gone() {
-    let DeviceThread { jobs, _handle } = DeviceThread::start(cpu()).unwrap();
-    drop(_handle);
-    let (reply, _) = oneshot::channel();
-    let work = work(Task::Gradient, Block::leaf(0), 1);
-    let (probed, answer) = oneshot::channel();
-    jobs.send(Job::Probe { model: LINE, leases: Vec::new(), reply: probed }).unwrap();
-    answer.blocking_recv().unwrap().unwrap();
-    jobs.send(Job::Compute { work, stop: Stop::default(), span: Span::none(), reply }).unwrap();
-    let (reply, kept) = oneshot::channel();
-    jobs.send(Job::Enter { run_id: String::new(), reply }).unwrap();
-    assert_eq!(kept.blocking_recv().unwrap().unwrap(), []);
+    let mut worker = device_worker();
+    let (reply, answer) = oneshot::channel();
+    drop(answer);
+    let (work, stop, span) = (work(Task::Gradient, Block::leaf(0), 1), Stop::default(), Span::none());
+    worker.do_job(Job::Compute { work, stop, span, reply });
+    assert_eq!(worker.kept.enter(""), []);
 }
 
 #[test]

@@ -33,7 +33,11 @@ pub(crate) enum Seen {
     Pull(v1::PullRequest),
     /// A push begins that is never answered.
     StalledPush(v1::PushHeader),
-    Push { header: v1::PushHeader, vector: Vec<f32>, traceparent: Option<String> },
+    Push {
+        header: v1::PushHeader,
+        vector: Vec<f32>,
+        traceparent: Option<String>,
+    },
     Result(v1::BlockResult),
     Declined(v1::LeaseDeclined),
     Kept(v1::Kept),
