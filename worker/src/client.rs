@@ -7,8 +7,8 @@ use lockstep_model::digest::{hex, vector_sha256};
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::lockstep_client::LockstepClient;
 use lockstep_proto::{
-    CONNECTION_WINDOW_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, STREAM_WINDOW_BYTES, TRACEPARENT_KEY, WORKER_ID_KEY,
-    v1,
+    CONNECTION_WINDOW_BYTES, INCARNATION_KEY, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, RUN_ID_KEY, STREAM_WINDOW_BYTES,
+    TRACEPARENT_KEY, WORKER_ID_KEY, v1,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -121,10 +121,14 @@ impl Client {
     }
 
     /// Opens the control stream, which is the membership.
-    pub(crate) async fn control(&mut self, worker_id: u64) -> Result<Control, CallError> {
+    pub(crate) async fn control(&mut self, run: &Run, worker_id: u64) -> Result<Control, CallError> {
         let (outgoing, messages) = mpsc::channel(OUTGOING_MESSAGES);
         let mut request = Request::new(ReceiverStream::new(messages));
-        request.metadata_mut().insert(WORKER_ID_KEY, MetadataValue::from(worker_id));
+        let metadata = request.metadata_mut();
+        metadata.insert(WORKER_ID_KEY, MetadataValue::from(worker_id));
+        metadata.insert(INCARNATION_KEY, MetadataValue::from(run.incarnation));
+        let run_id = run.id.parse().map_err(|_| CallError::Final("the run's id is no plain text".into()))?;
+        metadata.insert(RUN_ID_KEY, run_id);
         let incoming = in_time("Control", self.rpc.control(request)).await?.into_inner();
         Ok(Control { outgoing, incoming })
     }

@@ -162,7 +162,7 @@ impl Worker {
         let probe = self.device.probe(invitation.model, invitation.probe).await.map_err(no_use)?;
         let kept = self.device.enter(run.id.clone()).await.map_err(no_use)?;
         let worker_id = client.admit(&run, &self.identity, probe).await.map_err(|error| self.setback(error))?;
-        let control = client.control(worker_id).await.map_err(|error| self.setback(error))?;
+        let control = client.control(&run, worker_id).await.map_err(|error| self.setback(error))?;
         info!("worker {worker_id} of run {} (start {}) at {}", run.id, run.incarnation, self.address);
         let membership = Membership {
             client,

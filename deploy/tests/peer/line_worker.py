@@ -196,7 +196,11 @@ class Membership:
 
     def run(self) -> str | None:
         """Works until released, and returns the reason; None when the stream ends otherwise."""
-        metadata = [("lockstep-worker-id", str(self.worker_id))]
+        metadata = [
+            ("lockstep-worker-id", str(self.worker_id)),
+            ("lockstep-run-id", self.invitation.run_id),
+            ("lockstep-incarnation", str(self.invitation.incarnation)),
+        ]
         control = self.stub.Control(iter(self.outgoing.get, None), metadata=metadata)
         heart = threading.Thread(target=self.beat, args=(control,), daemon=True)
         heart.start()
