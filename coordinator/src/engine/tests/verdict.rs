@@ -88,6 +88,26 @@ fn without_a_third_a_dispute_waits_or_ends_the_run() {
 }
 
 #[test]
+fn a_repeated_result_leaves_the_first_one_where_it_waits() {
+    let mut run = audited(2);
+    run.done(1);
+    assert_eq!(run.done(1), "");
+    assert!(run.done(2).contains("accept lease 1 of worker 1"));
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_confirmation_that_nobody_here_can_give() {
+    let mut run = audited(2);
+    run.done(1);
+    run.close(2);
+    expect![[r#"
+        discard lease 1 of worker 1: the run ends
+        checkpoint step 0
+    "#]]
+    .assert_eq(&run.stop());
+}
+
+#[test]
 fn an_audit_waits_for_another_worker() {
     let mut run = audited(2);
     run.close(2);
