@@ -212,7 +212,10 @@ impl Runtime {
             }
             Input::Result { worker, result } => self.judge(worker, result),
             Input::Declined { worker, lease, reason } => {
-                tracing::warn!(worker = worker.0, lease = lease.0, "lease declined: {reason}");
+                // One that was taken back meanwhile may well come to nothing.
+                if self.engine.holds(worker, lease) {
+                    tracing::warn!(worker = worker.0, lease = lease.0, "lease declined: {reason}");
+                }
                 self.decide(Event::Declined { worker, lease, reason })
             }
             Input::Applied(applied) => self.commit(applied?),

@@ -43,7 +43,8 @@ fn a_diverged_run_still_has_whole_files() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("run");
     let train = ["train", "line", "--device", "cpu", "--run", path(&run)];
-    succeed(lockstep(&train, &["optimizer.lr=1e30", "checkpoint.stop_after=20"]));
+    let diverging = ["optimizer.lr=1e30", "optimizer.max_bad_steps=0", "checkpoint.stop_after=20"];
+    succeed(lockstep(&train, &diverging));
     succeed(lockstep(&["train", "--device", "cpu", "--run", path(&run), "--resume"], &["checkpoint.stop_after=30"]));
     let shown = inspect(&run);
     assert_eq!((&shown["step"], &shown["train_loss"]), (&30.into(), &serde_json::Value::Null));

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod cluster;
+mod distrust;
 mod equal_runs;
 mod gpu;
 mod line;
