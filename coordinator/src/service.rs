@@ -247,6 +247,7 @@ impl Listener {
                     Ok(result) => Input::Result { worker: self.worker, result },
                     Err(reason) => break reason,
                 },
+                Some(worker_message::Kind::Kept(_)) => continue,
                 None => break "it sent a control message of an unknown kind".to_string(),
             };
             if self.inputs.send(input).is_err() {
