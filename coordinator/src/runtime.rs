@@ -9,6 +9,7 @@ use lockstep_model::batch::Sums;
 use lockstep_model::checkpoint::{Manifest, Validation};
 use lockstep_model::digest::hex;
 use lockstep_model::layout::Layout;
+use lockstep_model::ledger::slot_sha256;
 use lockstep_model::schedule::learning_rate;
 use lockstep_proto::v1;
 use lockstep_proto::v1::coordinator_message::Kind as Message;
@@ -21,6 +22,7 @@ use crate::dataplane::{Applied, DataPlane, Publication, Staging, State};
 use crate::engine::command::{Lease, Outcome, ReleaseReason, Task};
 use crate::engine::event::BlockDone;
 use crate::engine::{Command, Engine, Event, Ticket, Time, WorkerId};
+use crate::ledger::LedgerFile;
 use crate::metrics::{Line, Metrics, StepLine, ValidationLine};
 use crate::observe::{Observer, RunEvent, Sample};
 use crate::plot;
@@ -60,6 +62,7 @@ pub(crate) struct Runtime {
     archive: Background<archive::Job>,
     sampler: Option<Background<sampler::Job>>,
     metrics: Metrics,
+    ledger: LedgerFile,
     observer: Observer,
     members: BTreeMap<WorkerId, Member>,
     /// Requests to join that the engine has not answered.
@@ -85,14 +88,15 @@ impl Runtime {
         inputs: mpsc::UnboundedSender<Input>,
         observer: Observer,
     ) -> anyhow::Result<Self> {
-        let Start { run_dir, state, manifest, metrics, resumed } = start;
+        let Start { run_dir, state, manifest, metrics, ledger, resumed } = start;
         let (layout, optimizer) = (Layout::of(&config.model), config.optimizer.clone());
         let news = inputs.clone();
         let plane = DataPlane::start(layout, optimizer, config.batch.slots, manifest.step, state, move |applied| {
             drop(news.send(Input::Applied(applied)));
         })?;
         let news = inputs.clone();
-        let archive = archive::start(run_dir.checkpoints(), config.checkpoint.keep_last, move |step, written| {
+        let keep_last = config.checkpoint.keep_last;
+        let archive = archive::start(run_dir.checkpoints(), keep_last, run_dir.fence(), move |step, written| {
             drop(news.send(Input::Archived { step, written }));
         })?;
         let sampler = match config.sampling.prompts.is_empty() {
@@ -117,6 +121,7 @@ impl Runtime {
             archive,
             sampler,
             metrics,
+            ledger,
             observer,
             members: BTreeMap::new(),
             joining: HashMap::new(),
@@ -219,7 +224,10 @@ impl Runtime {
                 self.draw();
                 self.decide(Event::CheckpointWritten { step })
             }
-            Input::Archived { step, written: Err(reason) } => self.decide(Event::CheckpointFailed { step, reason }),
+            Input::Archived { step, written: Err(reason) } => {
+                self.run_dir.fence().check()?;
+                self.decide(Event::CheckpointFailed { step, reason })
+            }
             Input::Sampled(sample) => {
                 self.keep_sample(&sample)?;
                 self.tell(&RunEvent::Sample(sample));
@@ -276,6 +284,8 @@ impl Runtime {
                 self.send(worker, Message::Lease(message));
             }
             Command::Accept { worker, lease, block, .. } => {
+                let name = self.members.get(&worker).map_or("", |member| &member.name);
+                self.ledger.accept(lease, name)?;
                 if let Some(result) = self.judging.take() {
                     self.step.compute += result.compute;
                     self.step.upload += result.upload;
@@ -284,7 +294,10 @@ impl Runtime {
                     self.plane.add(block, vector, &self.step.span);
                 }
             }
-            Command::Discard { worker, lease, .. } => drop(self.staging.take(worker, lease)),
+            Command::Discard { worker, lease, .. } => {
+                self.ledger.discard(lease);
+                drop(self.staging.take(worker, lease));
+            }
             Command::ApplyStep { step, sums } => {
                 let lr = learning_rate(&self.config.schedule, self.config.optimizer.lr, step);
                 self.applying = Some((sums, lr));
@@ -306,10 +319,14 @@ impl Runtime {
                 }
             }
             Command::Checkpoint { .. } => {
+                self.manifest.ledger = self.ledger.ledger();
+                self.manifest.ledger_seal = self.ledger.seal().into();
+                self.manifest.metrics_seal = self.metrics.journal().seal().into();
                 let manifest = self.manifest.clone();
+                let sealed = vec![self.ledger.handle()?, self.metrics.journal().handle()?];
                 if let Some(archive) = self.archive.sender() {
                     self.plane.snapshot(move |state| {
-                        let _ = archive.send(archive::Job { manifest, state });
+                        let _ = archive.send(archive::Job { manifest, state, sealed });
                     });
                 }
             }
@@ -338,7 +355,8 @@ impl Runtime {
         }
     }
 
-    fn lease_message(&self, lease: &Lease) -> v1::Lease {
+    /// The lease with its rows, of which the ledger keeps the digests.
+    fn lease_message(&mut self, lease: &Lease) -> v1::Lease {
         let source = &self.config.source;
         let (slots, task) = match lease.task {
             Task::Gradient => (self.config.batch.slots, v1::lease::Task::Gradient(v1::GradientTask {})),
@@ -348,13 +366,17 @@ impl Runtime {
             Task::Gradient => source.training_slot(lease.step, slot),
             Task::Evaluate => source.validation_slot(slot),
         };
+        let numbers = lease.block.slots(slots);
+        let rows: Vec<_> = numbers.clone().map(|slot| (slot, batch(slot))).collect();
+        let digests = rows.iter().map(|(slot, batch)| slot_sha256(*slot, batch)).collect();
+        self.ledger.lend(lease.id, lease.task, numbers, digests);
         v1::Lease {
             lease_id: lease.id.0,
             step: lease.step,
             version: lease.version,
             block: Some(translate::block(lease.block)),
             task: Some(task),
-            slots: lease.block.slots(slots).map(|slot| translate::slot(slot, &batch(slot))).collect(),
+            slots: rows.iter().map(|(slot, batch)| translate::slot(*slot, batch)).collect(),
             seed: self.config.seed,
             traceparent: traceparent(&self.manifest.run_id, lease.step),
             parameters_sha256: Vec::new(),
@@ -370,6 +392,10 @@ impl Runtime {
                 clock_offset_nanos: member.clock_offset_nanos,
                 spans: std::mem::take(&mut result.spans),
             });
+        }
+        if let Err(reason) = self.ledger.check(result.lease, result.batch_sha256) {
+            tracing::warn!(worker = worker.0, "{reason}");
+            return self.decide(Event::Declined { worker, lease: result.lease, reason });
         }
         let done = BlockDone {
             worker,
@@ -392,6 +418,8 @@ impl Runtime {
     /// A step was applied and published: it is committed.
     fn commit(&mut self, applied: Applied) -> anyhow::Result<()> {
         let step = applied.step;
+        self.run_dir.fence().check()?;
+        self.ledger.commit(step)?;
         let (sums, lr) = self.applying.take().context("the data plane applied a step that nobody asked for")?;
         let (loss, step_secs) = (sums.mean(), self.step.since.elapsed().as_secs_f64());
         let tokens_per_sec = self.tokens_per_step as f64 / step_secs;

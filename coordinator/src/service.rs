@@ -57,6 +57,8 @@ pub(crate) struct Finished {
     pub(crate) slot_sums: Vec<Sums>,
     /// Digest of the vector that was pushed; `None` for an evaluation.
     pub(crate) sha256: Option<[u8; 32]>,
+    /// Digest of the rows that were computed.
+    pub(crate) batch_sha256: Option<[u8; 32]>,
     pub(crate) compute: Duration,
     pub(crate) upload: Duration,
     pub(crate) spans: Vec<v1::SpanTiming>,
@@ -274,6 +276,7 @@ impl Listener {
                 Some(claimed)
             }
         };
+        let batch_sha256 = reported(&result.batch_sha256)?;
         let slot_sums = result.slot_loss_sums.iter().zip(&result.slot_weight_sums);
         Ok(Finished {
             lease,
@@ -283,6 +286,7 @@ impl Listener {
             sums: Sums { loss: result.loss_sum, weight: result.weight_sum },
             slot_sums: slot_sums.map(|(&loss, &weight)| Sums { loss, weight }).collect(),
             sha256,
+            batch_sha256,
             compute: Duration::from_nanos(result.compute_nanos),
             upload: Duration::from_nanos(result.upload_nanos),
             spans: result.spans,
@@ -293,6 +297,12 @@ impl Listener {
 /// Now, as messages carry it.
 pub(crate) fn unix_nanos() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
+}
+
+/// The digest of the rows that a worker computed; `None` where it does not report one.
+fn reported(batch_sha256: &[u8]) -> Result<Option<[u8; 32]>, String> {
+    let digest = || digest(batch_sha256, "batch_sha256").map_err(|status| status.message().to_string());
+    if batch_sha256.is_empty() { Ok(None) } else { digest().map(Some) }
 }
 
 fn digest(bytes: &[u8], field: &str) -> Result<[u8; 32], Status> {
