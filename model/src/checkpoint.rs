@@ -218,6 +218,11 @@ impl Drop for Staged {
     }
 }
 
+/// Where a checkpoint lies while it is not, or no longer, whole.
+fn partial(directory: &Path, name: &str) -> PathBuf {
+    directory.join(format!(".{name}.partial"))
+}
+
 /// Writes a checkpoint into `directory` (of all checkpoints of a run), whole or not at all, to be published. Fills in the
 /// manifest's digests and seals.
 ///
@@ -233,11 +238,8 @@ pub fn write(
     manifest.params_sha256 = hex(&vector_sha256(parameters));
     manifest.optimizer_sha256 = hex(&vectors_sha256(&[&optimizer.first_moment, &optimizer.second_moment]));
     fs::create_dir_all(directory).map_err(CheckpointError::io(directory, "create the directory"))?;
-    let staged = Staged {
-        directory: directory.into(),
-        partial: directory.join(format!(".{name}.partial")),
-        target: directory.join(name),
-    };
+    let staged =
+        Staged { directory: directory.into(), partial: partial(directory, &name), target: directory.join(name) };
     write_files(&staged.partial, manifest, parameters, optimizer)?;
     Ok(staged)
 }
@@ -412,9 +414,20 @@ pub fn prune(directory: &Path, keep_last: usize) -> Result<(), CheckpointError> 
         whole == keep_last.max(1)
     });
     for path in all[..oldest_kept.unwrap_or(0)].iter().filter(|path| Some(*path) != best) {
-        fs::remove_dir_all(path).map_err(CheckpointError::io(path, "remove an old checkpoint"))?;
+        remove(directory, path).map_err(CheckpointError::io(path, "remove an old checkpoint"))?;
     }
     Ok(())
+}
+
+/// Removes a checkpoint in `directory`, its name first, so that nobody finds a part of it.
+fn remove(directory: &Path, path: &Path) -> std::io::Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let hidden = partial(directory, &name);
+    if hidden.exists() {
+        fs::remove_dir_all(&hidden)?;
+    }
+    fs::rename(path, &hidden)?;
+    fs::remove_dir_all(hidden)
 }
 
 /// One vector's tensors under a name prefix, as safetensors writes them.
@@ -633,8 +646,10 @@ mod tests {
         for (step, loss) in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.2)] {
             publish(dir.path(), manifest(step, Some(loss)), &[1.0, 2.0], &moments());
         }
+        fs::create_dir_all(dir.path().join(".step-000000001.partial/remains")).unwrap();
         prune(dir.path(), 2).unwrap();
         assert_eq!(kept(dir.path()), [2, 4, 5]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "nothing is left of the others");
     }
 
     #[test]

@@ -103,7 +103,7 @@ fn a_sound_run_verifies_and_tampering_is_found_and_named() {
     let (damage, _) = tampered("tensor", &|run| change_byte(&run.join(newest).join("model.safetensors"), 9));
     assert!(damage.contains("step-000000024/model.safetensors"), "{damage}");
     let (damage, report) = tampered("manifest", &|run| {
-        change_text(&run.join(newest).join("manifest.json"), "\"tokens\": 3840", "\"tokens\": 3841")
+        change_text(&run.join(newest).join("manifest.json"), "\"tokens\": 3840", "\"tokens\": 3841");
     });
     assert!(damage.contains("step-000000024/manifest.json") && damage.contains("seal"), "{damage}");
     assert_eq!(report["checkpoints"]["damaged"], 1);

@@ -91,11 +91,10 @@ fn draw(source: &Source, batch: BatchConfig, step: u64) -> Step {
 fn by_step<'a>(lines: &'a [Line], rows_per_step: u64, report: &mut Report) -> BTreeMap<u64, &'a Line> {
     let mut by_step = BTreeMap::new();
     for line in lines {
-        if by_step.contains_key(&line.step) {
+        let first: &Line = by_step.entry(line.step).or_insert(line);
+        if !std::ptr::eq(first, line) {
             report.draws.repeated += rows_per_step;
             report.damaged(format!("ledger, step {}", line.step), "the ledger has another line of it");
-        } else {
-            by_step.insert(line.step, line);
         }
     }
     by_step
