@@ -168,10 +168,13 @@ fn a_read_only_run_is_verified_and_not_resumed() {
     }
     let _mounted = Mounted(&disk);
     let run = disk.join("run");
-    let train = ["train", "quickstart", "--device", "cpu", "--run", path(&run)];
-    succeed(lockstep(&train, &[SMALL, &["checkpoint.stop_after=8"]].concat()));
-    assert!(mount("remount,ro").unwrap().status.success());
-    let said = fail(lockstep(&[&train[..], &["--resume"]].concat(), SMALL), 1);
+    let overrides = [SMALL, &["checkpoint.stop_after=8"]].concat();
+    let (mut coordinator, address) = coordinator("quickstart", &run, &[], &overrides);
+    let _worker = worker(&address, "only");
+    assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
+    let remounted = mount("remount,ro").unwrap();
+    assert!(remounted.status.success(), "{}", String::from_utf8_lossy(&remounted.stderr));
+    let said = fail(lockstep(&["train", "--run", path(&run), "--resume"], &overrides), 1);
     assert!(said.contains(path(&run)) && said.contains("Read-only"), "{said}");
     succeed(lockstep(&["verify", path(&run)], &[]));
 }
