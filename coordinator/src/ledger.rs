@@ -14,7 +14,7 @@ use lockstep_model::ledger::{self, Ledger};
 use serde::{Deserialize, Serialize};
 
 use crate::engine::LeaseId;
-use crate::engine::command::Task;
+use crate::engine::command::{Lease, Task};
 use crate::journal::Journal;
 
 /// Bytes of a slot's digest that a line shows; the step's digest covers all of it.
@@ -44,6 +44,7 @@ pub fn shown(slot_sha256: &[u8; 32]) -> String {
 #[derive(Debug)]
 struct Sent {
     task: Task,
+    worker: String,
     slots: Range<u32>,
     digests: Vec<[u8; 32]>,
 }
@@ -84,51 +85,54 @@ impl LedgerFile {
     ///
     /// # Errors
     /// If the file cannot be read or rewritten.
-    // Called by a coordinator that goes back to a checkpoint while it runs.
-    #[allow(dead_code)]
     pub(crate) fn truncate(&mut self, ledger: Ledger) -> anyhow::Result<()> {
         self.journal.truncate(up_to(ledger.steps))?;
         self.ledger = ledger;
         self.sent.clear();
-        self.accepted.fill(None);
+        self.restart();
         Ok(())
     }
 
-    /// Remembers the digests of the slots that a lease was sent with.
-    pub(crate) fn lend(&mut self, lease: LeaseId, task: Task, slots: Range<u32>, digests: Vec<[u8; 32]>) {
-        self.sent.insert(lease, Sent { task, slots, digests });
+    /// Forgets what was accepted for the step under way.
+    pub(crate) fn restart(&mut self) {
+        self.accepted.fill(None);
+    }
+
+    /// Remembers the digests of the slots that a lease was sent to a worker with.
+    pub(crate) fn lend(&mut self, lease: &Lease, worker: &str, slots: Range<u32>, digests: Vec<[u8; 32]>) {
+        self.sent.insert(lease.id, Sent { task: lease.task, worker: worker.into(), slots, digests });
     }
 
     /// Whether what a worker computed under a lease is what it was sent; if not, says so. A lease that is not open is for
     /// the engine to judge.
-    pub(crate) fn check(&self, lease: LeaseId, computed: Option<[u8; 32]>) -> Result<(), String> {
+    pub(crate) fn check(&self, lease: LeaseId, computed: [u8; 32]) -> Result<(), String> {
         let Some(sent) = self.sent.get(&lease) else { return Ok(()) };
         let sent = ledger::block_sha256(sent.digests.iter().copied());
-        match computed {
-            Some(computed) if computed != sent => Err(format!(
-                "it computed other rows for lease {lease} than it was sent (SHA-256 {} and {}): they were damaged on the \
-                 way, or in its memory",
-                shown(&computed),
-                shown(&sent)
-            )),
-            _ => Ok(()),
+        if computed == sent {
+            return Ok(());
         }
+        Err(format!(
+            "it computed other rows for lease {lease} than it was sent (SHA-256 {} and {}): they were damaged on the way, or \
+             in its memory",
+            shown(&computed),
+            shown(&sent)
+        ))
     }
 
     /// A lease's result counts: its slots, if they are trained on, are those of the step under way.
     ///
     /// # Errors
     /// If a slot counts already, or nothing is known of the lease.
-    pub(crate) fn accept(&mut self, lease: LeaseId, worker: &str) -> anyhow::Result<()> {
+    pub(crate) fn accept(&mut self, lease: LeaseId) -> anyhow::Result<()> {
         let sent = self.sent.remove(&lease);
-        let Sent { task, slots, digests } =
+        let Sent { task, worker, slots, digests } =
             sent.with_context(|| format!("lease {lease} counts, and was never sent"))?;
         if task == Task::Evaluate {
             return Ok(());
         }
         for (slot, digest) in slots.zip(digests) {
             let place = self.accepted.get_mut(slot as usize).with_context(|| format!("there is no slot {slot}"))?;
-            if let Some((_, first)) = place.replace((digest, worker.into())) {
+            if let Some((_, first)) = place.replace((digest, worker.clone())) {
                 bail!("slot {slot} of step {} counts twice: from {first} and from {worker}", self.ledger.steps + 1);
             }
         }
@@ -187,6 +191,8 @@ pub fn up_to(step: u64) -> impl Fn(&Line) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_model::tree::Block;
+
     use super::*;
     use crate::journal;
 
@@ -201,16 +207,18 @@ mod tests {
     }
 
     /// Lends slots of a step under a lease.
-    fn lend(file: &mut LedgerFile, lease: u64, step: u64, slots: Range<u32>) {
+    fn lend(file: &mut LedgerFile, lease: u64, worker: &str, step: u64, slots: Range<u32>) {
         let digests = slots.clone().map(|slot| digest(step, slot)).collect();
-        file.lend(LeaseId(lease), Task::Gradient, slots, digests);
+        // What the block is does not matter here, as its slots are given.
+        let (id, block) = (LeaseId(lease), Block::leaf(slots.start));
+        file.lend(&Lease { id, step, version: step - 1, task: Task::Gradient, block }, worker, slots, digests);
     }
 
     fn step(file: &mut LedgerFile, step: u64) {
-        lend(file, step * 10, step, 2..3);
-        lend(file, step * 10 + 1, step, 0..2);
-        file.accept(LeaseId(step * 10 + 1), "fast").unwrap();
-        file.accept(LeaseId(step * 10), "slow").unwrap();
+        lend(file, step * 10, "slow", step, 2..3);
+        lend(file, step * 10 + 1, "fast", step, 0..2);
+        file.accept(LeaseId(step * 10 + 1)).unwrap();
+        file.accept(LeaseId(step * 10)).unwrap();
         file.commit(step).unwrap();
     }
 
@@ -238,14 +246,14 @@ mod tests {
     fn each_slot_counts_once_and_none_is_missing() {
         let dir = tempfile::tempdir().unwrap();
         let mut file = open(&dir.path().join("ledger.jsonl"), Ledger::default());
-        lend(&mut file, 1, 1, 0..2);
-        lend(&mut file, 2, 1, 1..2);
-        file.accept(LeaseId(1), "a").unwrap();
-        let said = file.accept(LeaseId(2), "b").unwrap_err().to_string();
+        lend(&mut file, 1, "a", 1, 0..2);
+        lend(&mut file, 2, "b", 1, 1..2);
+        file.accept(LeaseId(1)).unwrap();
+        let said = file.accept(LeaseId(2)).unwrap_err().to_string();
         assert_eq!(said, "slot 1 of step 1 counts twice: from a and from b");
         let said = file.commit(1).unwrap_err().to_string();
         assert_eq!(said, "step 1 is committed without slot 2");
-        assert!(file.accept(LeaseId(1), "a").unwrap_err().to_string().contains("lease 1"), "it is no longer open");
+        assert!(file.accept(LeaseId(1)).unwrap_err().to_string().contains("lease 1"), "it is no longer open");
         assert!(file.commit(5).unwrap_err().to_string().contains("step 5"));
     }
 
@@ -253,13 +261,13 @@ mod tests {
     fn what_was_computed_must_be_what_was_sent() {
         let dir = tempfile::tempdir().unwrap();
         let mut file = open(&dir.path().join("ledger.jsonl"), Ledger::default());
-        lend(&mut file, 1, 1, 0..2);
+        lend(&mut file, 1, "a", 1, 0..2);
         let sent = ledger::block_sha256([digest(1, 0), digest(1, 1)]);
-        assert_eq!(file.check(LeaseId(1), Some(sent)), Ok(()));
-        let said = file.check(LeaseId(1), Some([9; 32])).unwrap_err();
+        assert_eq!(file.check(LeaseId(1), sent), Ok(()));
+        let said = file.check(LeaseId(1), [9; 32]).unwrap_err();
         assert!(said.contains("other rows for lease 1") && said.contains("0909090909090909"), "{said}");
         file.discard(LeaseId(1));
-        assert_eq!(file.check(LeaseId(1), Some([9; 32])), Ok(()), "the engine judges leases that are not open");
+        assert_eq!(file.check(LeaseId(1), [9; 32]), Ok(()), "the engine judges leases that are not open");
     }
 
     #[test]
@@ -270,9 +278,12 @@ mod tests {
         (1..=2).for_each(|s| step(&mut file, s));
         let saved = file.ledger();
         (3..=5).for_each(|s| step(&mut file, s));
-        lend(&mut file, 99, 6, 0..2);
-        file.accept(LeaseId(99), "fast").unwrap();
+        lend(&mut file, 99, "fast", 6, 0..2);
+        file.accept(LeaseId(99)).unwrap();
         file.truncate(saved).unwrap();
+        lend(&mut file, 100, "fast", 3, 0..2);
+        file.accept(LeaseId(100)).unwrap();
+        file.restart();
         step(&mut file, 3);
         drop(file);
         let mut resumed = open(&path, saved);

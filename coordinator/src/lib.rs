@@ -14,6 +14,7 @@ pub mod ledger;
 pub mod metrics;
 pub mod observe;
 mod plot;
+mod report;
 mod run;
 pub mod run_dir;
 mod runtime;

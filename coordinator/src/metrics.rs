@@ -93,8 +93,6 @@ impl Metrics {
     ///
     /// # Errors
     /// If the file cannot be read or rewritten.
-    // Called by a coordinator that goes back to a checkpoint while it runs.
-    #[allow(dead_code)]
     pub(crate) fn truncate_after(&mut self, step: u64, validated: bool) -> anyhow::Result<()> {
         self.lines = self.journal.truncate(up_to(step, validated))?;
         Ok(())

@@ -5,7 +5,7 @@
 //! each file and its own, and reading checks them.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,7 @@ use crate::digest::{bytes_sha256, hex, vector_sha256, vectors_sha256};
 use crate::layout::{Layout, TensorSpec};
 use crate::ledger::Ledger;
 use crate::optimizer::OptimizerState;
+use crate::step_filter::StepFilter;
 use crate::tokenizer::Tokenizer;
 
 /// Version of the manifest's form.
@@ -57,6 +58,10 @@ pub struct Manifest {
     pub recipe: String,
     /// Device classes of the workers that contributed, hexadecimal.
     pub device_classes: Vec<String>,
+    /// By what the next steps' gradients are judged.
+    pub filter: StepFilter,
+    /// What is known of workers by their names.
+    pub trust: Trust,
     /// Tokens (or rows) trained on so far.
     pub tokens: u64,
     /// Which ones they were.
@@ -86,6 +91,15 @@ impl Manifest {
 #[derive(Deserialize)]
 struct Versioned {
     format_version: u32,
+}
+
+/// What is known of workers by their names, since they may join again. Parameters do not depend on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trust {
+    /// The first step in which a gradient of a worker's counts that nobody checked.
+    pub unchecked_since: BTreeMap<String, u64>,
+    /// Who computed wrong, and is not admitted any more.
+    pub quarantined: BTreeSet<String>,
 }
 
 /// A validation result.
@@ -184,6 +198,11 @@ impl CheckpointError {
 /// Name of the directory of step `step`.
 pub fn directory_name(step: u64) -> String {
     format!("step-{step:09}")
+}
+
+/// The step that the name of a checkpoint's directory gives.
+pub fn step_of(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
 /// A checkpoint that is whole on the disk, beside its final name. Dropping it removes it.
@@ -419,6 +438,18 @@ pub fn prune(directory: &Path, keep_last: usize) -> Result<(), CheckpointError> 
     Ok(())
 }
 
+/// Removes the checkpoints of later steps than `step`.
+///
+/// # Errors
+/// If the directory cannot be read or a checkpoint not be removed.
+pub fn remove_after(directory: &Path, step: u64) -> Result<(), CheckpointError> {
+    for path in list(directory)?.iter().filter(|path| step_of(path).is_none_or(|later| later > step)) {
+        remove(directory, path)
+            .map_err(CheckpointError::io(path, "remove a checkpoint that the run goes back behind"))?;
+    }
+    Ok(())
+}
+
 /// Removes a checkpoint in `directory`, its name first, so that nobody finds a part of it.
 fn remove(directory: &Path, path: &Path) -> std::io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -530,6 +561,8 @@ mod tests {
             recipe_name: "line".into(),
             recipe: String::new(),
             device_classes: vec![],
+            filter: StepFilter::default(),
+            trust: Trust::default(),
             tokens: 0,
             ledger: Ledger::default(),
             ledger_seal: String::new(),
@@ -667,11 +700,12 @@ mod tests {
         damage(4, OPTIMIZER);
         prune(dir.path(), 1).unwrap();
         assert_eq!(kept(dir.path()), [2, 3, 4, 5], "there is no whole one");
+        remove_after(dir.path(), 3).unwrap();
+        assert_eq!(kept(dir.path()), [2, 3]);
     }
 
     /// The steps of what is there.
     fn kept(directory: &Path) -> Vec<u64> {
-        let step = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap()["step-".len()..].parse().unwrap();
-        list(directory).unwrap().iter().map(step).collect()
+        list(directory).unwrap().iter().map(|path| step_of(path).unwrap()).collect()
     }
 }

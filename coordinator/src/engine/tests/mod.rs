@@ -1,8 +1,10 @@
 //! Each rule by the exact commands it leads to; then any course of events at all.
 
+mod leasing;
 mod membership;
 mod property;
 mod step;
+mod verdict;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,7 +14,9 @@ use lockstep_model::tree::Block;
 
 use super::command::{Lease, Task};
 use super::event::BlockDone;
-use super::{Command, DeviceClass, Engine, EngineConfig, Event, LeaseId, Start, Ticket, Time, WorkerId};
+use super::{
+    Command, DeviceClass, Engine, EngineConfig, Event, LeaseId, OnDispute, Start, Ticket, Time, Trust, WorkerId,
+};
 
 /// Two steps of four slots; no evaluation, no samples, a checkpoint at the end alone.
 fn config() -> EngineConfig {
@@ -23,9 +27,14 @@ fn config() -> EngineConfig {
         evaluate_every_steps: 0,
         sample_every_steps: 0,
         checkpoint_every_steps: 0,
+        checkpoint_interval: None,
         stop_after: None,
         min_workers: 1,
         exact: true,
+        audit: 0.0,
+        audit_seed: 5,
+        on_dispute: OnDispute::Wait,
+        max_bad_steps: 3,
         liveness_timeout: Duration::from_secs(10),
         max_slots_per_lease: 64,
         start: Start::Fresh,
@@ -48,8 +57,9 @@ fn answer(config: &EngineConfig, worker: WorkerId, lease: &Lease) -> BlockDone {
         Task::Gradient => Vec::new(),
         Task::Evaluate => slots.clone().map(|slot| sums_of(slot..slot + 1)).collect(),
     };
+    let (norm, sums) = (digest.map(|_| 1.0), sums_of(slots));
     let compute = Duration::from_secs(1);
-    BlockDone { worker, lease: id, step, version, task, block, digest, sums: sums_of(slots), slot_sums, compute }
+    BlockDone { worker, lease: id, step, version, task, block, digest, norm, sums, slot_sums, compute }
 }
 
 /// An engine under test. Whatever it commands comes back as text, one command a line.
@@ -118,6 +128,32 @@ impl Run {
         self.send(Event::BlockDone(done))
     }
 
+    /// `worker` answers its newest lease wrongly.
+    fn lie(&mut self, worker: u64) -> String {
+        let done = BlockDone { digest: Some([9; 32]), ..self.answer_of(worker) };
+        self.send(Event::BlockDone(done))
+    }
+
+    /// `worker` answers its newest lease with a gradient of this norm.
+    fn done_with_norm(&mut self, worker: u64, norm: f64) -> String {
+        let done = BlockDone { norm: Some(norm), ..self.answer_of(worker) };
+        self.send(Event::BlockDone(done))
+    }
+
+    /// The first worker that holds a lease.
+    fn holder(&self) -> u64 {
+        let status = self.engine.status();
+        let holder = status.members.iter().find(|member| !member.leases.is_empty());
+        holder.expect("somebody holds a lease").worker.0
+    }
+
+    /// Everybody says that it lives.
+    fn hear_all(&mut self) {
+        for member in self.engine.status().members {
+            self.send(Event::Heartbeat { worker: member.worker });
+        }
+    }
+
     fn decline(&mut self, worker: u64) -> String {
         let worker = WorkerId(worker);
         let lease = self.leases[&worker].id;
@@ -125,7 +161,7 @@ impl Run {
     }
 
     fn applied(&mut self, step: u64) -> String {
-        self.send(Event::StepApplied { step })
+        self.send(Event::StepApplied { step, skipped: false })
     }
 
     fn written(&mut self, step: u64) -> String {
@@ -142,6 +178,13 @@ impl Run {
 
     fn pass(&mut self, secs: u64) {
         self.now = self.now + Duration::from_secs(secs);
+    }
+
+    /// Time passes, in which everybody says that it lives.
+    fn pass_and_tick(&mut self, secs: u64) -> String {
+        self.pass(secs);
+        self.hear_all();
+        self.tick()
     }
 
     fn waiting_for(&self) -> String {
