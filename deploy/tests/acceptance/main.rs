@@ -15,3 +15,4 @@ mod quickstart;
 mod scale_out;
 mod tidy;
 mod tracing;
+mod verify;
