@@ -126,6 +126,11 @@ pub fn recipe(root: &Path) -> PathBuf {
     root.join("recipe.toml")
 }
 
+/// Whether `root` holds a run, so that there is one to resume.
+pub fn holds_run(root: &Path) -> bool {
+    root.join("run.json").exists()
+}
+
 fn write_atomically(path: &Path, text: &str) -> anyhow::Result<()> {
     let partial = path.with_extension("partial");
     fs::write(&partial, text).with_context(|| format!("{}: cannot write", partial.display()))?;

@@ -105,6 +105,10 @@ pub(crate) struct Coordinator {
     /// Listen beyond this machine although traffic is neither encrypted nor authenticated.
     #[arg(long)]
     pub(crate) insecure: bool,
+    /// Run under `train`: announce address and step on standard output, take requests to stop from standard input, and end
+    /// with it.
+    #[arg(long, hide = true)]
+    pub(crate) child: bool,
     #[command(flatten)]
     pub(crate) outputs: Outputs,
 }

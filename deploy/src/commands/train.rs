@@ -1,24 +1,24 @@
-//! `lockstep train`: a whole cluster on this machine.
+//! `lockstep train`: a whole cluster on this machine, which goes on if any process of it dies.
 
 use std::path::{Path, PathBuf};
 
 use lockstep_coordinator::metrics::{self, Line};
 
-use super::coordinator::{bind, conclude, coordinate};
+use tokio::sync::mpsc;
+
 use super::worker::cores;
 use super::{Usage, assemble, block_on};
 use crate::cli::Train;
-use crate::launcher::{Launch, supervise};
-use crate::telemetry;
+use crate::{launcher, progress, supervisor, telemetry};
 
 /// Where runs go by default.
 const RUNS: &str = "runs";
 /// At how many evenly spaced steps the losses are listed in the end.
 const LISTED_LOSSES: u64 = 5;
 
-/// Trains with local workers.
+/// Trains with a local coordinator and local workers, all processes of their own.
 pub(crate) fn run(args: Train) -> anyhow::Result<()> {
-    let recorder = telemetry::init("warn", args.outputs.trace.is_some());
+    telemetry::init("warn", false);
     let resume = args.outputs.resume;
     if resume && args.run.is_none() {
         return Err(Usage("--resume needs the run to continue: add --run DIR".into()).into());
@@ -26,8 +26,6 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
     let recipe = assemble::recipe(&args.recipe, args.run.as_deref().filter(|_| resume))?;
     let run = args.run.unwrap_or_else(|| free_run_dir(&recipe.name));
     let threads = args.threads.unwrap_or_else(|| (cores() as u32 / args.workers).max(1));
-    let config = assemble::run_config(&recipe, run.clone(), resume)?;
-    let text = config.model.context().is_some();
     eprintln!(
         "training {} with {} {} of {threads} {}; everything goes to {}",
         recipe.name,
@@ -36,20 +34,31 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
         if threads == 1 { "thread" } else { "threads" },
         run.display()
     );
-    let summary = block_on(async {
-        let listener = bind(([127, 0, 0, 1], 0).into()).await?;
-        let workers = supervise(Launch {
-            address: listener.local_addr()?,
-            workers: args.workers,
-            device: args.device,
-            threads,
-            log_dir: run.join("logs"),
-        });
-        coordinate(config, listener, recorder, args.outputs.trace, workers).await
+    let coordinator = supervisor::Launch {
+        recipe: args.recipe,
+        recipe_toml: recipe.to_toml(),
+        run: run.clone(),
+        outputs: args.outputs,
+    };
+    let (listening, mut announcements) = mpsc::unbounded_channel();
+    let workers = async {
+        let Some(supervisor::Announcement { address, .. }) = announcements.recv().await else {
+            return std::future::pending().await;
+        };
+        let (workers, device, log_dir) = (args.workers, args.device, run.join("logs"));
+        launcher::supervise(launcher::Launch { address, workers, device, threads, log_dir }).await
+    };
+    block_on(async {
+        tokio::select! {
+            ended = supervisor::supervise(coordinator, listening) => ended,
+            trouble = workers => {
+                progress::clear_line();
+                Err(trouble)
+            }
+        }
     })?;
-    conclude(&summary, &run)?;
     list_losses(&run)?;
-    if text {
+    if recipe.model.context().is_some() {
         println!("\nTry it:\n  lockstep generate --run {} --prompt \"The \"", run.display());
     }
     Ok(())

@@ -159,6 +159,21 @@ pub(crate) fn worker(address: &str, name: &str) -> Running {
     Running::start(lockstep(&arguments, &[]))
 }
 
+/// Processes started by any thread of `id`.
+#[cfg(target_os = "linux")]
+pub(crate) fn children(id: u32) -> Vec<u32> {
+    let threads = std::fs::read_dir(format!("/proc/{id}/task")).unwrap().map(|thread| thread.unwrap().path());
+    let lists = threads.map(|thread| std::fs::read_to_string(thread.join("children")).unwrap_or_default());
+    lists.flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<u32>>()).collect()
+}
+
+/// Whether a process is there and no zombie.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_alive(id: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
+}
+
 /// A file or directory below `LOCKSTEP_DATA`, or `None` after saying that the test skips.
 pub(crate) fn data(test: &str, relative: &str) -> Option<PathBuf> {
     let found = std::env::var_os("LOCKSTEP_DATA").map(|root| Path::new(&root).join(relative)).filter(|p| p.exists());
