@@ -22,6 +22,8 @@ pub enum Stream {
     Generation = 6,
     /// Which corpus of a mixture a row comes from.
     Mixture = 7,
+    /// Faults done on purpose, which no parameter depends on.
+    Faults = 8,
 }
 
 /// Philox4x32 with 10 rounds.

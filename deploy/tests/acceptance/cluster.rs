@@ -67,6 +67,17 @@ pub(crate) fn fingerprint(run: &Path) -> Value {
     keys.iter().map(|key| (key.to_string(), shown[*key].clone())).collect()
 }
 
+/// The lines of a run's metrics.
+pub(crate) fn metrics(run: &Path) -> Vec<Value> {
+    let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The steps that have a line there.
+pub(crate) fn logged_steps(run: &Path) -> Vec<u64> {
+    metrics(run).iter().filter(|line| line.get("loss").is_some()).map(|line| line["step"].as_u64().unwrap()).collect()
+}
+
 /// A path that is text, as all of ours are.
 pub(crate) fn path(path: &Path) -> &str {
     path.to_str().expect("temporary paths are UTF-8")
@@ -117,8 +128,7 @@ impl Running {
 
     /// Sends a signal by name, as `kill` does.
     pub(crate) fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status();
-        assert!(sent.expect("kill is there").success());
+        send_signal(self.child.id(), name);
     }
 
     /// The process id.
@@ -141,6 +151,12 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Sends a signal by name, as `kill` does; a process that has just ended gets none.
+pub(crate) fn send_signal(process: u32, name: &str) {
+    let sent = Command::new("kill").args([&format!("-{name}"), &process.to_string()]).stderr(Stdio::null()).status();
+    sent.expect("kill is there");
 }
 
 /// A coordinator that others join, and its address.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::cluster::{SMALL, coordinator, fingerprint, lockstep, path, succeed, worker};
+use crate::cluster::{SMALL, coordinator, fingerprint, lockstep, logged_steps, metrics, path, succeed, worker};
 
 fn train(run: &Path, more: &[&str], overrides: &[&str]) {
     let mut arguments = vec!["train", "quickstart", "--device", "cpu", "--run", path(run)];
@@ -139,14 +139,4 @@ fn no_process_outlives_a_killed_train() {
     while children.iter().any(|child| is_alive(*child)) {
         std::thread::yield_now();
     }
-}
-
-/// The lines of a run's metrics.
-fn metrics(run: &Path) -> Vec<Value> {
-    let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-fn logged_steps(run: &Path) -> Vec<u64> {
-    metrics(run).iter().filter(|line| line.get("loss").is_some()).map(|line| line["step"].as_u64().unwrap()).collect()
 }

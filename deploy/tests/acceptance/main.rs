@@ -6,10 +6,12 @@
 mod bad_input;
 mod cluster;
 mod equal_runs;
+mod faults;
 mod gpu;
 mod line;
 mod parity;
 mod prepare;
+mod proxy;
 mod quickstart;
 mod scale_out;
 mod tidy;
