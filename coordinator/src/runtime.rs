@@ -18,7 +18,7 @@ use crate::archive;
 use crate::background::Background;
 use crate::config::RunConfig;
 use crate::dataplane::{Applied, DataPlane, Publication, Staging, State};
-use crate::engine::command::{Lease, Outcome, ReleaseReason, Task};
+use crate::engine::command::{Lease, Outcome, Refusal, ReleaseReason, Task};
 use crate::engine::event::BlockDone;
 use crate::engine::{Command, Engine, Event, Ticket, Time, WorkerId};
 use crate::metrics::{Line, Metrics, StepLine, ValidationLine};
@@ -46,7 +46,7 @@ struct Member {
 struct Applicant {
     name: String,
     device: String,
-    reply: oneshot::Sender<Result<WorkerId, String>>,
+    reply: oneshot::Sender<Result<WorkerId, Refusal>>,
 }
 
 /// All that changes while a run goes on.
@@ -264,8 +264,7 @@ impl Runtime {
             }
             Command::Refuse { ticket, reason } => {
                 let Some(Applicant { name, reply, .. }) = self.joining.remove(&ticket) else { return Ok(()) };
-                let reason = reason.to_string();
-                self.tell(&RunEvent::WorkerRefused { name, reason: reason.clone() });
+                self.tell(&RunEvent::WorkerRefused { name, reason: reason.to_string() });
                 let _ = reply.send(Err(reason));
             }
             Command::Lease { worker, lease } => {
@@ -463,6 +462,7 @@ impl Runtime {
             tokens_per_sec: last.map_or(0.0, |line| line.tokens_per_sec),
             workers: workers.collect(),
             waiting_for: status.waiting_for,
+            blocks_leased_again: status.blocks_leased_again,
         }
     }
 

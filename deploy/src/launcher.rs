@@ -12,7 +12,7 @@ use lockstep_model::device::DeviceChoice;
 use tokio::process::Child;
 use tokio::task::JoinSet;
 
-use crate::child::{self, ATTEMPTS, Starts};
+use crate::child::{self, ATTEMPTS, Watched};
 
 /// Exit statuses with which a worker says that it cannot work as it is: no such device, no memory for the model, refused.
 const CANNOT_WORK: [i32; 2] = [1, 2];
@@ -26,8 +26,6 @@ const LOG_LINES: usize = 12;
 pub(crate) struct Launch {
     /// Where the coordinator listens.
     pub(crate) address: SocketAddr,
-    /// How many workers.
-    pub(crate) workers: u32,
     /// What they compute on.
     pub(crate) device: DeviceChoice,
     /// CPU threads of each.
@@ -38,12 +36,12 @@ pub(crate) struct Launch {
 
 /// Keeps the workers running until dropped; then their standard input closes and they end. Completes only with an error:
 /// when a worker cannot be started.
-pub(crate) async fn supervise(launch: Launch) -> anyhow::Error {
-    let mut workers = JoinSet::new();
-    for number in 1..=launch.workers {
-        workers.spawn(keep_running(launch.clone(), number));
+pub(crate) async fn supervise(launch: Launch, workers: Vec<Watched>) -> anyhow::Error {
+    let mut running = JoinSet::new();
+    for (number, worker) in (1..).zip(workers) {
+        running.spawn(keep_running(launch.clone(), number, worker));
     }
-    match workers.join_next().await {
+    match running.join_next().await {
         Some(Ok(error)) => error,
         Some(Err(panic)) => anyhow::Error::new(panic).context("the supervisor of a worker failed"),
         None => anyhow::anyhow!("there are no workers to supervise"),
@@ -51,16 +49,15 @@ pub(crate) async fn supervise(launch: Launch) -> anyhow::Error {
 }
 
 /// Starts worker `number`, and starts it again whenever it ends without having been released.
-async fn keep_running(launch: Launch, number: u32) -> anyhow::Error {
+async fn keep_running(launch: Launch, number: u32, mut worker: Watched) -> anyhow::Error {
     let log = launch.log_dir.join(format!("worker-{number}.log"));
-    let mut starts = Starts::new();
     loop {
-        starts.started();
+        worker.started();
         let ended = match start(&launch, number, &log) {
             Ok(mut child) => {
                 // Taken out, or waiting would close it and so end the worker.
                 let _lifeline = child.stdin.take();
-                child.wait().await.context("a worker cannot be waited for")
+                worker.end(&mut child).await.context("a worker cannot be waited for")
             }
             Err(error) => Err(error),
         };
@@ -73,7 +70,7 @@ async fn keep_running(launch: Launch, number: u32) -> anyhow::Error {
         if status.code().is_some_and(|code| CANNOT_WORK.contains(&code)) {
             return anyhow::anyhow!("worker {number} cannot work; it said:\n{}", last_lines(&log));
         }
-        if starts.ended() {
+        if worker.ended() {
             let said = last_lines(&log);
             return anyhow::anyhow!("worker {number} ended {ATTEMPTS} times right after its start ({status}):\n{said}");
         }

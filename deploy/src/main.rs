@@ -1,6 +1,7 @@
 //! The `lockstep` program.
 
 mod builtin;
+mod chaos;
 mod child;
 mod cli;
 mod commands;

@@ -13,9 +13,9 @@ use anyhow::{Context as _, bail};
 use lockstep_coordinator::run_dir;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
-use crate::child::{self, ATTEMPTS, Starts};
+use crate::child::{self, ATTEMPTS, Watched};
 use crate::cli::{Outputs, RecipeArgs};
 use crate::commands::Said;
 use crate::progress::say;
@@ -66,30 +66,34 @@ impl FromStr for Announcement {
 ///
 /// # Errors
 /// If it cannot be started, or fails; with [`Said`] where it has said why.
-pub(crate) async fn supervise(launch: Launch, listening: mpsc::UnboundedSender<Announcement>) -> anyhow::Result<()> {
+pub(crate) async fn supervise(
+    launch: Launch,
+    mut coordinator: Watched,
+    listening: watch::Sender<Option<Announcement>>,
+) -> anyhow::Result<()> {
     let mut requests = Requests::by_signal()?;
-    let mut starts = Starts::new();
     let mut address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let mut stop: Option<String> = None;
     for start in 1u32.. {
-        starts.started();
+        coordinator.started();
         let (mut child, mut input, output) = launch.start(start, address)?;
         if let Some(reason) = &stop {
             ask_to_stop(&mut input, reason).await;
         }
         let (announced, mut announcement) = mpsc::channel(1);
         let output = tokio::spawn(pass_on(output, announced));
-        let mut listens = false;
+        // Before it listens for the first time there is nothing to save.
+        let mut saves = start > 1;
         let status = loop {
             tokio::select! {
-                status = child.wait() => break status.context("the coordinator cannot be waited for")?,
+                status = coordinator.end(&mut child) => break status.context("the coordinator cannot be waited for")?,
                 Some(announcement) = announcement.recv() => {
-                    (address, listens) = (announcement.address, true);
+                    (address, saves) = (announcement.address, true);
                     // Nobody may want to know.
-                    let _ = listening.send(announcement);
+                    let _ = listening.send(Some(announcement));
                 }
                 reason = requests.next() => {
-                    if stop.is_some() || !listens {
+                    if stop.is_some() || !saves {
                         return end_at_once(child, input).await;
                     }
                     ask_to_stop(&mut input, &reason).await;
@@ -103,12 +107,18 @@ pub(crate) async fn supervise(launch: Launch, listening: mpsc::UnboundedSender<A
             Some(Ok(code @ (1 | 2 | INTERRUPTED))) => return Err(Said(code).into()),
             _ => {}
         }
-        if starts.ended() {
+        if coordinator.ended() {
             bail!("the coordinator ended {ATTEMPTS} times right after its start ({status}); what it said is above");
         }
         say(&format!("the coordinator ended ({status}); starting it again"));
     }
     bail!("the coordinator was started too often")
+}
+
+/// The next start of a coordinator that is announced; `None` where there will be none.
+pub(crate) async fn next(announcements: &mut watch::Receiver<Option<Announcement>>) -> Option<Announcement> {
+    announcements.changed().await.ok()?;
+    *announcements.borrow_and_update()
 }
 
 impl Launch {

@@ -23,7 +23,7 @@ pub enum Stream {
     /// Which corpus of a mixture a row comes from.
     Mixture = 7,
     /// Faults done on purpose, which no parameter depends on.
-    Faults = 8,
+    Faults = 9,
 }
 
 /// Philox4x32 with 10 rounds.

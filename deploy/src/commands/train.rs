@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use lockstep_coordinator::metrics::{self, Line};
-
-use tokio::sync::mpsc;
+use tokio::sync::watch;
 
 use super::worker::cores;
 use super::{Usage, assemble, block_on};
+use crate::chaos::{Chaos, Targets};
+use crate::child::Watched;
 use crate::cli::Train;
 use crate::{launcher, progress, supervisor, telemetry};
 
@@ -22,6 +23,11 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
     let resume = args.outputs.resume;
     if resume && args.run.is_none() {
         return Err(Usage("--resume needs the run to continue: add --run DIR".into()).into());
+    }
+    if args.chaos.is_some() && !cfg!(unix) {
+        return Err(
+            Usage("--chaos stops and kills processes by signals, which this system does not have".into()).into()
+        );
     }
     let recipe = assemble::recipe(&args.recipe, args.run.as_deref().filter(|_| resume))?;
     let run = args.run.unwrap_or_else(|| free_run_dir(&recipe.name));
@@ -40,25 +46,43 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
         run: run.clone(),
         outputs: args.outputs,
     };
-    let (listening, mut announcements) = mpsc::unbounded_channel();
+    let (coordinator_watched, coordinator_target) = Watched::new();
+    let (workers_watched, worker_targets): (Vec<_>, Vec<_>) = (0..args.workers).map(|_| Watched::new()).unzip();
+    let targets = Targets { coordinator: coordinator_target, workers: worker_targets };
+    let (listening, announcements) = watch::channel(None);
+
+    let mut first = announcements.clone();
     let workers = async {
-        let Some(supervisor::Announcement { address, .. }) = announcements.recv().await else {
+        let Some(supervisor::Announcement { address, .. }) = supervisor::next(&mut first).await else {
             return std::future::pending().await;
         };
-        let (workers, device, log_dir) = (args.workers, args.device, run.join("logs"));
-        launcher::supervise(launcher::Launch { address, workers, device, threads, log_dir }).await
+        let launch = launcher::Launch { address, device: args.device, threads, log_dir: run.join("logs") };
+        launcher::supervise(launch, workers_watched).await
+    };
+    let mut chaos = args.chaos.map(|seed| Chaos::new(seed, args.chaos_every, targets, announcements));
+    let faults = async {
+        match &mut chaos {
+            Some(chaos) => chaos.reign().await,
+            None => std::future::pending().await,
+        }
     };
     block_on(async {
         tokio::select! {
-            ended = supervisor::supervise(coordinator, listening) => ended,
+            ended = supervisor::supervise(coordinator, coordinator_watched, listening) => ended,
             trouble = workers => {
+                progress::clear_line();
+                Err(trouble)
+            }
+            trouble = faults => {
                 progress::clear_line();
                 Err(trouble)
             }
         }
     })?;
     list_losses(&run)?;
-    if recipe.model.context().is_some() {
+    if let Some(tally) = chaos.map(Chaos::into_tally) {
+        println!("\n{}", tally.report(&run)?);
+    } else if recipe.model.context().is_some() {
         println!("\nTry it:\n  lockstep generate --run {} --prompt \"The \"", run.display());
     }
     Ok(())

@@ -9,7 +9,8 @@ use lockstep_model::random::{Draws, Stream};
 use serde_json::Value;
 
 use crate::cluster::{
-    Running, SMALL, children, coordinator, fingerprint, lockstep, logged_steps, path, send_signal, succeed, worker,
+    Running, SMALL, children, coordinator, fingerprint, lockstep, logged_steps, path, send_signal, succeed, text,
+    worker,
 };
 use crate::proxy::Proxy;
 
@@ -116,6 +117,30 @@ fn a_coordinator_killed_under_train() {
         }
         assert_eq!(train.wait(), Some(0), "{}", train.said);
         story.ends_quietly(&run);
+    }
+}
+
+/// All of it by itself, and an account of it.
+#[cfg(unix)]
+#[test]
+fn chaos_under_train() {
+    for seed in SEEDS {
+        let mut story = Story::begin("train --chaos", seed);
+        let dir = tempfile::tempdir().unwrap();
+        let (run, seed) = (dir.path().join("run"), seed.to_string());
+        let arguments = ["train", "quickstart", "--device", "cpu", "--workers", "3", "--run", path(&run)];
+        let chaos = ["--chaos", &seed, "--chaos-every", "0.3"];
+        let output = succeed(lockstep(&[&arguments[..], &chaos].concat(), &[SMALL, OVERRIDES].concat()));
+        let (said, account) = (text(&output.stderr), text(&output.stdout));
+        said.lines().filter(|line| line.starts_with("chaos: ")).for_each(|line| story.tell(line.into()));
+        story.ends_quietly(&run);
+        let value = |name: &str| -> String {
+            let line = account.lines().find_map(|line| line.strip_prefix(name)).expect("the account is whole");
+            line.split_whitespace().next().expect("a value").trim_end_matches(':').into()
+        };
+        assert_eq!(value("faults "), story.done.len().to_string(), "{account}{said}");
+        assert!(!story.done.is_empty(), "{account}{said}");
+        assert_eq!(value("params_sha256"), quiet()["params_sha256"].as_str().unwrap());
     }
 }
 
