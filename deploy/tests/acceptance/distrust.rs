@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::cluster::{Running, SMALL, coordinator, fail, inspect, lockstep, path, python, succeed, worker, workspace};
+use crate::cluster::{
+    Running, SMALL, coordinator, fail, fingerprint, lockstep, path, python, succeed, worker, workspace,
+};
 
 /// The straight line in slots enough for three.
 const LINE: &[&str] = &["batch.slots=5", "batch.sequences_per_slot=2"];

@@ -115,7 +115,8 @@ fn a_stop_does_not_wait_for_what_is_late() {
     expect![[r#"
         discard lease 2 of worker 1: the run ends
         checkpoint step 1
-    "#]].assert_eq(&run.pass_and_tick(1));
+    "#]]
+    .assert_eq(&run.pass_and_tick(1));
 }
 
 #[test]

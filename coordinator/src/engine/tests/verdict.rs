@@ -114,7 +114,8 @@ fn one_who_declined_to_confirm_is_asked_again_if_nobody_else_can() {
     expect![[r#"
         discard lease 2 of worker 2: the worker declined it
         worker 2: lease 3: gradient of block 0/0 of step 1 with version 0
-    "#]].assert_eq(&run.decline(2));
+    "#]]
+    .assert_eq(&run.decline(2));
 }
 
 #[test]
