@@ -19,7 +19,7 @@ use crate::archive;
 use crate::background::Background;
 use crate::config::RunConfig;
 use crate::dataplane::{Applied, DataPlane, Publication, Staging, State};
-use crate::engine::command::{DiscardReason, Finding, Lease, Outcome, Refusal, ReleaseReason, Task};
+use crate::engine::command::{DiscardReason, Failure, Finding, Lease, Outcome, Refusal, ReleaseReason, Task};
 use crate::engine::event::BlockDone;
 use crate::engine::{Command, Engine, Event, Ticket, Time, WorkerId};
 use crate::ledger::LedgerFile;
@@ -371,7 +371,16 @@ impl Runtime {
                     self.tell(&RunEvent::WorkerLeft { worker: worker.0, reason, workers });
                 }
             }
-            Command::Finish { outcome, .. } => self.ended = Some(outcome),
+            Command::Finish { outcome, .. } => {
+                if let Outcome::Failed {
+                    reason: reason @ (Failure::Disputed { step, slots, .. } | Failure::Unreliable { step, slots, .. }),
+                } = &outcome
+                {
+                    let slots = std::slice::from_ref(slots);
+                    report::write(&self.run_dir.reports(), &self.config, &reason.to_string(), *step, slots)?;
+                }
+                self.ended = Some(outcome);
+            }
         }
         Ok(())
     }
@@ -508,8 +517,8 @@ impl Runtime {
     /// Tells a person what the engine found; a skipped step gets a report of its own.
     fn report(&mut self, finding: &Finding) -> anyhow::Result<()> {
         let mut words = finding.to_string();
-        if let Finding::Skipped { step, in_a_row, slots } = finding {
-            let path = report::write(&self.run_dir.reports(), &self.config, *step, *in_a_row, slots)?;
+        if let Finding::Skipped { step, slots, .. } = finding {
+            let path = report::write(&self.run_dir.reports(), &self.config, &words, *step, slots)?;
             words.push_str(&format!("; see {}", path.display()));
         }
         self.tell(&RunEvent::Finding(words));

@@ -66,6 +66,25 @@ fn what_was_done_before_the_broken_worker_came_stands() {
 }
 
 #[test]
+fn a_dispute_that_nobody_can_decide_ends_the_run_with_a_report() {
+    let test = "a_dispute_that_nobody_can_decide_ends_the_run_with_a_report";
+    let Some(python) = python(test, &["grpc", "grpc_tools"]) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let overrides = [LINE, &["cluster.min_workers=2", "cluster.audit=1", "cluster.on_dispute=halt"]].concat();
+    let (mut coordinator, address) = coordinator("line", &run, &[], &overrides);
+    let mut command = Command::new(python);
+    command.args([path(&workspace("deploy/tests/peer/line_worker.py")), &address, "--wrong-from", "7"]);
+    let mut broken = Running::start(command);
+    let mut ours = worker(&address, "ours");
+    assert_eq!(coordinator.wait(), Some(1), "{}", coordinator.said);
+    assert!(coordinator.said.contains("there is no third worker to decide"), "{}", coordinator.said);
+    assert!(broken.wait().is_some() && ours.wait().is_some());
+    let report = std::fs::read_to_string(run.join("reports/step-000000007.txt")).unwrap();
+    assert!(report.contains("ours") && report.contains("of step 7\n  x\n"), "{report}");
+}
+
+#[test]
 fn a_model_that_diverges_ends_the_run_with_a_report() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("run");
@@ -78,7 +97,7 @@ fn a_model_that_diverges_ends_the_run_with_a_report() {
     let reports: Vec<String> = reports.map(|report| std::fs::read_to_string(report.unwrap().path()).unwrap()).collect();
     assert_eq!(reports.len(), 3);
     for report in reports {
-        assert!(report.contains("slot 0\n  tokens\n    \""), "{report}");
+        assert!(report.contains("slot 0 of step ") && report.contains("  tokens\n    \""), "{report}");
     }
     // The parameters are still those before.
     succeed(lockstep(&["generate", "--run", path(&run), "--prompt", "In", "--tokens", "5"], &[]));
