@@ -89,7 +89,10 @@ fn a_run_is_neither_overwritten_nor_changed_nor_shared() {
 fn before_its_first_checkpoint_a_run_has_its_recipe_already() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("run");
-    drop(coordinator("line", &run, &[], &[]));
+    let (coordinator, address) = coordinator("line", &run, &[], &[]);
+    // Once it answers, the run has begun.
+    succeed(lockstep(&["status", &address], &[]));
+    drop(coordinator);
     let resume = ["train", "--device", "cpu", "--run", path(&run), "--resume"];
     let said = fail(lockstep(&resume, &["batch.slots=3"]), 2);
     assert!(said.contains("batch.slots = 3"), "{said}");
