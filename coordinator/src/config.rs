@@ -103,3 +103,40 @@ pub struct ClusterConfig {
     /// Silence after which a worker is given up.
     pub liveness_timeout: Duration,
 }
+
+#[cfg(test)]
+impl RunConfig {
+    /// A new run of a straight line in `run_dir`.
+    pub(crate) fn line(run_dir: &std::path::Path) -> Self {
+        use lockstep_model::config::{Decay, LineConfig, UpdateRule};
+        use lockstep_model::sampler::LineSource;
+
+        let batch = BatchConfig { slots: 2, sequences_per_slot: 2 };
+        Self {
+            recipe_name: "line".into(),
+            recipe_toml: String::new(),
+            seed: 1,
+            model: ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }),
+            tokenizer: None,
+            source: Arc::new(Source::Line(LineSource { batch })),
+            bytes_per_token: None,
+            optimizer: OptimizerConfig { rule: UpdateRule::Sgd, lr: 0.1, grad_clip: None },
+            skip: SkipConfig { max_in_a_row: 0, above_median: None },
+            schedule: ScheduleConfig { steps: 10, warmup_steps: 0, decay: Decay::Constant, min_lr: 0.0 },
+            batch,
+            evaluation: EvaluationConfig { every_steps: 0, slots: 0 },
+            sampling: SamplingConfig { every_steps: 0, prompts: Vec::new(), tokens: 0, temperature: 0.0, top_k: 0 },
+            checkpoint: CheckpointConfig { every_steps: 0, interval: None, keep_last: 1, stop_after: None },
+            cluster: ClusterConfig {
+                min_workers: 1,
+                exact: true,
+                audit: 0.0,
+                on_dispute: OnDispute::Wait,
+                heartbeat_interval: Duration::from_secs(1),
+                liveness_timeout: Duration::from_secs(10),
+            },
+            run_dir: run_dir.into(),
+            resume: false,
+        }
+    }
+}

@@ -4,8 +4,8 @@
 //! without its own seal). Before the first line the seal is empty. The last seal stands for all lines, and checkpoints
 //! hold it.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
@@ -27,6 +27,8 @@ const SEAL_BYTES: usize = 8;
 pub(crate) struct Journal<L> {
     path: PathBuf,
     file: File,
+    /// Its length in bytes, as far as this process wrote or kept it.
+    end: u64,
     seal: String,
     lines: PhantomData<fn(L)>,
 }
@@ -40,61 +42,91 @@ pub struct Entry<L> {
     pub seal: String,
     /// Whether the seal is right, given that of the line before.
     pub follows: bool,
-    text: String,
 }
 
 impl<L: Serialize + DeserializeOwned> Journal<L> {
-    /// Opens `path`, creating it where it is new. Keeps the lines up to the first that is not `wanted`, as they are, and
-    /// drops the others. Also returns what it kept.
+    /// Opens `path`, creating it where it is new. Keeps the lines up to the one whose seal is `sealed`, or else, and always
+    /// where that is `None`, up to the first that is not `wanted`; the file is cut behind them, whatever follows. What it
+    /// keeps is also given to `keep`, line by line.
     ///
     /// # Errors
-    /// If the file cannot be read or rewritten, or a line to keep is malformed.
-    pub(crate) fn open(path: &Path, wanted: impl Fn(&L) -> bool) -> anyhow::Result<(Self, Vec<L>)> {
-        let (mut text, mut seal, mut kept) = (String::new(), String::new(), Vec::new());
-        for (number, entry) in (1..).zip(read(path)?) {
-            match entry.line {
-                Ok(line) if wanted(&line) => kept.push(line),
+    /// If the file cannot be read or cut, or a line to keep is malformed.
+    pub(crate) fn open(
+        path: &Path,
+        wanted: impl Fn(&L) -> bool,
+        sealed: Option<&str>,
+        mut keep: impl FnMut(L),
+    ) -> anyhow::Result<Self> {
+        if !path.exists() {
+            replace(path, "")?;
+        }
+        let (mut seal, mut end, mut whole) = (String::new(), 0, true);
+        let unreadable = || format!("{}: cannot read", path.display());
+        let file = File::open(path).with_context(unreadable)?;
+        let mut texts = Texts::of(file);
+        for number in 1.. {
+            if sealed == Some(seal.as_str()) {
+                break;
+            }
+            let Some(text) = texts.next().with_context(unreadable)? else { break };
+            match serde_json::from_str(&text) {
+                Ok(line) if wanted(&line) => keep(line),
                 Ok(_) => break,
+                // Cut by a crash.
+                Err(_) if !texts.whole => break,
                 Err(problem) => bail!("{}: line {number}: {problem}", path.display()),
             }
-            text.push_str(&entry.text);
-            text.push('\n');
-            seal = entry.seal;
+            (seal, end, whole) = (parts(&text).1.into(), texts.end, texts.whole);
         }
-        replace(path, &text)?;
+        cut(path, end).with_context(|| format!("{}: cannot be cut to {end} bytes", path.display()))?;
         let file = OpenOptions::new().append(true).open(path);
         let file = file.with_context(|| format!("{}: cannot open for appending", path.display()))?;
-        Ok((Self { path: path.into(), file, seal, lines: PhantomData }, kept))
+        let mut journal = Self { path: path.into(), file, end, seal, lines: PhantomData };
+        if !whole {
+            journal.write("\n")?;
+        }
+        Ok(journal)
     }
 
-    /// Drops the lines from the first that is not `wanted` on; returns the others.
+    /// Drops the lines from the first that is not `wanted` on; gives the others to `keep`.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub(crate) fn truncate(&mut self, wanted: impl Fn(&L) -> bool) -> anyhow::Result<Vec<L>> {
-        let (journal, kept) = Self::open(&self.path, wanted)?;
-        *self = journal;
-        Ok(kept)
+    pub(crate) fn truncate(&mut self, wanted: impl Fn(&L) -> bool, keep: impl FnMut(L)) -> anyhow::Result<()> {
+        *self = Self::open(&self.path, wanted, None, keep)?;
+        Ok(())
     }
 
     /// Appends a line, an object of at least one field.
     ///
     /// # Errors
-    /// If the system refuses.
+    /// If the system refuses, or another process has changed the file.
     pub(crate) fn append(&mut self, line: &L) -> anyhow::Result<()> {
         let mut text = serde_json::to_string(line)?;
         let seal = seal_after(&self.seal, &text);
         text.truncate(text.len() - 1);
         text.extend([BEFORE_SEAL, &seal, AFTER_SEAL, "\n"]);
-        // One write a line, so that a reader never sees half of one from a live run.
+        self.write(&text)?;
+        self.seal = seal;
+        Ok(())
+    }
+
+    /// One write a line, so that a reader never sees half of one from a live run.
+    fn write(&mut self, text: &str) -> anyhow::Result<()> {
+        let shown = self.path.display();
+        let found = self.file.metadata().with_context(|| format!("{shown}: cannot be looked at"))?.len();
+        if found != self.end {
+            bail!(
+                "{shown}: another process has changed it: it has {found} bytes, and this coordinator left it at {}. A run \
+                 has one coordinator at a time; this one ends here",
+                self.end
+            );
+        }
         let written = self.file.write_all(text.as_bytes());
         written.with_context(|| {
-            format!(
-                "{}: cannot append. Free space or make it writable, then continue with --resume",
-                self.path.display()
-            )
+            format!("{shown}: cannot append. Free space or make it writable, then continue with --resume")
         })?;
-        self.seal = seal;
+        self.end += text.len() as u64;
         Ok(())
     }
 
@@ -122,23 +154,57 @@ fn seal_after(before: &str, text: &str) -> String {
 /// # Errors
 /// If the file cannot be read.
 pub fn read<L: DeserializeOwned>(path: &Path) -> anyhow::Result<Vec<Entry<L>>> {
-    let bytes = match fs::read(path) {
+    let unreadable = || format!("{}: cannot read", path.display());
+    let file = match File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        bytes => bytes.with_context(|| format!("{}: cannot read", path.display()))?,
+        file => file.with_context(unreadable)?,
     };
-    let text = String::from_utf8_lossy(&bytes);
-    let (mut entries, mut before) = (Vec::new(), String::new());
-    for text in text.lines() {
-        let (content, seal) = parts(text);
+    let (mut texts, mut entries, mut before) = (Texts::of(file), Vec::new(), String::new());
+    while let Some(text) = texts.next().with_context(unreadable)? {
+        let line = serde_json::from_str(&text).map_err(|error| error.to_string());
+        if line.is_err() && !texts.whole {
+            break;
+        }
+        let (content, seal) = parts(&text);
         let follows = seal == seal_after(&before, &content);
-        let line = serde_json::from_str(text).map_err(|error| error.to_string());
         before = seal.into();
-        entries.push(Entry { line, seal: seal.into(), follows, text: text.into() });
-    }
-    if !text.ends_with('\n') && entries.last().is_some_and(|last| last.line.is_err()) {
-        entries.pop();
+        entries.push(Entry { line, seal: seal.into(), follows });
     }
     Ok(entries)
+}
+
+/// The texts of a file's lines, one at a time.
+struct Texts {
+    reader: BufReader<File>,
+    /// Where the last one ends, with its line feed.
+    end: u64,
+    /// Whether it has one.
+    whole: bool,
+}
+
+impl Texts {
+    fn of(file: File) -> Self {
+        Self { reader: BufReader::new(file), end: 0, whole: true }
+    }
+
+    fn next(&mut self) -> std::io::Result<Option<String>> {
+        let mut bytes = Vec::new();
+        let read = self.reader.read_until(b'\n', &mut bytes)?;
+        self.end += read as u64;
+        self.whole = bytes.ends_with(b"\n");
+        let text = String::from_utf8_lossy(&bytes);
+        Ok((read > 0).then(|| text.trim_end_matches(['\r', '\n']).into()))
+    }
+}
+
+/// Cuts a file to this length, on the disk, too.
+fn cut(path: &Path, end: u64) -> std::io::Result<()> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    if file.metadata()?.len() != end {
+        file.set_len(end)?;
+        file.sync_all()?;
+    }
+    Ok(())
 }
 
 /// The content of a line without its seal, and the seal; empty where there is none.
@@ -149,12 +215,14 @@ fn parts(text: &str) -> (String, &str) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use serde_json::{Value, json};
 
     use super::*;
 
     fn journal(path: &Path, lines: u64) -> Journal<Value> {
-        let (mut journal, _) = Journal::open(path, |_| true).unwrap();
+        let mut journal = Journal::open(path, |_| true, None, |_| {}).unwrap();
         (1..=lines).for_each(|step| journal.append(&json!({ "step": step, "by": ["a", "b"] })).unwrap());
         journal
     }
@@ -224,15 +292,18 @@ mod tests {
         let (path, other) = (dir.path().join("a.jsonl"), dir.path().join("b.jsonl"));
         let mut back = journal(&path, 5);
         let up_to = |step: u64| move |line: &Value| line["step"].as_u64() <= Some(step);
-        assert_eq!(back.truncate(up_to(3)).unwrap().len(), 3);
+        let mut kept = 0;
+        back.truncate(up_to(3), |_| kept += 1).unwrap();
+        assert_eq!(kept, 3);
         back.append(&json!({ "step": 4, "by": ["a", "b"] })).unwrap();
         drop(journal(&other, 4));
         assert_eq!(fs::read(&path).unwrap(), fs::read(&other).unwrap());
 
         // A crash in the middle of a line.
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\":5,\"b").unwrap();
-        let (mut resumed, kept) = Journal::<Value>::open(&path, |_| true).unwrap();
-        assert_eq!(kept.len(), 4);
+        let mut kept = 0;
+        let mut resumed = Journal::<Value>::open(&path, |_| true, None, |_| kept += 1).unwrap();
+        assert_eq!(kept, 4);
         resumed.append(&json!({ "step": 5, "by": ["a", "b"] })).unwrap();
         drop(journal(&other, 0));
         assert_eq!(broken(&path), [0; 0]);
@@ -244,7 +315,42 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.jsonl");
         fs::write(&path, "nonsense\n{\"step\":1}\n").unwrap();
-        let said = Journal::<Value>::open(&path, |_| true).unwrap_err().to_string();
+        let said = Journal::<Value>::open(&path, |_| true, None, |_| {}).unwrap_err().to_string();
         assert!(said.contains("a.jsonl: line 1: "), "{said}");
+    }
+
+    #[test]
+    fn what_follows_the_sealed_line_is_dropped_readable_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        let seal = journal(&path, 3).seal().to_string();
+        let sealed = fs::read(&path).unwrap();
+        for tail in ["", "nonsense\n", "\0\0\0\0\n{\"step\":5}\n", "{\"step\":4", "\n", "{\"step\":4}\n"] {
+            fs::write(&path, [&sealed, tail.as_bytes()].concat()).unwrap();
+            let mut kept = 0;
+            let journal = Journal::<Value>::open(&path, |_| true, Some(&seal), |_| kept += 1).unwrap();
+            assert_eq!((kept, journal.seal()), (3, seal.as_str()), "{tail:?}");
+            assert_eq!(fs::read(&path).unwrap(), sealed, "{tail:?}");
+        }
+        // The last line feed is missing.
+        fs::write(&path, &sealed[..sealed.len() - 1]).unwrap();
+        drop(Journal::<Value>::open(&path, |_| true, Some(&seal), |_| {}).unwrap());
+        assert_eq!(fs::read(&path).unwrap(), sealed);
+        // Nothing is sealed before the first line.
+        fs::write(&path, "nonsense\n").unwrap();
+        drop(Journal::<Value>::open(&path, |_| true, Some(""), |_| panic!("a line is kept")).unwrap());
+        assert_eq!(fs::read(&path).unwrap(), b"");
+    }
+
+    #[test]
+    fn nothing_is_appended_to_what_another_process_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        let mut first = journal(&path, 3);
+        let mut second = Journal::<Value>::open(&path, |line| line["step"] == 1, None, |_| {}).unwrap();
+        let said = first.append(&json!({ "step": 4 })).unwrap_err().to_string();
+        assert!(said.contains("a.jsonl: another process has changed it"), "{said}");
+        second.append(&json!({ "step": 2 })).unwrap();
+        assert_eq!(broken(&path), [0; 0]);
     }
 }

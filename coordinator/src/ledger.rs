@@ -13,8 +13,8 @@ use lockstep_model::digest::hex;
 use lockstep_model::ledger::{self, Ledger};
 use serde::{Deserialize, Serialize};
 
-use crate::engine::LeaseId;
 use crate::engine::command::{Lease, Task};
+use crate::engine::{LeaseId, WorkerId};
 use crate::journal::Journal;
 
 /// Bytes of a slot's digest that a line shows; the step's digest covers all of it.
@@ -44,7 +44,8 @@ pub fn shown(slot_sha256: &[u8; 32]) -> String {
 #[derive(Debug)]
 struct Sent {
     task: Task,
-    worker: String,
+    /// The worker's name.
+    name: String,
     slots: Range<u32>,
     digests: Vec<[u8; 32]>,
 }
@@ -55,21 +56,27 @@ pub(crate) struct LedgerFile {
     journal: Journal<Line>,
     ledger: Ledger,
     rows_per_step: u64,
-    /// Leases that are open.
-    sent: BTreeMap<LeaseId, Sent>,
+    /// Leases that are open, by whom they were sent to: what one says of another's lease changes nothing.
+    sent: BTreeMap<(WorkerId, LeaseId), Sent>,
     /// Of each slot of the step under way what was accepted, and from whom.
     accepted: Vec<Option<([u8; 32], String)>>,
 }
 
 impl LedgerFile {
-    /// Opens `path` where a run of `slots` slots and `rows_per_step` sequences a step goes on: after the steps of `ledger`.
-    /// Later lines are dropped.
+    /// Opens `path` where a run of `slots` slots and `rows_per_step` sequences a step goes on: after the steps of `ledger`,
+    /// the last of whose lines has the seal `sealed`. Later lines are dropped.
     ///
     /// # Errors
-    /// If the file cannot be read or rewritten, or holds something else.
-    pub(crate) fn open(path: &Path, ledger: Ledger, slots: u32, rows_per_step: u64) -> anyhow::Result<Self> {
-        let (journal, lines) = Journal::open(path, up_to(ledger.steps))?;
-        let (last, steps) = (lines.last(), ledger.steps);
+    /// If the file cannot be read or cut, or holds something else.
+    pub(crate) fn open(
+        path: &Path,
+        ledger: Ledger,
+        sealed: &str,
+        slots: u32,
+        rows_per_step: u64,
+    ) -> anyhow::Result<Self> {
+        let (mut last, steps) = (None, ledger.steps);
+        let journal = Journal::open(path, up_to(steps), Some(sealed), |line: Line| last = Some(line))?;
         if last.map_or(steps > 0, |last| last.step != steps || last.sha256 != hex(&ledger.sha256)) {
             tracing::warn!(
                 "{}: does not agree with the checkpoint of step {steps}; the run goes on, and `lockstep verify` says what \
@@ -84,9 +91,9 @@ impl LedgerFile {
     /// Goes back to the steps of `ledger`, and forgets all leases and what was accepted since.
     ///
     /// # Errors
-    /// If the file cannot be read or rewritten.
+    /// If the file cannot be read or cut.
     pub(crate) fn truncate(&mut self, ledger: Ledger) -> anyhow::Result<()> {
-        self.journal.truncate(up_to(ledger.steps))?;
+        self.journal.truncate(up_to(ledger.steps), |_| {})?;
         self.ledger = ledger;
         self.sent.clear();
         self.restart();
@@ -99,14 +106,21 @@ impl LedgerFile {
     }
 
     /// Remembers the digests of the slots that a lease was sent to a worker with.
-    pub(crate) fn lend(&mut self, lease: &Lease, worker: &str, slots: Range<u32>, digests: Vec<[u8; 32]>) {
-        self.sent.insert(lease.id, Sent { task: lease.task, worker: worker.into(), slots, digests });
+    pub(crate) fn lend(
+        &mut self,
+        worker: WorkerId,
+        name: &str,
+        lease: &Lease,
+        slots: Range<u32>,
+        digests: Vec<[u8; 32]>,
+    ) {
+        self.sent.insert((worker, lease.id), Sent { task: lease.task, name: name.into(), slots, digests });
     }
 
     /// Whether what a worker computed under a lease is what it was sent; if not, says so. A lease that is not open is for
     /// the engine to judge.
-    pub(crate) fn check(&self, lease: LeaseId, computed: [u8; 32]) -> Result<(), String> {
-        let Some(sent) = self.sent.get(&lease) else { return Ok(()) };
+    pub(crate) fn check(&self, worker: WorkerId, lease: LeaseId, computed: [u8; 32]) -> Result<(), String> {
+        let Some(sent) = self.sent.get(&(worker, lease)) else { return Ok(()) };
         let sent = ledger::block_sha256(sent.digests.iter().copied());
         if computed == sent {
             return Ok(());
@@ -119,29 +133,29 @@ impl LedgerFile {
         ))
     }
 
-    /// A lease's result counts: its slots, if they are trained on, are those of the step under way.
+    /// The result of a worker's lease counts: its slots, if they are trained on, are those of the step under way.
     ///
     /// # Errors
     /// If a slot counts already, or nothing is known of the lease.
-    pub(crate) fn accept(&mut self, lease: LeaseId) -> anyhow::Result<()> {
-        let sent = self.sent.remove(&lease);
-        let Sent { task, worker, slots, digests } =
-            sent.with_context(|| format!("lease {lease} counts, and was never sent"))?;
+    pub(crate) fn accept(&mut self, worker: WorkerId, lease: LeaseId) -> anyhow::Result<()> {
+        let sent = self.sent.remove(&(worker, lease));
+        let Sent { task, name, slots, digests } =
+            sent.with_context(|| format!("lease {lease} of worker {worker} counts, and was never sent"))?;
         if task == Task::Evaluate {
             return Ok(());
         }
         for (slot, digest) in slots.zip(digests) {
             let place = self.accepted.get_mut(slot as usize).with_context(|| format!("there is no slot {slot}"))?;
-            if let Some((_, first)) = place.replace((digest, worker.clone())) {
-                bail!("slot {slot} of step {} counts twice: from {first} and from {worker}", self.ledger.steps + 1);
+            if let Some((_, first)) = place.replace((digest, name.clone())) {
+                bail!("slot {slot} of step {} counts twice: from {first} and from {name}", self.ledger.steps + 1);
             }
         }
         Ok(())
     }
 
-    /// A lease's result does not, or will not, count.
-    pub(crate) fn discard(&mut self, lease: LeaseId) {
-        self.sent.remove(&lease);
+    /// The result of a worker's lease does not, or will not, count.
+    pub(crate) fn discard(&mut self, worker: WorkerId, lease: LeaseId) {
+        self.sent.remove(&(worker, lease));
     }
 
     /// Step `step` is committed: writes its line.
@@ -198,8 +212,11 @@ mod tests {
 
     const SLOTS: u32 = 3;
 
-    fn open(path: &Path, ledger: Ledger) -> LedgerFile {
-        LedgerFile::open(path, ledger, SLOTS, 6).unwrap()
+    /// Who holds all leases but where it is said otherwise.
+    const HOLDER: WorkerId = WorkerId(1);
+
+    fn new(path: &Path) -> LedgerFile {
+        LedgerFile::open(path, Ledger::default(), "", SLOTS, 6).unwrap()
     }
 
     fn digest(step: u64, slot: u32) -> [u8; 32] {
@@ -211,14 +228,15 @@ mod tests {
         let digests = slots.clone().map(|slot| digest(step, slot)).collect();
         // What the block is does not matter here, as its slots are given.
         let (id, block) = (LeaseId(lease), Block::leaf(slots.start));
-        file.lend(&Lease { id, step, version: step - 1, task: Task::Gradient, block }, worker, slots, digests);
+        let lease = Lease { id, step, version: step - 1, task: Task::Gradient, block };
+        file.lend(HOLDER, worker, &lease, slots, digests);
     }
 
     fn step(file: &mut LedgerFile, step: u64) {
         lend(file, step * 10, "slow", step, 2..3);
         lend(file, step * 10 + 1, "fast", step, 0..2);
-        file.accept(LeaseId(step * 10 + 1)).unwrap();
-        file.accept(LeaseId(step * 10)).unwrap();
+        file.accept(HOLDER, LeaseId(step * 10 + 1)).unwrap();
+        file.accept(HOLDER, LeaseId(step * 10)).unwrap();
         file.commit(step).unwrap();
     }
 
@@ -232,7 +250,7 @@ mod tests {
     fn a_step_s_line_says_what_it_was_trained_on_and_by_whom() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
-        let mut file = open(&path, Ledger::default());
+        let mut file = new(&path);
         step(&mut file, 1);
         let mut ledger = Ledger::default();
         ledger.commit(6, &[0, 1, 2].map(|slot| digest(1, slot)));
@@ -245,51 +263,64 @@ mod tests {
     #[test]
     fn each_slot_counts_once_and_none_is_missing() {
         let dir = tempfile::tempdir().unwrap();
-        let mut file = open(&dir.path().join("ledger.jsonl"), Ledger::default());
+        let mut file = new(&dir.path().join("ledger.jsonl"));
         lend(&mut file, 1, "a", 1, 0..2);
         lend(&mut file, 2, "b", 1, 1..2);
-        file.accept(LeaseId(1)).unwrap();
-        let said = file.accept(LeaseId(2)).unwrap_err().to_string();
+        file.accept(HOLDER, LeaseId(1)).unwrap();
+        let said = file.accept(HOLDER, LeaseId(2)).unwrap_err().to_string();
         assert_eq!(said, "slot 1 of step 1 counts twice: from a and from b");
         let said = file.commit(1).unwrap_err().to_string();
         assert_eq!(said, "step 1 is committed without slot 2");
-        assert!(file.accept(LeaseId(1)).unwrap_err().to_string().contains("lease 1"), "it is no longer open");
+        assert!(file.accept(HOLDER, LeaseId(1)).unwrap_err().to_string().contains("lease 1"), "it is no longer open");
         assert!(file.commit(5).unwrap_err().to_string().contains("step 5"));
     }
 
     #[test]
     fn what_was_computed_must_be_what_was_sent() {
         let dir = tempfile::tempdir().unwrap();
-        let mut file = open(&dir.path().join("ledger.jsonl"), Ledger::default());
+        let mut file = new(&dir.path().join("ledger.jsonl"));
         lend(&mut file, 1, "a", 1, 0..2);
         let sent = ledger::block_sha256([digest(1, 0), digest(1, 1)]);
-        assert_eq!(file.check(LeaseId(1), sent), Ok(()));
-        let said = file.check(LeaseId(1), [9; 32]).unwrap_err();
+        assert_eq!(file.check(HOLDER, LeaseId(1), sent), Ok(()));
+        let said = file.check(HOLDER, LeaseId(1), [9; 32]).unwrap_err();
         assert!(said.contains("other rows for lease 1") && said.contains("0909090909090909"), "{said}");
-        file.discard(LeaseId(1));
-        assert_eq!(file.check(LeaseId(1), [9; 32]), Ok(()), "the engine judges leases that are not open");
+        file.discard(HOLDER, LeaseId(1));
+        assert_eq!(file.check(HOLDER, LeaseId(1), [9; 32]), Ok(()), "the engine judges leases that are not open");
+    }
+
+    #[test]
+    fn what_one_says_of_another_s_lease_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = new(&dir.path().join("ledger.jsonl"));
+        lend(&mut file, 1, "holder", 1, 0..3);
+        let other = WorkerId(2);
+        assert_eq!(file.check(other, LeaseId(1), [9; 32]), Ok(()), "for the engine to judge");
+        file.discard(other, LeaseId(1));
+        assert!(file.accept(other, LeaseId(1)).unwrap_err().to_string().contains("lease 1 of worker 2"));
+        file.accept(HOLDER, LeaseId(1)).unwrap();
+        file.commit(1).unwrap();
     }
 
     #[test]
     fn going_back_is_as_if_nothing_had_been() {
         let dir = tempfile::tempdir().unwrap();
         let (path, quiet) = (dir.path().join("ledger.jsonl"), dir.path().join("quiet.jsonl"));
-        let mut file = open(&path, Ledger::default());
+        let mut file = new(&path);
         (1..=2).for_each(|s| step(&mut file, s));
-        let saved = file.ledger();
+        let (saved, sealed) = (file.ledger(), file.seal().to_string());
         (3..=5).for_each(|s| step(&mut file, s));
         lend(&mut file, 99, "fast", 6, 0..2);
-        file.accept(LeaseId(99)).unwrap();
+        file.accept(HOLDER, LeaseId(99)).unwrap();
         file.truncate(saved).unwrap();
         lend(&mut file, 100, "fast", 3, 0..2);
-        file.accept(LeaseId(100)).unwrap();
+        file.accept(HOLDER, LeaseId(100)).unwrap();
         file.restart();
         step(&mut file, 3);
         drop(file);
-        let mut resumed = open(&path, saved);
+        let mut resumed = LedgerFile::open(&path, saved, &sealed, SLOTS, 6).unwrap();
         (3..=4).for_each(|s| step(&mut resumed, s));
 
-        let mut file = open(&quiet, Ledger::default());
+        let mut file = new(&quiet);
         (1..=4).for_each(|s| step(&mut file, s));
         assert_eq!((file.ledger(), file.seal()), (resumed.ledger(), resumed.seal()));
         assert_eq!(lines(&path), lines(&quiet));

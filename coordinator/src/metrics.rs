@@ -91,22 +91,24 @@ pub(crate) struct Metrics {
 
 impl Metrics {
     /// Opens `path`, keeping the lines up to step `step` (of an earlier start of the same run) and dropping later ones,
-    /// which the run will write again. `validated` says whether the validation of `step` itself is to be kept.
+    /// which the run will write again. `validated` says whether the validation of `step` itself is to be kept, and `sealed`
+    /// is the seal of the last line to keep.
     ///
     /// # Errors
-    /// If the file cannot be read or rewritten, or holds something else.
-    pub(crate) fn open(path: &Path, step: u64, validated: bool) -> anyhow::Result<Self> {
-        let (journal, lines) = Journal::open(path, up_to(step, validated))?;
+    /// If the file cannot be read or cut, or holds something else.
+    pub(crate) fn open(path: &Path, step: u64, validated: bool, sealed: &str) -> anyhow::Result<Self> {
+        let mut lines = Vec::new();
+        let journal = Journal::open(path, up_to(step, validated), Some(sealed), |line| lines.push(line))?;
         Ok(Self { journal, lines })
     }
 
-    /// Goes back to step `step`, as [`Self::open`] does.
+    /// Goes back to step `step`, with or without its validation.
     ///
     /// # Errors
-    /// If the file cannot be read or rewritten.
+    /// If the file cannot be read or cut.
     pub(crate) fn truncate_after(&mut self, step: u64, validated: bool) -> anyhow::Result<()> {
-        self.lines = self.journal.truncate(up_to(step, validated))?;
-        Ok(())
+        self.lines.clear();
+        self.journal.truncate(up_to(step, validated), |line| self.lines.push(line))
     }
 
     /// Appends a line.
@@ -187,14 +189,16 @@ mod tests {
     fn after_a_resume_each_step_stands_once() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let mut metrics = Metrics::open(&path, 0, false).unwrap();
-        for line in [validation(0), step(1), step(2), validation(2), step(3)] {
+        let mut metrics = Metrics::open(&path, 0, false, "").unwrap();
+        for line in [validation(0), step(1), step(2), validation(2)] {
             metrics.append(line).unwrap();
         }
+        let saved = metrics.journal().seal().to_string();
+        metrics.append(step(3)).unwrap();
         // The coordinator died while writing.
         fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\":4,\"lo").unwrap();
 
-        let mut metrics = Metrics::open(&path, 2, true).unwrap();
+        let mut metrics = Metrics::open(&path, 2, true, &saved).unwrap();
         metrics.append(step(3)).unwrap();
         assert_eq!(read(&path).unwrap(), [validation(0), step(1), step(2), validation(2), step(3)]);
         metrics.truncate_after(2, false).unwrap();
@@ -206,7 +210,7 @@ mod tests {
     fn a_diverged_run_is_read_back() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        Metrics::open(&path, 0, false).unwrap().append(validation_of(f64::NAN)).unwrap();
+        Metrics::open(&path, 0, false, "").unwrap().append(validation_of(f64::NAN)).unwrap();
         let [Line::Validation(line)] = read(&path).unwrap()[..] else { panic!("one validation") };
         assert!(line.val_loss.is_nan());
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use lockstep_model::batch::{Batch, Values};
+use lockstep_model::checkpoint;
 
 use crate::config::RunConfig;
 
@@ -32,9 +33,28 @@ pub(crate) fn write(
         let _ = write!(text, "\nslot {slot} of step {step}\n");
         show(&mut text, config, &config.source.training_slot(step, slot));
     }
-    let path = directory.join(format!("step-{step:09}.txt"));
+    let path = directory.join(checkpoint::directory_name(step) + ".txt");
     let written = fs::create_dir_all(directory).and_then(|()| fs::write(&path, text));
     written.with_context(|| format!("{}: cannot write", path.display())).map(|()| path)
+}
+
+/// Removes the reports of later steps than `step`: the run is to do these again.
+///
+/// # Errors
+/// If the system refuses.
+pub(crate) fn remove_after(directory: &Path, step: u64) -> anyhow::Result<()> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.with_context(|| format!("{}: cannot read", directory.display()))?,
+    };
+    for entry in entries {
+        let path = entry.with_context(|| format!("{}: cannot read", directory.display()))?.path();
+        let stem = path.extension().filter(|extension| *extension == "txt").and(path.file_stem());
+        if stem.and_then(|stem| checkpoint::step_of(Path::new(stem))).is_some_and(|later| later > step) {
+            fs::remove_file(&path).with_context(|| format!("{}: cannot remove", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// A slot's rows: as text where there is a tokenizer, else as numbers.
@@ -56,5 +76,23 @@ fn show(text: &mut String, config: &RunConfig, batch: &Batch) {
         if rows.len() > ROWS_SHOWN {
             let _ = writeln!(text, "    and {} rows more", rows.len() - ROWS_SHOWN);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_behind_which_a_run_went_back_have_no_reports() {
+        let dir = tempfile::tempdir().unwrap();
+        let (reports, config) = (dir.path().join("reports"), RunConfig::line(dir.path()));
+        remove_after(&reports, 0).unwrap();
+        let path = write(&reports, &config, 3, 1, &[]).unwrap();
+        let later = [4, 5].map(|step| write(&reports, &config, step, 1, &[]).unwrap());
+        let own = reports.join("step-000000005-what-i-think.txt");
+        fs::write(&own, "a person's").unwrap();
+        remove_after(&reports, 3).unwrap();
+        assert!(path.exists() && own.exists() && later.iter().all(|path| !path.exists()));
     }
 }

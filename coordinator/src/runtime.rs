@@ -98,7 +98,8 @@ impl Runtime {
         })?;
         let news = inputs.clone();
         let keep_last = config.checkpoint.keep_last;
-        let archive = archive::start(run_dir.checkpoints(), keep_last, run_dir.fence(), move |input| {
+        let whole = resumed.then_some(manifest.step);
+        let archive = archive::start(run_dir.checkpoints(), keep_last, run_dir.fence(), whole, move |input| {
             drop(news.send(input));
         })?;
         let sampler = match config.sampling.prompts.is_empty() {
@@ -293,7 +294,7 @@ impl Runtime {
                 self.send(worker, Message::Lease(message));
             }
             Command::Accept { worker, lease, block, .. } => {
-                self.ledger.accept(lease)?;
+                self.ledger.accept(worker, lease)?;
                 if let Some(result) = self.judging.take() {
                     self.step.compute += result.compute;
                     self.step.upload += result.upload;
@@ -303,7 +304,7 @@ impl Runtime {
                 }
             }
             Command::Discard { worker, lease, reason } => {
-                self.ledger.discard(lease);
+                self.ledger.discard(worker, lease);
                 drop(self.staging.take(worker, lease));
                 if matches!(reason, DiscardReason::Overtaken | DiscardReason::StartedOver | DiscardReason::RunEnds) {
                     self.send(worker, Message::Revoke(v1::Revoke { lease_id: lease.0 }));
@@ -407,7 +408,7 @@ impl Runtime {
         let rows: Vec<_> = numbers.clone().map(|slot| (slot, batch(slot))).collect();
         let digests = rows.iter().map(|(slot, batch)| slot_sha256(*slot, batch)).collect();
         let name = self.members.get(&worker).map_or("", |member| &member.name);
-        self.ledger.lend(lease, name, numbers, digests);
+        self.ledger.lend(worker, name, lease, numbers, digests);
         v1::Lease {
             lease_id: lease.id.0,
             step: lease.step,
@@ -431,7 +432,7 @@ impl Runtime {
                 spans: std::mem::take(&mut result.spans),
             });
         }
-        if let Err(reason) = self.ledger.check(result.lease, result.batch_sha256) {
+        if let Err(reason) = self.ledger.check(worker, result.lease, result.batch_sha256) {
             tracing::warn!(worker = worker.0, "{reason}");
             return self.decide(Event::Declined { worker, lease: result.lease, reason });
         }
@@ -506,6 +507,7 @@ impl Runtime {
         self.manifest = Manifest { device_classes, ..manifest };
         self.metrics.truncate_after(step, validated)?;
         self.ledger.truncate(self.manifest.ledger)?;
+        report::remove_after(&self.run_dir.reports(), step)?;
         self.step = StepTimes::none();
         self.applying = None;
         self.run_dir.trust_up_to(None)?;
@@ -535,9 +537,11 @@ impl Runtime {
     fn keep_sample(&self, sample: &Sample) -> anyhow::Result<()> {
         use std::io::Write as _;
         let path = self.run_dir.samples();
+        let (start, roll_backs) = (self.run_dir.identity().incarnation, self.engine.status().counts.roll_backs);
+        let heading = sampler::heading(sample.step, start, roll_backs);
         let text = match &sample.text {
-            Ok(text) => format!("── step {} ──\n{}{text}\n\n", sample.step, sample.prompt),
-            Err(error) => format!("── step {} ──\n{}: {error}\n\n", sample.step, sample.prompt),
+            Ok(text) => format!("{heading}\n{}{text}\n\n", sample.prompt),
+            Err(error) => format!("{heading}\n{}: {error}\n\n", sample.prompt),
         };
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
         file.and_then(|mut file| file.write_all(text.as_bytes()))

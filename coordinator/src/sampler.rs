@@ -45,6 +45,18 @@ pub(crate) fn start(
     })
 }
 
+/// What stands above a text that is sampled after step `step`: the start of the run, too, if it was started again, and how
+/// often it went back, since a step that is done again is sampled again.
+pub(crate) fn heading(step: u64, start: u64, roll_backs: u64) -> String {
+    let start = if start > 1 { format!(", start {start}") } else { String::new() };
+    let back = match roll_backs {
+        0 => String::new(),
+        1 => ", gone back once".into(),
+        times => format!(", gone back {times} times"),
+    };
+    format!("── step {step}{start}{back} ──")
+}
+
 fn sample(
     model: &ModelConfig,
     tokenizer: Option<&Tokenizer>,
@@ -74,5 +86,17 @@ fn sample(
             Ok(format!(" → {:.2}", computer.predict(x)?))
         }
         _ => anyhow::bail!("a Transformer without a tokenizer generates no text"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_heading_tells_a_step_that_was_done_again() {
+        let headings = [heading(5, 1, 0), heading(5, 2, 0), heading(5, 1, 1), heading(5, 3, 2)];
+        let expected = ["step 5", "step 5, start 2", "step 5, gone back once", "step 5, start 3, gone back 2 times"];
+        assert_eq!(headings, expected.map(|heading| format!("── {heading} ──")));
     }
 }

@@ -19,6 +19,7 @@ use crate::dataplane::State;
 use crate::engine::{self, DeviceClass, EngineConfig};
 use crate::ledger::LedgerFile;
 use crate::metrics::Metrics;
+use crate::report;
 use crate::run_dir::{Identity, RunDir};
 use crate::service::unix_nanos;
 use crate::trace::traceparent;
@@ -40,6 +41,7 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
     let seed = format!("{}/{}/{}", config.run_dir.display(), std::process::id(), unix_nanos());
     let mut run_dir = RunDir::open(&config.run_dir, config.resume, &hex(&bytes_sha256(seed.as_bytes())[..16]))?;
     let mut manifest = new_manifest(config, &run_dir.identity().run_id);
+    checkpoint::remove_partial(&run_dir.checkpoints())?;
     if let Some(step) = run_dir.identity().trusted_up_to {
         checkpoint::remove_after(&run_dir.checkpoints(), step)?;
         run_dir.trust_up_to(None)?;
@@ -82,7 +84,7 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
         );
     }
     run_dir.write_recipe(&config.recipe_toml)?;
-    let metrics = Metrics::open(&run_dir.metrics(), manifest.step, manifest.is_validated())
+    let metrics = Metrics::open(&run_dir.metrics(), manifest.step, manifest.is_validated(), &manifest.metrics_seal)
         .context("the metrics of the run cannot be opened")?;
     if metrics.journal().seal() != manifest.metrics_seal {
         tracing::warn!(
@@ -93,8 +95,10 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
         );
     }
     let rows_per_step = u64::from(config.batch.slots) * u64::from(config.batch.sequences_per_slot);
-    let ledger = LedgerFile::open(&run_dir.ledger(), manifest.ledger, config.batch.slots, rows_per_step)
-        .context("the ledger of the run cannot be opened")?;
+    let ledger =
+        LedgerFile::open(&run_dir.ledger(), manifest.ledger, &manifest.ledger_seal, config.batch.slots, rows_per_step);
+    let ledger = ledger.context("the ledger of the run cannot be opened")?;
+    report::remove_after(&run_dir.reports(), manifest.step)?;
     Ok(Start { run_dir, state, manifest, metrics, ledger, resumed })
 }
 
@@ -220,5 +224,26 @@ pub(crate) fn invitation(config: &RunConfig, identity: &Identity) -> v1::Invitat
         probe: probes,
         heartbeat_interval_ms: config.cluster.heartbeat_interval.as_millis() as u32,
         liveness_timeout_ms: config.cluster.liveness_timeout.as_millis() as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn what_a_killed_start_left_half_done_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let remains = dir.path().join("checkpoints/.step-000000007.partial/remains");
+        fs::create_dir_all(&remains).unwrap();
+        let reports = dir.path().join("reports");
+        fs::create_dir(&reports).unwrap();
+        fs::write(reports.join("step-000000003.txt"), "of a step that is not committed").unwrap();
+        let start = prepare(&RunConfig::line(dir.path())).unwrap();
+        assert_eq!((start.manifest.step, start.resumed), (0, false));
+        assert_eq!(fs::read_dir(dir.path().join("checkpoints")).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(reports).unwrap().count(), 0);
     }
 }

@@ -191,9 +191,11 @@ pub fn directory_name(step: u64) -> String {
     format!("step-{step:09}")
 }
 
-/// The step that the name of a checkpoint's directory gives.
+/// The step whose [`directory_name`] this is; none for any other name.
 pub fn step_of(path: &Path) -> Option<u64> {
-    path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
+    let name = path.file_name()?.to_str()?;
+    let step = name.strip_prefix("step-")?.parse().ok()?;
+    (name == directory_name(step)).then_some(step)
 }
 
 /// A checkpoint that is whole on the disk, beside its final name. Dropping it removes it.
@@ -368,25 +370,41 @@ pub fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
     Ok(manifest)
 }
 
-/// The checkpoints in `directory`, oldest first. Empty where there is no such directory.
+/// The checkpoints in `directory`, oldest first: what is not named as one is none. Empty where there is no such directory.
 ///
 /// # Errors
 /// If the directory cannot be read.
 pub fn list(directory: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
+    let mut found = entries(directory)?;
+    found.retain(|path| step_of(path).is_some() && path.is_dir());
+    found.sort_by_key(|path| step_of(path));
+    Ok(found)
+}
+
+/// Removes what starts that were killed left of checkpoints that were not, or no longer, whole. Nobody may write to
+/// `directory` meanwhile.
+///
+/// # Errors
+/// If the directory cannot be read or something not be removed.
+pub fn remove_partial(directory: &Path) -> Result<(), CheckpointError> {
+    for path in entries(directory)? {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let of = name.and_then(|name| name.strip_prefix('.')?.strip_suffix(".partial"));
+        if of.is_some_and(|of| step_of(Path::new(of)).is_some()) && path.is_dir() {
+            fs::remove_dir_all(&path).map_err(CheckpointError::io(&path, "remove an unfinished checkpoint"))?;
+        }
+    }
+    Ok(())
+}
+
+/// What lies in `directory`, in no order; nothing where there is no such directory.
+fn entries(directory: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(CheckpointError::io(directory, "list"))?,
     };
-    let mut found = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(CheckpointError::io(directory, "list"))?.path();
-        let named = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("step-"));
-        if named && path.is_dir() {
-            found.push(path);
-        }
-    }
-    found.sort();
-    Ok(found)
+    let paths = entries.map(|entry| entry.map(|entry| entry.path()));
+    paths.collect::<Result<_, _>>().map_err(CheckpointError::io(directory, "list"))
 }
 
 /// The newest checkpoint in `directory` that is whole, with what was wrong with newer ones; `None` where there is none.
@@ -405,12 +423,21 @@ pub fn newest(directory: &Path) -> Result<(Option<(PathBuf, Checkpoint)>, Vec<Ch
     Ok((None, damaged))
 }
 
+/// The newest manifest in `directory` that is whole; what it seals is not looked at. `None` where there is none.
+///
+/// # Errors
+/// If the directory cannot be read.
+pub fn newest_manifest(directory: &Path) -> Result<Option<Manifest>, CheckpointError> {
+    Ok(list(directory)?.iter().rev().find_map(|path| read_manifest(path).ok()))
+}
+
 /// Removes what is older than the `keep_last` newest checkpoints that are whole, but for the one of the least validation
-/// loss. Where there are not so many whole ones, nothing is removed.
+/// loss. Where there are not so many whole ones, nothing is removed. `whole` are the steps of those that were found whole
+/// before, or were written since: they are not read again. What is found whole now is added.
 ///
 /// # Errors
 /// If the directory cannot be read or a checkpoint not be removed.
-pub fn prune(directory: &Path, keep_last: usize) -> Result<(), CheckpointError> {
+pub fn prune(directory: &Path, keep_last: usize, whole: &mut BTreeSet<u64>) -> Result<(), CheckpointError> {
     let all = list(directory)?;
     let loss = |path: &PathBuf| {
         let manifest = read_manifest(path).ok()?;
@@ -418,10 +445,14 @@ pub fn prune(directory: &Path, keep_last: usize) -> Result<(), CheckpointError> 
     };
     let best = all.iter().filter_map(|path| Some((loss(path)?, path))).min_by(|a, b| a.0.total_cmp(&b.0));
     let best = best.map(|(_, path)| path);
-    let mut whole = 0;
+    let mut kept = 0;
     let oldest_kept = all.iter().rposition(|path| {
-        whole += usize::from(check(path).is_ok());
-        whole == keep_last.max(1)
+        let known = step_of(path).is_some_and(|step| whole.contains(&step));
+        if known || check(path).is_ok() {
+            whole.extend(step_of(path));
+            kept += 1;
+        }
+        kept == keep_last.max(1)
     });
     for path in all[..oldest_kept.unwrap_or(0)].iter().filter(|path| Some(*path) != best) {
         remove(directory, path).map_err(CheckpointError::io(path, "remove an old checkpoint"))?;
@@ -429,12 +460,12 @@ pub fn prune(directory: &Path, keep_last: usize) -> Result<(), CheckpointError> 
     Ok(())
 }
 
-/// Removes the checkpoints of later steps than `step`.
+/// Removes the checkpoints of later steps than `step`, the newest first, so that a part of this leaves no gap.
 ///
 /// # Errors
 /// If the directory cannot be read or a checkpoint not be removed.
 pub fn remove_after(directory: &Path, step: u64) -> Result<(), CheckpointError> {
-    for path in list(directory)?.iter().filter(|path| step_of(path).is_none_or(|later| later > step)) {
+    for path in list(directory)?.iter().rev().filter(|path| step_of(path).is_some_and(|later| later > step)) {
         remove(directory, path)
             .map_err(CheckpointError::io(path, "remove a checkpoint that the run goes back behind"))?;
     }
@@ -671,7 +702,7 @@ mod tests {
             publish(dir.path(), manifest(step, Some(loss)), &[1.0, 2.0], &moments());
         }
         fs::create_dir_all(dir.path().join(".step-000000001.partial/remains")).unwrap();
-        prune(dir.path(), 2).unwrap();
+        prune(dir.path(), 2, &mut BTreeSet::new()).unwrap();
         assert_eq!(kept(dir.path()), [2, 4, 5]);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "nothing is left of the others");
     }
@@ -685,14 +716,64 @@ mod tests {
         let damage = |step, name| fs::write(dir.path().join(directory_name(step)).join(name), "").unwrap();
         damage(5, PARAMETERS);
         damage(3, MANIFEST);
-        prune(dir.path(), 2).unwrap();
+        prune(dir.path(), 2, &mut BTreeSet::new()).unwrap();
         assert_eq!(kept(dir.path()), [2, 3, 4, 5], "4 and 2 are the newest whole ones");
         damage(2, OPTIMIZER);
         damage(4, OPTIMIZER);
-        prune(dir.path(), 1).unwrap();
+        prune(dir.path(), 1, &mut BTreeSet::new()).unwrap();
         assert_eq!(kept(dir.path()), [2, 3, 4, 5], "there is no whole one");
         remove_after(dir.path(), 3).unwrap();
         assert_eq!(kept(dir.path()), [2, 3]);
+    }
+
+    #[test]
+    fn what_is_known_to_be_whole_is_not_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        for step in 1..=4 {
+            publish(dir.path(), manifest(step, None), &[1.0, 2.0], &moments());
+        }
+        // If they were read, 3 and 4 would not count.
+        for step in [3, 4] {
+            fs::write(dir.path().join(directory_name(step)).join(PARAMETERS), "").unwrap();
+        }
+        let mut whole = [4].into();
+        prune(dir.path(), 2, &mut whole).unwrap();
+        assert_eq!((kept(dir.path()), &whole), (vec![2, 3, 4], &[2, 4].into()));
+        whole.insert(3);
+        prune(dir.path(), 2, &mut whole).unwrap();
+        assert_eq!(kept(dir.path()), [3, 4]);
+    }
+
+    #[test]
+    fn what_a_killed_start_left_half_done_is_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        remove_partial(&dir.path().join("none yet")).unwrap();
+        publish(dir.path(), manifest(1, None), &[1.0, 2.0], &moments());
+        let others = [".mine.partial", ".step-2.partial", ".step-000000003", "step-000000004-before-lr-change"];
+        for name in [".step-000000002.partial", ".step-1000000000.partial"].iter().chain(&others) {
+            fs::create_dir_all(dir.path().join(name).join("remains")).unwrap();
+        }
+        remove_partial(dir.path()).unwrap();
+        assert_eq!(kept(dir.path()), [1]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1 + others.len());
+    }
+
+    #[test]
+    fn only_what_is_named_as_one_is_a_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let last = 999_999_999;
+        for step in [100, last, last + 1] {
+            publish(dir.path(), manifest(step, None), &[1.0, 2.0], &moments());
+        }
+        for name in ["step-000000100-before-lr-change", "step-101", "step-+00000102", "step-", "steps"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        fs::write(dir.path().join("step-000000103"), "a file").unwrap();
+        assert_eq!(kept(dir.path()), [100, last, last + 1], "by step, and not by name");
+        assert_eq!(newest(dir.path()).unwrap().0.unwrap().1.manifest.step, last + 1);
+        assert_eq!(newest_manifest(dir.path()).unwrap().unwrap().step, last + 1);
+        remove_after(dir.path(), 50).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 6, "what others named stays");
     }
 
     /// The steps of what is there.

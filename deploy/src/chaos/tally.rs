@@ -84,7 +84,7 @@ impl Tally {
 
     /// Tokens a second of wall time from the first step seen to the last one, and those of the median step.
     fn throughput(&self, run: &Path) -> anyhow::Result<Option<(f64, f64)>> {
-        let lines = metrics::read(&run.join("metrics.jsonl"))?;
+        let lines = metrics::read(&run_dir::metrics(run))?;
         let steps = lines.iter().filter_map(|line| match line {
             Line::Step(line) => Some(line),
             Line::Validation(_) => None,

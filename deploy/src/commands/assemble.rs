@@ -9,6 +9,7 @@ use lockstep_model::corpus::Corpus;
 use lockstep_model::sampler::{LineSource, Source, TokenSource, WeightedCorpus};
 use lockstep_model::tokenizer::Tokenizer;
 
+use super::Usage;
 use crate::cli::RecipeArgs;
 use crate::data::corpus;
 use crate::recipe::{self, Recipe};
@@ -18,8 +19,19 @@ const DEFAULT_RECIPE: &str = "quickstart";
 
 /// Reads the recipe that the command line names; where it names none, that of the run to resume, or the default.
 pub(crate) fn recipe(args: &RecipeArgs, resumed: Option<&Path>) -> anyhow::Result<Recipe> {
-    let own = resumed.map(run_dir::recipe).filter(|own| own.exists()).map(|own| own.display().to_string());
-    let named = args.recipe.clone().or(own).unwrap_or_else(|| DEFAULT_RECIPE.into());
+    let own = resumed.filter(|run| run_dir::holds_run(run)).map(run_dir::recipe);
+    let named = match (&args.recipe, own) {
+        (Some(named), _) => named.clone(),
+        (None, Some(own)) if own.exists() => own.display().to_string(),
+        (None, Some(own)) => {
+            return Err(Usage(format!(
+                "{}: is not there, so the run does not know its recipe; name the one that it was started with",
+                own.display()
+            ))
+            .into());
+        }
+        (None, None) => DEFAULT_RECIPE.into(),
+    };
     Ok(Recipe::load(&named, &args.set)?)
 }
 
@@ -101,11 +113,13 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
     })
 }
 
+/// Compares a recipe with that of the run's newest checkpoint, or, before there is one, with the run's own.
 fn check_resume(recipe: &Recipe, run: &Path) -> anyhow::Result<()> {
-    let (newest, _) = checkpoint::newest(&run_dir::checkpoints(run))?;
-    if let Some((_, checkpoint)) = newest {
-        let saved = Recipe::from_toml(&checkpoint.manifest.recipe_name, &checkpoint.manifest.recipe, &[])?;
-        recipe::resume::check(&saved, recipe)?;
-    }
-    Ok(())
+    let own = run_dir::recipe(run);
+    let saved = match checkpoint::newest_manifest(&run_dir::checkpoints(run))? {
+        Some(manifest) => Recipe::from_toml(&manifest.recipe_name, &manifest.recipe, &[])?,
+        None if own.exists() => Recipe::load(&own.display().to_string(), &[])?,
+        None => return Ok(()),
+    };
+    Ok(recipe::resume::check(&saved, recipe)?)
 }

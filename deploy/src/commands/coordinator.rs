@@ -93,7 +93,6 @@ impl Shown {
 
 /// Says how a run ended and what to do next; a failed run is an error.
 fn conclude(summary: &Summary, run: &Path) -> anyhow::Result<()> {
-    let shown = run.display();
     match &summary.outcome {
         Outcome::Failed { reason } => anyhow::bail!("{reason}"),
         outcome => println!("\n{outcome} (step {})", summary.step),
@@ -108,7 +107,7 @@ fn conclude(summary: &Summary, run: &Path) -> anyhow::Result<()> {
         }
     }
     println!("checkpoints      {}", run_dir::checkpoints(run).display());
-    println!("metrics          {shown}/metrics.jsonl, drawn in {shown}/loss.svg");
+    println!("metrics          {}, drawn in {}", run_dir::metrics(run).display(), run.join("loss.svg").display());
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use lockstep_coordinator::metrics::{self, Line};
+use lockstep_coordinator::run_dir;
 use tokio::sync::watch;
 
 use super::worker::cores;
@@ -97,7 +98,7 @@ fn free_run_dir(name: &str) -> PathBuf {
 
 /// Prints the training loss at evenly spaced steps.
 fn list_losses(run: &Path) -> anyhow::Result<()> {
-    let lines = metrics::read(&run.join("metrics.jsonl"))?;
+    let lines = metrics::read(&run_dir::metrics(run))?;
     let steps = lines.iter().filter_map(|line| match line {
         Line::Step(line) => Some((line.step, line.loss)),
         Line::Validation(_) => None,

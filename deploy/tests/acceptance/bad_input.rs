@@ -86,6 +86,22 @@ fn a_run_is_neither_overwritten_nor_changed_nor_shared() {
 }
 
 #[test]
+fn before_its_first_checkpoint_a_run_has_its_recipe_already() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let (coordinator, address) = coordinator("line", &run, &[], &[]);
+    // Once it answers, the run has begun.
+    succeed(lockstep(&["status", &address], &[]));
+    drop(coordinator);
+    let resume = ["train", "--device", "cpu", "--run", path(&run), "--resume"];
+    let said = fail(lockstep(&resume, &["batch.slots=3"]), 2);
+    assert!(said.contains("batch.slots = 3"), "{said}");
+    fs::remove_file(run.join("recipe.toml")).unwrap();
+    let said = fail(lockstep(&resume, &[]), 2);
+    assert!(said.contains("recipe.toml: is not there") && said.contains("name the one"), "{said}");
+}
+
+#[test]
 fn a_status_tells_what_the_run_waits_for() {
     let dir = tempfile::tempdir().unwrap();
     let (_coordinator, address) = coordinator("quickstart", &dir.path().join("run"), &[], SMALL);

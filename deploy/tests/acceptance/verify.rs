@@ -134,6 +134,11 @@ fn a_sound_run_verifies_and_tampering_is_found_and_named() {
     let (damage, report) = tampered("again", &|run| change_lines(&ledger(run), |lines| lines.insert(9, lines[9])));
     assert!(damage.contains("ledger, step 10: ") && damage.contains("ledger.jsonl: line 11: "), "{damage}");
     assert_eq!((&report["draws"]["lost"], &report["draws"]["repeated"]), (&0.into(), &10.into()));
+    let (damage, report) =
+        tampered("absurd", &|run| change_text(&ledger(run), "\"step\":7,", "\"step\":10000000000000,"));
+    assert!(damage.contains("ledger.jsonl: line 7: step 10000000000000 is not the next after step 24"), "{damage}");
+    assert!(damage.contains("ledger, step 7: "), "{damage}");
+    assert_eq!((&report["steps"], &report["draws"]["lost"]), (&24.into(), &10.into()));
     let (damage, _) = tampered("by", &|run| change_text(&ledger(run), "\"by\":[\"", "\"by\":[\"not "));
     assert!(damage.contains("ledger.jsonl: line 1: "), "{damage}");
     let (damage, report) = tampered("none", &|run| fs::remove_file(ledger(run)).unwrap());

@@ -75,10 +75,15 @@ pub(super) fn lines(run: &Path, manifests: &[Manifest], report: &mut Report) -> 
         }
     }
 
-    let ledger: Vec<ledger::Line> = ledger.into_iter().filter_map(|entry| entry.line.ok()).collect();
     let saved = manifests.last().map_or(0, |manifest| manifest.step);
-    let committed = ledger.iter().map(|line| line.step).fold(saved, u64::max);
+    let ledger = (1..).zip(ledger).filter_map(|(number, entry)| Some((number, entry.line.ok()?)));
+    let ledger: Vec<(u64, ledger::Line)> = ledger.collect();
+    let committed = committed(saved, ledger.iter().map(|(_, line)| line.step));
     report.steps = committed;
+    for (number, line) in ledger.iter().filter(|(_, line)| line.step == 0 || line.step > committed) {
+        let problem = format!("step {} is not the next after step {committed}", line.step);
+        report.damaged(format!("{}: line {number}", ledger_path.display()), problem);
+    }
     let steps: Vec<u64> = metrics.iter().filter_map(logged_step).collect();
     let mut expected = 1;
     for &step in &steps {
@@ -94,7 +99,13 @@ pub(super) fn lines(run: &Path, manifests: &[Manifest], report: &mut Report) -> 
         let problem = format!("it ends at step {}, and the ledger at step {committed}", expected - 1);
         report.damaged(metrics_path.display(), problem);
     }
-    Ok(ledger)
+    Ok(ledger.into_iter().map(|(_, line)| line).collect())
+}
+
+/// The last step of a run whose newest checkpoint is of step `saved`, and whose ledger has lines of these `steps`: each must
+/// be the next one.
+fn committed(saved: u64, steps: impl Iterator<Item = u64>) -> u64 {
+    steps.fold(saved, |committed, step| if step == committed + 1 { step } else { committed })
 }
 
 fn logged_step(entry: &Entry<metrics::Line>) -> Option<u64> {
@@ -132,4 +143,18 @@ fn check_lines<L>(path: &Path, entries: &[Entry<L>], report: &mut Report) -> Cou
 fn seal_where<L: DeserializeOwned>(entries: &[Entry<L>], wanted: impl Fn(&L) -> bool) -> &str {
     let first = entries.iter().take_while(|entry| entry.line.as_ref().is_ok_and(&wanted));
     first.last().map_or("", |entry| &entry.seal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_commits_the_next_step_and_no_other() {
+        let absurd = u64::MAX;
+        assert_eq!(committed(0, [1, 2, 3].into_iter()), 3);
+        assert_eq!(committed(0, [1, 2, absurd, 3, 5].into_iter()), 3);
+        assert_eq!(committed(4, [1, 3, absurd, 4, 5, 6].into_iter()), 6);
+        assert_eq!(committed(9, [1, 2].into_iter()), 9);
+    }
 }
