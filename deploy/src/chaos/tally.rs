@@ -76,7 +76,11 @@ impl Tally {
         writeln!(text, "done twice       {} steps", self.steps_done_twice)?;
         if let Some((kept, median)) = self.throughput(run)? {
             let share = kept / median * 100.0;
-            writeln!(text, "throughput kept  {share:.0} % ({kept:.0} of {median:.0} tokens/s, the median step's)")?;
+            writeln!(
+                text,
+                "pace             {share:.0} % of its own median step's ({kept:.0} of {median:.0} tokens/s), which is no \
+                 quiet run's"
+            )?;
         }
         write!(text, "params_sha256    {}", newest.manifest.params_sha256)?;
         Ok(text)
@@ -84,7 +88,7 @@ impl Tally {
 
     /// Tokens a second of wall time from the first step seen to the last one, and those of the median step.
     fn throughput(&self, run: &Path) -> anyhow::Result<Option<(f64, f64)>> {
-        let lines = metrics::read(&run.join("metrics.jsonl"))?;
+        let lines = metrics::read(&run_dir::metrics(run))?;
         let steps = lines.iter().filter_map(|line| match line {
             Line::Step(line) => Some(line),
             Line::Validation(_) => None,

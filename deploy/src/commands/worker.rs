@@ -1,15 +1,19 @@
 //! `lockstep worker`.
 
+use std::io::Write as _;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use lockstep_model::device::ComputeDevice;
-use lockstep_worker::{Ended, WorkerConfig};
+use lockstep_worker::{Ended, JoinedHook, WorkerConfig};
 
-use super::block_on;
+use super::{DISMISSED, Said, block_on};
 use crate::cli::Worker;
 use crate::stop::Requests;
 use crate::{lifeline, telemetry};
+
+/// What is said when the process ends in the middle of its work.
+const AT_ONCE: &str = "stopped at once; what this worker held goes to others";
 
 /// Joins a coordinator and computes for it until it is released.
 pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
@@ -24,6 +28,7 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
         name: args.name.unwrap_or_else(|| format!("{}:{}", host_name(), std::process::id())),
         device,
         spans: Arc::new(move || recorder.take()),
+        joined: if args.announce { announcing() } else { Arc::new(|| {}) },
     };
     let ended = block_on(async {
         let orphaned = args.end_with_stdin.then(lifeline::end).transpose()?;
@@ -31,10 +36,10 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
         let shutdown = async move {
             match orphaned {
                 Some(orphaned) => tokio::select! {
-                    reason = requests.first() => drop(reason),
+                    reason = requests.first(AT_ONCE) => drop(reason),
                     _ = orphaned => {}
                 },
-                None => drop(requests.first().await),
+                None => drop(requests.first(AT_ONCE).await),
             }
         };
         Ok(lockstep_worker::run(config, shutdown).await?)
@@ -42,8 +47,20 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
     match ended {
         Ended::Released(reason) => tracing::info!("released: {reason}"),
         Ended::Shutdown => tracing::info!("shut down"),
+        Ended::Dismissed(reason) => {
+            eprintln!("released, and the run goes on without this worker: {reason}");
+            return Err(Said(DISMISSED).into());
+        }
     }
     Ok(())
+}
+
+/// Tells the parent of each membership.
+fn announcing() -> JoinedHook {
+    Arc::new(|| {
+        // A parent that is gone takes this process with it.
+        let _ = writeln!(std::io::stdout(), "member");
+    })
 }
 
 /// Cores of this machine that the process may use.
