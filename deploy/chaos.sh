@@ -36,23 +36,33 @@ train() {
         >"$dir/$name.log" 2>&1
 }
 
+# count NAME LOG: the number after this name in what a run said, or 0 where there is no such line or no number.
+count() {
+    local found
+    found=$(value "$1" "$2")
+    [[ $found =~ ^[0-9]+$ ]] || found=0
+    printf '%d\n' "$((10#$found))"
+}
+
 # judge NAME: sets `verdict` for a run that faults befell, and adds to `lost` and `repeated`.
 judge() {
     local log=$dir/$1.log
     if [[ $(value params_sha256 "$log") != "$quiet" ]]; then
         verdict="other parameters than the quiet run"
-    elif [[ $(value in\ mid-step "$log") == 0 ]]; then
+    elif (($(count in\ mid-step "$log") == 0)); then
         verdict="no fault in the middle of a step"
-    elif [[ $(value leased\ again "$log") == 0 ]]; then
+    elif (($(count leased\ again "$log") == 0)); then
         verdict="no block was leased again"
     elif [[ $verify == yes ]] && ! "$program" verify "$dir/$1" >>"$log" 2>&1; then
         verdict="not verified"
+    elif [[ $verify == yes && -z $(value draws\ lost "$log") ]]; then
+        verdict="verified, and nothing said of what it was trained on"
     else
         verdict=equal
     fi
     if [[ $verify == yes ]]; then
-        lost=$((lost + $(value draws\ lost "$log" || true) + 0))
-        repeated=$((repeated + $(value draws\ repeated "$log" || true) + 0))
+        lost=$((lost + $(count draws\ lost "$log")))
+        repeated=$((repeated + $(count draws\ repeated "$log")))
     fi
 }
 
@@ -72,6 +82,7 @@ main() {
 
     train quiet "$@" || die "the quiet run failed: $(tail -n 3 "$dir/quiet.log")"
     quiet=$("$program" inspect "$dir/quiet" | sed -n 's/^params_sha256 *//p')
+    [[ $quiet =~ ^[0-9a-f]{64}$ ]] || die "the quiet run has no parameters; see $dir/quiet.log"
     say "quiet: $quiet"
     lost=0 repeated=0
     for ((seed = 1; seed <= runs; seed++)); do
@@ -82,9 +93,9 @@ main() {
             verdict="failed: $(tail -n 1 "$dir/seed-$seed.log")"
         fi
         local log=$dir/seed-$seed.log
-        say "seed $seed: $verdict; $(value faults "$log") faults, $(value in\ mid-step "$log") in mid-step," \
-            "$(value leased\ again "$log") blocks leased again, $(value done\ twice "$log") steps done twice," \
-            "$(value throughput\ kept "$log") % of throughput, $((SECONDS - began)) s"
+        say "seed $seed: $verdict; $(count faults "$log") faults, $(count in\ mid-step "$log") in mid-step," \
+            "$(count leased\ again "$log") blocks leased again, about $(count done\ twice "$log") steps done twice," \
+            "$((SECONDS - began)) s"
         if [[ $verdict == equal ]]; then
             equal=$((equal + 1))
             rm -r "$dir/seed-$seed" "$log"

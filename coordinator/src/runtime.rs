@@ -358,7 +358,8 @@ impl Runtime {
                 }
             }
             Command::Release { worker, reason } => {
-                self.send(worker, Message::Release(v1::Release { reason: reason.to_string() }));
+                let run_goes_on = !matches!(reason, ReleaseReason::RunOver(_));
+                self.send(worker, Message::Release(v1::Release { reason: reason.to_string(), run_goes_on }));
                 if let (ReleaseReason::Declined { .. } | ReleaseReason::Quarantined { .. }, Some(member)) =
                     (&reason, self.members.get_mut(&worker))
                 {
@@ -579,6 +580,7 @@ impl Runtime {
             twins: status.counts.twins,
             roll_backs: status.counts.roll_backs,
             quarantined: status.quarantined,
+            evaluating: status.evaluating,
         }
     }
 

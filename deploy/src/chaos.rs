@@ -1,15 +1,19 @@
 //! `train --chaos`: faults done on purpose to the processes of a local cluster, for anyone to watch.
 //!
 //! A seed draws when and what: a worker killed, a worker that stands still for a while, the coordinator killed; each once
-//! in three faults, in drawn order, or such of these as are wanted. What happens in between is as in any run: `train` starts again what died.
+//! in three faults, in drawn order, or such of these as are wanted. The coordinator is killed once it has written a
+//! checkpoint, so that each of its starts gets the run further. What happens in between is as in any run: `train` starts
+//! again what died.
 
 mod tally;
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::ValueEnum;
+use lockstep_model::checkpoint;
 use lockstep_model::random::{Draws, Stream};
 use lockstep_proto::v1::lockstep_client::LockstepClient;
 use lockstep_proto::v1::{StatusReply, StatusRequest, WorkerStatus};
@@ -67,6 +71,8 @@ pub(crate) struct Chaos {
     every_secs: f64,
     targets: Targets,
     announcements: watch::Receiver<Option<Announcement>>,
+    /// Where checkpoints of the run appear.
+    checkpoints: PathBuf,
     /// Workers that stand still, by index, and until when.
     still: Vec<(Instant, usize)>,
     tally: Tally,
@@ -80,9 +86,11 @@ impl Chaos {
         every_secs: f64,
         targets: Targets,
         announcements: watch::Receiver<Option<Announcement>>,
+        checkpoints: PathBuf,
     ) -> Self {
         let draws = Draws::new(seed, Stream::Faults);
-        Self { draws, kinds, every_secs, targets, announcements, still: Vec::new(), tally: Tally::new(seed) }
+        let (still, tally) = (Vec::new(), Tally::new(seed));
+        Self { draws, kinds, every_secs, targets, announcements, checkpoints, still, tally }
     }
 
     /// What was done, and what came of it.
@@ -108,7 +116,10 @@ impl Chaos {
             let due = Instant::now() + pause;
             let status = loop {
                 let status = self.look(&mut run).await;
-                if let Some(status) = status.filter(|status| Instant::now() >= due && is_under_way(status)) {
+                let may_come = |status: &StatusReply| {
+                    Instant::now() >= due && is_under_way(status) && self.leaves_something(self.fault(number))
+                };
+                if let Some(status) = status.filter(may_come) {
                     break status;
                 }
                 tokio::time::sleep(LOOK).await;
@@ -162,6 +173,12 @@ impl Chaos {
         self.tally.struck(fault, matches!(moment, Moment::InStep(_)));
     }
 
+    /// Whether the run is further after this fault than it was when its coordinator started.
+    fn leaves_something(&self, fault: Fault) -> bool {
+        let started = self.announcements.borrow().map_or(0, |announced| announced.step);
+        fault != Fault::KillCoordinator || newest(&self.checkpoints).is_some_and(|newest| newest > started)
+    }
+
     /// The kind of fault `number`: in each so many faults as there are kinds, each comes once.
     fn fault(&self, number: u64) -> Fault {
         let mut left = self.kinds.clone();
@@ -194,6 +211,11 @@ impl Chaos {
     }
 }
 
+/// The step of the newest checkpoint there, by its name.
+fn newest(checkpoints: &Path) -> Option<u64> {
+    checkpoint::list(checkpoints).ok()?.iter().filter_map(|path| checkpoint::step_of(path)).max()
+}
+
 fn is_under_way(status: &StatusReply) -> bool {
     status.step < status.total_steps && !status.workers.is_empty()
 }
@@ -211,7 +233,7 @@ enum Moment {
 impl Moment {
     fn of(status: &StatusReply, at_work: bool) -> Self {
         match at_work {
-            true if status.waiting_for.contains("the evaluation") => Self::InEvaluation(status.step),
+            true if status.evaluating => Self::InEvaluation(status.step),
             true => Self::InStep(status.step + 1),
             false => Self::After(status.step),
         }
@@ -235,9 +257,32 @@ mod tests {
     fn chaos(seed: u64) -> Chaos {
         let (coordinator, _) = mpsc::unbounded_channel();
         let workers = (0..3).map(|_| mpsc::unbounded_channel().0).collect();
-        let (_, announcements) = watch::channel(None);
+        let announcement = Announcement { address: ([127, 0, 0, 1], 1).into(), step: 10 };
+        let (_, announcements) = watch::channel(Some(announcement));
         let kinds = vec![Fault::KillWorker, Fault::StopWorker, Fault::KillCoordinator];
-        Chaos::new(seed, kinds, 2.0, Targets { coordinator, workers }, announcements)
+        Chaos::new(seed, kinds, 2.0, Targets { coordinator, workers }, announcements, PathBuf::new())
+    }
+
+    #[test]
+    fn the_coordinator_is_killed_once_there_is_a_newer_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let chaos = Chaos { checkpoints: dir.path().join("checkpoints"), ..chaos(1) };
+        let may_be_killed = |step| {
+            std::fs::create_dir_all(chaos.checkpoints.join(checkpoint::directory_name(step))).unwrap();
+            chaos.leaves_something(Fault::KillCoordinator)
+        };
+        assert!(!chaos.leaves_something(Fault::KillCoordinator));
+        assert_eq!([0, 10, 15].map(may_be_killed), [false, false, true]);
+        assert!(chaos.leaves_something(Fault::KillWorker));
+    }
+
+    #[test]
+    fn a_moment_is_in_an_evaluation_if_one_is_under_way() {
+        let status = |evaluating| StatusReply { step: 4, evaluating, ..StatusReply::default() };
+        let moment = |evaluating, at_work| Moment::of(&status(evaluating), at_work).to_string();
+        assert_eq!(moment(true, true), "in the evaluation at step 4");
+        assert_eq!(moment(false, true), "in step 5");
+        assert_eq!(moment(true, false), "after step 4");
     }
 
     #[test]

@@ -2,15 +2,12 @@
 
 use std::io;
 use std::process::{ExitStatus, Stdio};
-use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
-/// A child that ends sooner than this after its start counts as failed to start.
-const STARTED: Duration = Duration::from_secs(5);
-/// Failed starts in a row after which a child is not started again.
+/// Starts in a row that led to nothing after which there is no further one.
 pub(crate) const ATTEMPTS: u32 = 3;
 
 /// A command of this program, as a child that does not outlive this process: its standard input is a pipe, which ends when
@@ -45,8 +42,6 @@ pub(crate) enum Blow {
 #[derive(Debug)]
 pub(crate) struct Watched {
     blows: mpsc::UnboundedReceiver<Blow>,
-    started: Instant,
-    failures: u32,
     killed: bool,
 }
 
@@ -54,14 +49,14 @@ impl Watched {
     /// A child to start, and what can be sent to befall it whenever it runs.
     pub(crate) fn new() -> (Self, mpsc::UnboundedSender<Blow>) {
         let (sender, blows) = mpsc::unbounded_channel();
-        (Self { blows, started: Instant::now(), failures: 0, killed: false }, sender)
+        (Self { blows, killed: false }, sender)
     }
 
     /// It is started.
     pub(crate) fn started(&mut self) {
         // What was meant for the process before.
         while self.blows.try_recv().is_ok() {}
-        (self.started, self.killed) = (Instant::now(), false);
+        self.killed = false;
     }
 
     /// Waits for its end, and deals it meanwhile what is to befall it. May be dropped before, and nothing is lost.
@@ -77,12 +72,9 @@ impl Watched {
         }
     }
 
-    /// It ended; says whether to give it up. That it was killed is not held against it.
-    pub(crate) fn ended(&mut self) -> bool {
-        if !self.killed {
-            self.failures = if self.started.elapsed() < STARTED { self.failures + 1 } else { 0 };
-        }
-        self.failures >= ATTEMPTS
+    /// Whether a blow ended it since its last start, which is not to be held against it.
+    pub(crate) fn was_killed(&self) -> bool {
+        self.killed
     }
 }
 

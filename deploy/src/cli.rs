@@ -153,6 +153,9 @@ pub(crate) struct Worker {
     /// End when standard input does: how `train` takes its workers with it.
     #[arg(long, hide = true)]
     pub(crate) end_with_stdin: bool,
+    /// Print a line on standard output for each membership: how `train` knows that a worker of its own works.
+    #[arg(long, hide = true)]
+    pub(crate) announce: bool,
 }
 
 #[derive(Args, Debug)]

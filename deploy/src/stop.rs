@@ -54,12 +54,13 @@ impl Requests {
         }
     }
 
-    /// Completes with the reason of the first request. From then on, another one ends the process at once.
-    pub(crate) async fn first(mut self) -> String {
+    /// Completes with the reason of the first request. From then on, another one ends the process at once, with these
+    /// words.
+    pub(crate) async fn first(mut self, at_once: &'static str) -> String {
         let reason = self.next().await;
         tokio::spawn(async move {
             self.next().await;
-            eprintln!("stopped at once; the newest checkpoint is whole, --resume continues from it");
+            eprintln!("{at_once}");
             std::process::exit(INTERRUPTED.into());
         });
         reason

@@ -61,8 +61,29 @@ impl FromStr for Announcement {
     }
 }
 
-/// Keeps a coordinator running until the run is over, telling `listening` of each start. Requests to stop are passed on to
-/// it; what it prints goes to standard output.
+/// Whether starting the coordinator again gets the run any further.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Starts {
+    /// Where the last one continued; `None` if it ended before it said so.
+    step: Option<u64>,
+    /// How many in a row continued there and ended by themselves.
+    in_vain: u32,
+}
+
+impl Starts {
+    /// A start that continued after `step` ended, by itself or killed on purpose; says whether to give up. How long it
+    /// lived does not matter: what happens at the same step each time happens late where steps are slow.
+    fn ended(&mut self, step: Option<u64>, killed: bool) -> bool {
+        if step != self.step {
+            *self = Self { step, in_vain: 0 };
+        }
+        self.in_vain += u32::from(!killed);
+        self.in_vain >= ATTEMPTS
+    }
+}
+
+/// Keeps a coordinator running until the run is over, telling `listening` of each start. Requests to stop, by signals and
+/// from within by `asked`, are passed on to it; what it prints goes to standard output.
 ///
 /// # Errors
 /// If it cannot be started, or fails; with [`Said`] where it has said why.
@@ -70,8 +91,10 @@ pub(crate) async fn supervise(
     launch: Launch,
     mut coordinator: Watched,
     listening: watch::Sender<Option<Announcement>>,
+    mut asked: mpsc::Receiver<String>,
 ) -> anyhow::Result<()> {
     let mut requests = Requests::by_signal()?;
+    let mut starts = Starts::default();
     let mut address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let mut stop: Option<String> = None;
     for start in 1u32.. {
@@ -84,15 +107,16 @@ pub(crate) async fn supervise(
         let output = tokio::spawn(pass_on(output, announced));
         // Before it listens for the first time there is nothing to save.
         let mut saves = start > 1;
+        let mut step = None;
         let status = loop {
             tokio::select! {
                 status = coordinator.end(&mut child) => break status.context("the coordinator cannot be waited for")?,
                 Some(announcement) = announcement.recv() => {
-                    (address, saves) = (announcement.address, true);
+                    (address, saves, step) = (announcement.address, true, Some(announcement.step));
                     // Nobody may want to know.
                     let _ = listening.send(Some(announcement));
                 }
-                reason = requests.next() => {
+                reason = either(&mut requests, &mut asked) => {
                     if stop.is_some() || !saves {
                         return end_at_once(child, input).await;
                     }
@@ -107,12 +131,29 @@ pub(crate) async fn supervise(
             Some(Ok(code @ (1 | 2 | INTERRUPTED))) => return Err(Said(code).into()),
             _ => {}
         }
-        if coordinator.ended() {
-            bail!("the coordinator ended {ATTEMPTS} times right after its start ({status}); what it said is above");
+        if starts.ended(step, coordinator.was_killed()) {
+            let shown = launch.run.display();
+            match step {
+                Some(step) => bail!(
+                    "the coordinator ended {ATTEMPTS} times ({status}) after it went on from step {step}, before a newer \
+                     checkpoint; what it said is above. Once the cause is mended, --resume --run {shown} continues"
+                ),
+                None => bail!(
+                    "the coordinator ended {ATTEMPTS} times ({status}) before anybody could join; what it said is above"
+                ),
+            }
         }
         say(&format!("the coordinator ended ({status}); starting it again"));
     }
     bail!("the coordinator was started too often")
+}
+
+/// The next request to stop, wherever it comes from.
+async fn either(requests: &mut Requests, asked: &mut mpsc::Receiver<String>) -> String {
+    tokio::select! {
+        reason = requests.next() => reason,
+        Some(reason) = asked.recv() => reason,
+    }
 }
 
 /// The next start of a coordinator that is announced; `None` where there will be none.
@@ -196,6 +237,32 @@ mod tests {
         assert_eq!(said.to_string(), "127.0.0.1:7070 40");
         assert_eq!(format!("{said}\n").parse::<Announcement>().unwrap(), said);
         assert!("the run is complete".parse::<Announcement>().is_err());
+    }
+
+    #[test]
+    fn starts_that_get_nowhere_are_given_up() {
+        let mut starts = Starts::default();
+        assert_eq!([10, 10, 10].map(|step| starts.ended(Some(step), false)), [false, false, true]);
+        let mut starts = Starts::default();
+        assert_eq!([None, None, None].map(|step| starts.ended(step, false)), [false, false, true]);
+    }
+
+    #[test]
+    fn a_start_further_on_counts_anew() {
+        let mut starts = Starts::default();
+        assert!((0..100).all(|start| !starts.ended(Some(start / 2 * 5), false)));
+        // As after going back, too.
+        assert!(!starts.ended(Some(3), false));
+    }
+
+    #[test]
+    fn kills_on_purpose_are_not_held_against_a_start() {
+        let mut starts = Starts::default();
+        assert!((0..100).all(|_| !starts.ended(Some(10), true)));
+        assert_eq!(
+            [false, true, false, false].map(|killed| starts.ended(Some(10), killed)),
+            [false, false, false, true]
+        );
     }
 
     #[test]

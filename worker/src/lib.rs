@@ -21,4 +21,4 @@ mod runtime;
 pub mod session;
 mod translate;
 
-pub use runtime::{Ended, SpanSource, WorkerConfig, WorkerError, run};
+pub use runtime::{Ended, JoinedHook, SpanSource, WorkerConfig, WorkerError, run};

@@ -138,7 +138,7 @@ impl Service {
                 self.clock_offset.observe(sent_unix_nanos, received_unix_nanos, unix_nanos());
                 Event::HeartbeatAcked
             }
-            Instruction::Release { reason } => Event::Released { reason },
+            Instruction::Release { reason, run_goes_on } => Event::Released { reason, run_goes_on },
         })
     }
 

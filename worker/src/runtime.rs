@@ -18,6 +18,9 @@ use crate::session::Departure;
 /// Gives the spans of work that have finished since it was last called, each once.
 pub type SpanSource = Arc<dyn Fn() -> Vec<SpanTiming> + Send + Sync>;
 
+/// Called whenever the worker has become a member of a run.
+pub type JoinedHook = Arc<dyn Fn() + Send + Sync>;
+
 /// One worker.
 #[derive(Clone)]
 pub struct WorkerConfig {
@@ -29,11 +32,13 @@ pub struct WorkerConfig {
     pub device: ComputeDevice,
     /// Finished spans, which travel with the next result.
     pub spans: SpanSource,
+    /// Who wants to know of each membership.
+    pub joined: JoinedHook,
 }
 
 impl fmt::Debug for WorkerConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { address, name, device, spans: _ } = self;
+        let Self { address, name, device, spans: _, joined: _ } = self;
         let mut text = f.debug_struct("WorkerConfig");
         text.field("address", address).field("name", name).field("device", device).finish_non_exhaustive()
     }
@@ -42,8 +47,10 @@ impl fmt::Debug for WorkerConfig {
 /// How a worker ended well.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// The coordinator let it go, for this reason.
+    /// The run is over; how it ended.
     Released(String),
+    /// The coordinator let it go, for this reason, and the run goes on without it.
+    Dismissed(String),
     /// The caller shut it down.
     Shutdown,
 }
@@ -103,6 +110,7 @@ struct Worker {
     identity: Identity,
     device: DeviceThread,
     spans: SpanSource,
+    joined: JoinedHook,
     backoff: Backoff,
 }
 
@@ -118,7 +126,7 @@ enum Setback {
 
 impl Worker {
     fn new(config: WorkerConfig) -> Result<Self, WorkerError> {
-        let WorkerConfig { address, name, device, spans } = config;
+        let WorkerConfig { address, name, device, spans, joined } = config;
         let endpoint = match endpoint(&address) {
             Ok(endpoint) => endpoint,
             Err(reason) => return Err(WorkerError::Address { address, reason }),
@@ -126,7 +134,7 @@ impl Worker {
         let identity = Identity { name, device: device.description.clone() };
         let device = DeviceThread::start(device)?;
         let seed = RandomState::new().hash_one((std::process::id(), &identity.name));
-        Ok(Self { address, endpoint, identity, device, spans, backoff: Backoff::new(seed) })
+        Ok(Self { address, endpoint, identity, device, spans, joined, backoff: Backoff::new(seed) })
     }
 
     /// Joins, and joins again.
@@ -137,10 +145,8 @@ impl Worker {
         );
         loop {
             let reason = match self.join_and_serve().await {
-                Ok(reason) | Err(Setback::Released(reason)) => {
-                    info!("released by the coordinator: {reason}");
-                    return Ok(Ended::Released(reason));
-                }
+                Ok(ended) => return Ok(ended),
+                Err(Setback::Released(reason)) => return Ok(Ended::Released(reason)),
                 Err(Setback::Final(error)) => return Err(error),
                 Err(Setback::Lost(reason)) => reason,
             };
@@ -153,8 +159,8 @@ impl Worker {
         }
     }
 
-    /// One attempt and, if it succeeds, one membership, up to the reason of a release.
-    async fn join_and_serve(&mut self) -> Result<String, Setback> {
+    /// One attempt and, if it succeeds, one membership, up to a release.
+    async fn join_and_serve(&mut self) -> Result<Ended, Setback> {
         let mut client = Client::connect(&self.endpoint).await.map_err(|error| self.setback(error))?;
         let invitation = client.join(&self.identity).await.map_err(|error| self.setback(error))?;
         let run = invitation.run;
@@ -177,8 +183,13 @@ impl Worker {
             timing: invitation.timing,
             spans: self.spans.clone(),
         };
-        match membership.serve(|| self.backoff.reset()).await {
-            Departure::Released(reason) => Ok(reason),
+        let on_first_word = || {
+            self.backoff.reset();
+            (self.joined)();
+        };
+        match membership.serve(on_first_word).await {
+            Departure::Released(reason) => Ok(Ended::Released(reason)),
+            Departure::Dismissed(reason) => Ok(Ended::Dismissed(reason)),
             Departure::Lost(reason) => Err(Setback::Lost(reason)),
         }
     }

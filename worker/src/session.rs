@@ -55,6 +55,8 @@ pub enum Event {
     Released {
         /// Why, in its words.
         reason: String,
+        /// Whether the run goes on without this worker.
+        run_goes_on: bool,
     },
     /// A [`Command::Pull`] succeeded: the device holds this version, and no other.
     ParametersArrived {
@@ -180,8 +182,10 @@ pub enum Command {
 /// Why a membership ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Departure {
-    /// The coordinator said so: do not join again.
+    /// The run is over, the coordinator said: do not join again.
     Released(String),
+    /// The run goes on without this worker, the coordinator said: do not join again.
+    Dismissed(String),
     /// The coordinator cannot be reached as it is: join again.
     Lost(String),
 }
@@ -251,7 +255,8 @@ impl Session {
             Event::Unreadable { lease, reason } => vec![Command::SendDeclined { lease, reason }],
             Event::Revoked { lease } => self.revoked(lease),
             Event::HeartbeatAcked => Vec::new(),
-            Event::Released { reason } => vec![Command::Leave(Departure::Released(reason))],
+            Event::Released { reason, run_goes_on: false } => vec![Command::Leave(Departure::Released(reason))],
+            Event::Released { reason, run_goes_on: true } => vec![Command::Leave(Departure::Dismissed(reason))],
             Event::ParametersArrived { parameters } => self.parameters_arrived(parameters),
             Event::PullFailed { parameters, failure } => self.pull_failed(parameters, failure),
             Event::Computed { lease } => self.computed(lease),

@@ -54,6 +54,7 @@ pub(crate) enum Instruction {
     },
     Release {
         reason: String,
+        run_goes_on: bool,
     },
 }
 
@@ -93,7 +94,7 @@ pub(crate) fn instruction(message: v1::CoordinatorMessage) -> Option<Instruction
         Kind::HeartbeatAck(v1::HeartbeatAck { sent_unix_nanos, received_unix_nanos }) => {
             Instruction::HeartbeatAck { sent_unix_nanos, received_unix_nanos }
         }
-        Kind::Release(v1::Release { reason }) => Instruction::Release { reason },
+        Kind::Release(v1::Release { reason, run_goes_on }) => Instruction::Release { reason, run_goes_on },
     })
 }
 

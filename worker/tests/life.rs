@@ -36,9 +36,12 @@ fn slot_gradient(computer: &Computer, slot: u32) -> SlotGradient {
     computer.gradient(&batch(slot), SlotKey { seed: 1, step: 8, slot }).unwrap()
 }
 
+fn config(address: &str, spans: SpanSource) -> WorkerConfig {
+    WorkerConfig { address: address.into(), name: "test".into(), device: cpu(), spans, joined: Arc::new(|| {}) }
+}
+
 fn worker(address: &str, spans: SpanSource) -> JoinHandle<Result<Ended, WorkerError>> {
-    let config = WorkerConfig { address: address.into(), name: "test".into(), device: cpu(), spans };
-    tokio::spawn(run(config, std::future::pending()))
+    tokio::spawn(run(config(address, spans), std::future::pending()))
 }
 
 fn no_spans() -> SpanSource {
@@ -279,6 +282,20 @@ async fn leases_that_cannot_be_computed_are_declined_and_the_worker_goes_on() {
 }
 
 #[tokio::test]
+async fn a_worker_tells_of_its_membership_and_that_the_run_goes_on_without_it() {
+    let mut coordinator = Scripted::start(Script::default(), 0).await;
+    let (joined, mut memberships) = tokio::sync::mpsc::unbounded_channel();
+    let joined = Arc::new(move || joined.send(()).unwrap());
+    let config = WorkerConfig { joined, ..config(&coordinator.address, no_spans()) };
+    let worker = tokio::spawn(run(config, std::future::pending()));
+    let (_, to_worker) = coordinator.sees_joining().await;
+    assert!(memberships.is_empty(), "nothing was heard yet");
+    to_worker.let_go("quarantined", true).await;
+    assert_eq!(worker.await.unwrap().unwrap(), Ended::Dismissed("quarantined".into()));
+    assert_eq!((memberships.recv().await, memberships.recv().await), (Some(()), None), "one membership");
+}
+
+#[tokio::test]
 async fn a_run_that_ends_while_a_worker_joins_releases_it() {
     let over = v1::admit_reply::Verdict::Release("the run is complete".into());
     let coordinator = Scripted::start(Script { verdict: over, ..Script::default() }, 0).await;
@@ -317,7 +334,7 @@ async fn a_refusal_is_final_and_said_in_words() {
 
 #[tokio::test]
 async fn a_worker_ends_when_it_is_shut_down() {
-    let config = WorkerConfig { address: "127.0.0.1:1".into(), name: "test".into(), device: cpu(), spans: no_spans() };
+    let config = config("127.0.0.1:1", no_spans());
     assert_eq!(run(config.clone(), async {}).await.unwrap(), Ended::Shutdown);
 
     let config = WorkerConfig { address: "nowhere".into(), ..config };

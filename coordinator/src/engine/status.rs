@@ -21,6 +21,8 @@ pub struct EngineStatus {
     pub total_steps: u64,
     /// What, or whom, the run waits for.
     pub waiting_for: String,
+    /// Whether an evaluation is under way, and no step.
+    pub evaluating: bool,
     /// Who takes part, in the order of admission.
     pub members: Vec<MemberStatus>,
     /// Device classes that took part, by earlier coordinators too; one, if the run is exact.
@@ -75,6 +77,7 @@ impl Engine {
             step: self.version,
             total_steps: self.config.total_steps,
             waiting_for: self.waiting_for(),
+            evaluating: matches!(&self.phase, Phase::Work(work) if work.task() == Task::Evaluate),
             members: members.collect(),
             classes: self.classes.iter().copied().collect(),
             counts: self.counts,

@@ -76,7 +76,11 @@ impl Tally {
         writeln!(text, "done twice       {} steps", self.steps_done_twice)?;
         if let Some((kept, median)) = self.throughput(run)? {
             let share = kept / median * 100.0;
-            writeln!(text, "throughput kept  {share:.0} % ({kept:.0} of {median:.0} tokens/s, the median step's)")?;
+            writeln!(
+                text,
+                "pace             {share:.0} % of its own median step's ({kept:.0} of {median:.0} tokens/s), which is no \
+                 quiet run's"
+            )?;
         }
         write!(text, "params_sha256    {}", newest.manifest.params_sha256)?;
         Ok(text)

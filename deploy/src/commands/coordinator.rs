@@ -19,6 +19,9 @@ use crate::supervisor::Announcement;
 use crate::telemetry;
 use crate::trace::{Process, Recorder, TraceFile};
 
+/// What is said when the process ends in the middle of a step.
+const AT_ONCE: &str = "stopped at once; the newest checkpoint is whole, --resume continues from it";
+
 /// Coordinates a run that others join.
 pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
     if !args.listen.ip().is_loopback() && !args.insecure {
@@ -46,7 +49,8 @@ pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
                 Requests::by_signal()?
             }
         };
-        let summary = lockstep_coordinator::run(config, listener, requests.first(), shown.clone().observer()).await;
+        let summary =
+            lockstep_coordinator::run(config, listener, requests.first(AT_ONCE), shown.clone().observer()).await;
         shown.finish()?;
         conclude(&summary?, &args.run)
     })

@@ -26,6 +26,9 @@ pub(crate) struct Usage(pub(crate) String);
 #[error("exit status {0}")]
 pub(crate) struct Said(pub(crate) u8);
 
+/// Exit status of a worker without which the run goes on: others computed something else, or it declined all it was lent.
+pub(crate) const DISMISSED: u8 = 3;
+
 /// Does what the command line asks.
 pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
     match cli.command {

@@ -51,6 +51,7 @@ fn as_json(status: &StatusReply) -> serde_json::Value {
         "tokens_per_sec": status.tokens_per_sec,
         "workers": workers.collect::<Vec<_>>(),
         "waiting_for": status.waiting_for,
+        "evaluating": status.evaluating,
         "blocks_leased_again": status.blocks_leased_again,
         "twins": status.twins,
         "roll_backs": status.roll_backs,

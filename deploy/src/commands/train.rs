@@ -1,10 +1,11 @@
 //! `lockstep train`: a whole cluster on this machine, which goes on if any process of it dies.
 
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 
 use lockstep_coordinator::metrics::{self, Line};
 use lockstep_coordinator::run_dir;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use super::worker::cores;
 use super::{Usage, assemble, block_on};
@@ -60,26 +61,31 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
         let launch = launcher::Launch { address, device: args.device, threads, log_dir: run.join("logs") };
         launcher::supervise(launch, workers_watched).await
     };
-    let mut chaos =
-        args.chaos.map(|seed| Chaos::new(seed, args.chaos_faults, args.chaos_every, targets, announcements));
+    let checkpoints = run_dir::checkpoints(&run);
+    let mut chaos = args
+        .chaos
+        .map(|seed| Chaos::new(seed, args.chaos_faults, args.chaos_every, targets, announcements, checkpoints));
     let faults = async {
         match &mut chaos {
             Some(chaos) => chaos.reign().await,
             None => std::future::pending().await,
         }
     };
+    let (ask, asked) = mpsc::channel(1);
     block_on(async {
-        tokio::select! {
-            ended = supervisor::supervise(coordinator, coordinator_watched, listening) => ended,
-            trouble = workers => {
-                progress::clear_line();
-                Err(trouble)
-            }
-            trouble = faults => {
-                progress::clear_line();
-                Err(trouble)
-            }
-        }
+        let mut training = pin!(supervisor::supervise(coordinator, coordinator_watched, listening, asked));
+        // Where one of them is in trouble, the other one goes on until the coordinator has ended.
+        let (mut workers, mut faults) = (pin!(workers), pin!(faults));
+        let (trouble, reason) = tokio::select! {
+            ended = &mut training => return ended,
+            trouble = &mut workers => (trouble, "no worker can work"),
+            trouble = &mut faults => (trouble, "no more faults can be done"),
+        };
+        progress::clear_line();
+        // What was done so far is kept. A run that ends otherwise meanwhile says so itself.
+        let _ = ask.send(reason.into()).await;
+        let _ = training.await;
+        Err(trouble)
     })?;
     list_losses(&run)?;
     if let Some(tally) = chaos.map(Chaos::into_tally) {

@@ -1,15 +1,19 @@
 //! `lockstep worker`.
 
+use std::io::Write as _;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
-use lockstep_worker::{Ended, WorkerConfig};
+use lockstep_worker::{Ended, JoinedHook, WorkerConfig};
 
-use super::block_on;
+use super::{DISMISSED, Said, block_on};
 use crate::cli::Worker;
 use crate::stop::Requests;
 use crate::{lifeline, telemetry};
+
+/// What is said when the process ends in the middle of its work.
+const AT_ONCE: &str = "stopped at once; what this worker held goes to others";
 
 /// Joins a coordinator and computes for it until it is released.
 pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
@@ -25,17 +29,23 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
     let mut device = ComputeDevice::open(args.device)?;
     device.description =
         format!("{}, {threads} {}", device.description, if threads == 1 { "thread" } else { "threads" });
-    let config = WorkerConfig { address: args.join, name, device, spans: Arc::new(move || recorder.take()) };
+    let config = WorkerConfig {
+        address: args.join,
+        name,
+        device,
+        spans: Arc::new(move || recorder.take()),
+        joined: if args.announce { announcing() } else { Arc::new(|| {}) },
+    };
     let ended = block_on(async {
         let orphaned = args.end_with_stdin.then(lifeline::end).transpose()?;
         let requests = Requests::by_signal()?;
         let shutdown = async move {
             match orphaned {
                 Some(orphaned) => tokio::select! {
-                    reason = requests.first() => drop(reason),
+                    reason = requests.first(AT_ONCE) => drop(reason),
                     _ = orphaned => {}
                 },
-                None => drop(requests.first().await),
+                None => drop(requests.first(AT_ONCE).await),
             }
         };
         Ok(lockstep_worker::run(config, shutdown).await?)
@@ -43,8 +53,20 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
     match ended {
         Ended::Released(reason) => tracing::info!("released: {reason}"),
         Ended::Shutdown => tracing::info!("shut down"),
+        Ended::Dismissed(reason) => {
+            eprintln!("released, and the run goes on without this worker: {reason}");
+            return Err(Said(DISMISSED).into());
+        }
     }
     Ok(())
+}
+
+/// Tells the parent of each membership.
+fn announcing() -> JoinedHook {
+    Arc::new(|| {
+        // A parent that is gone takes this process with it.
+        let _ = writeln!(std::io::stdout(), "member");
+    })
 }
 
 /// Cores of this machine that the process may use.

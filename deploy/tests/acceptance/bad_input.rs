@@ -50,6 +50,17 @@ fn a_diverged_run_still_has_whole_files() {
     assert_eq!((&shown["step"], &shown["train_loss"]), (&30.into(), &serde_json::Value::Null));
 }
 
+/// What workers cannot do ends the run, and what was done is on disk.
+#[test]
+fn a_device_that_is_not_there_is_said_and_the_run_is_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let said = fail(lockstep(&["train", "line", "--device", "wgpu:999", "--run", path(&run)], &[]), 1);
+    assert!(said.contains("cannot work; it said: ") && said.contains("starting it again in 0.5 s"), "{said}");
+    assert!(said.contains("cannot work, and no other can; ") && said.contains("999"), "{said}");
+    assert_eq!(inspect(&run)["step"], 0);
+}
+
 #[test]
 fn a_port_in_use_is_said() {
     let dir = tempfile::tempdir().unwrap();

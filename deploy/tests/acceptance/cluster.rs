@@ -127,11 +127,13 @@ impl Running {
     }
 
     /// Sends a signal by name, as `kill` does.
+    #[cfg(unix)]
     pub(crate) fn signal(&self, name: &str) {
         send_signal(self.child.id(), name);
     }
 
     /// The process id.
+    #[cfg(unix)]
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }
@@ -154,6 +156,7 @@ impl Drop for Running {
 }
 
 /// Sends a signal by name, as `kill` does; a process that has just ended gets none.
+#[cfg(unix)]
 pub(crate) fn send_signal(process: u32, name: &str) {
     let sent = Command::new("kill").args([&format!("-{name}"), &process.to_string()]).stderr(Stdio::null()).status();
     sent.expect("kill is there");

@@ -27,6 +27,7 @@ fn line_with_a_broken_worker(python: &Path, dir: &Path, resume: &[&str], audit: 
     assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
     assert!(broken.wait().is_some(), "it ended by itself");
     assert!(broken.said.contains("released: quarantined"), "{}", broken.said);
+    assert!(broken.said.contains("; the run goes on"), "{}", broken.said);
     for worker in ours.iter_mut().chain([&mut fourth]) {
         assert_eq!(worker.wait(), Some(0), "{}", worker.said);
     }

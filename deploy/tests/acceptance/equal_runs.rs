@@ -105,6 +105,7 @@ fn a_killed_worker_costs_time_and_no_bit() {
     assert_eq!(fingerprint(&run), quiet);
 }
 
+#[cfg(unix)]
 #[test]
 fn interrupted_once_it_saves_and_ends_well() {
     let dir = tempfile::tempdir().unwrap();

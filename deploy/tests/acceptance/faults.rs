@@ -9,8 +9,7 @@ use lockstep_model::random::{Draws, Stream};
 use serde_json::Value;
 
 use crate::cluster::{
-    Running, SMALL, children, coordinator, fingerprint, lockstep, logged_steps, path, send_signal, succeed, text,
-    worker,
+    Running, SMALL, coordinator, fingerprint, lockstep, logged_steps, path, send_signal, succeed, text, worker,
 };
 use crate::proxy::Proxy;
 
@@ -106,13 +105,8 @@ fn a_coordinator_killed_under_train() {
         story.watch(train.id());
         for step in story.moments(2) {
             train.wait_for(&at(step));
-            let is_coordinator = |id: &u32| {
-                let command = std::fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
-                command.split(|byte| *byte == 0).any(|argument| argument == b"coordinator")
-            };
-            let id = children(train.id()).into_iter().find(is_coordinator).expect("train has a coordinator");
             story.tell(format!("step {step}: kill -9 of the coordinator"));
-            send_signal(id, "KILL");
+            kill_coordinator_of(&train);
             train.wait_for("starting it again");
         }
         assert_eq!(train.wait(), Some(0), "{}", train.said);
@@ -120,8 +114,37 @@ fn a_coordinator_killed_under_train() {
     }
 }
 
+/// Kills the coordinator of `train` as `kill -9` does.
+#[cfg(target_os = "linux")]
+fn kill_coordinator_of(train: &Running) {
+    let is_coordinator = |id: &u32| {
+        let command = std::fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+        command.split(|byte| *byte == 0).any(|argument| argument == b"coordinator")
+    };
+    let mut children = crate::cluster::children(train.id()).into_iter();
+    send_signal(children.find(is_coordinator).expect("train has a coordinator"), "KILL");
+}
+
+/// A coordinator that dies at the same place again and again is not started for ever.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_coordinator_that_gets_nowhere_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let arguments = ["train", "quickstart", "--device", "cpu", "--workers", "1", "--run", path(&run)];
+    let endless = ["schedule.steps=1000000", "checkpoint.every_steps=0", "checkpoint.every_secs=0"];
+    let mut train = Running::start(lockstep(&arguments, &[SMALL, OVERRIDES, &endless].concat()));
+    for _ in 0..3 {
+        train.wait_for(" joined: ");
+        kill_coordinator_of(&train);
+        train.wait_for("the coordinator ended");
+    }
+    assert_eq!(train.wait(), Some(1), "{}", train.said);
+    let given_up = "the coordinator ended 3 times (signal: 9 (SIGKILL)) after it went on from step 0, before a newer";
+    assert!(train.said.contains(given_up), "{}", train.said);
+}
+
 /// All of it by itself, and an account of it.
-#[cfg(unix)]
 #[test]
 fn chaos_under_train() {
     for seed in SEEDS {

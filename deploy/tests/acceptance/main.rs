@@ -7,11 +7,13 @@ mod bad_input;
 mod cluster;
 mod distrust;
 mod equal_runs;
+#[cfg(unix)]
 mod faults;
 mod gpu;
 mod line;
 mod parity;
 mod prepare;
+#[cfg(unix)]
 mod proxy;
 mod quickstart;
 mod scale_out;

@@ -212,6 +212,7 @@ fn nothing_is_lost_or_repeated_when_workers_and_coordinators_die() {
     assert_eq!(fingerprint(&run), fingerprint(&quiet));
 }
 
+#[cfg(unix)]
 #[test]
 fn a_second_coordinator_fences_off_the_first() {
     let dir = tempfile::tempdir().unwrap();

@@ -222,7 +222,8 @@ class Membership:
                     case "heartbeat_ack":
                         self.estimate_clock_offset(message.heartbeat_ack)
                     case "release":
-                        return str(message.release.reason)
+                        goes_on = "; the run goes on" if message.release.run_goes_on else ""
+                        return f"{message.release.reason}{goes_on}"
                 leases = {lease_id: future for lease_id, future in leases.items() if not future.done()}
             say("the coordinator closed the control stream")
         except grpc.RpcError as error:

@@ -314,9 +314,11 @@ fn a_lost_connection_ends_the_membership() {
 
 #[test]
 fn a_release_ends_the_membership_for_good() {
-    let mut session = Driven::computing();
-    let commands = session.on(Event::Released { reason: "the run is complete".into() });
-    assert_eq!(commands, [Command::Leave(Departure::Released("the run is complete".into()))]);
+    let released =
+        |reason: &str, run_goes_on| Driven::computing().on(Event::Released { reason: reason.into(), run_goes_on });
+    let departure = Departure::Released("the run is complete".into());
+    assert_eq!(released("the run is complete", false), [Command::Leave(departure)]);
+    assert_eq!(released("quarantined", true), [Command::Leave(Departure::Dismissed("quarantined".into()))]);
 }
 
 #[test]

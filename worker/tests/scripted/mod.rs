@@ -59,7 +59,12 @@ impl ToWorker {
     }
 
     pub(crate) async fn release(&self, reason: &str) {
-        self.send(Ok(v1::coordinator_message::Kind::Release(v1::Release { reason: reason.into() }))).await;
+        self.let_go(reason, false).await;
+    }
+
+    pub(crate) async fn let_go(&self, reason: &str, run_goes_on: bool) {
+        let release = v1::Release { reason: reason.into(), run_goes_on };
+        self.send(Ok(v1::coordinator_message::Kind::Release(release))).await;
     }
 
     pub(crate) async fn fail(&self, status: Status) {
