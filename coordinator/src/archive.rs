@@ -9,8 +9,8 @@ use lockstep_model::checkpoint::{self, Checkpoint, Manifest};
 
 use crate::background::Background;
 use crate::dataplane::State;
+use crate::input::Input;
 use crate::run_dir::Fence;
-use crate::service::Input;
 
 /// Something to do with checkpoints.
 pub(crate) enum Job {

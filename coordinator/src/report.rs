@@ -88,8 +88,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (reports, config) = (dir.path().join("reports"), RunConfig::line(dir.path()));
         remove_after(&reports, 0).unwrap();
-        let path = write(&reports, &config, 3, 1, &[]).unwrap();
-        let later = [4, 5].map(|step| write(&reports, &config, step, 1, &[]).unwrap());
+        let path = write(&reports, &config, "words", 3, &[]).unwrap();
+        let later = [4, 5].map(|step| write(&reports, &config, "words", step, &[]).unwrap());
         let own = reports.join("step-000000005-what-i-think.txt");
         fs::write(&own, "a person's").unwrap();
         remove_after(&reports, 3).unwrap();

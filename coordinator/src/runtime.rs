@@ -1,12 +1,15 @@
 //! The runtime's state: turns input into engine events and carries out the engine's commands.
 
+mod progress;
+mod status;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
 use lockstep_model::batch::Sums;
-use lockstep_model::checkpoint::{Checkpoint, Manifest, Validation};
+use lockstep_model::checkpoint::{Manifest, Validation};
 use lockstep_model::digest::hex;
 use lockstep_model::layout::Layout;
 use lockstep_model::ledger::slot_sha256;
@@ -18,19 +21,20 @@ use tokio::sync::{mpsc, oneshot};
 use crate::archive;
 use crate::background::Background;
 use crate::config::RunConfig;
-use crate::dataplane::{Applied, DataPlane, Publication, Staging, State};
-use crate::engine::command::{DiscardReason, Failure, Finding, Lease, Outcome, Refusal, ReleaseReason, Task};
+use crate::dataplane::{DataPlane, Publication, Staging, State};
+use crate::engine::command::{DiscardReason, Failure, Lease, Outcome, Refusal, ReleaseReason, Task};
 use crate::engine::event::BlockDone;
 use crate::engine::{Command, Engine, Event, Ticket, Time, WorkerId};
+use crate::input::{Finished, Input};
 use crate::ledger::LedgerFile;
-use crate::metrics::{Line, Metrics, StepLine, ValidationLine};
+use crate::metrics::{Line, Metrics, ValidationLine};
 use crate::observe::{Observer, RunEvent, Sample};
 use crate::plot;
 use crate::report;
 use crate::run::Summary;
 use crate::run_dir::RunDir;
 use crate::sampler;
-use crate::service::{Finished, Input, unix_nanos};
+use crate::service::unix_nanos;
 use crate::start::{self, Start};
 use crate::step_times::StepTimes;
 use crate::trace::traceparent;
@@ -456,78 +460,6 @@ impl Runtime {
         decided
     }
 
-    /// A step was applied and published: it is committed.
-    fn commit(&mut self, applied: Applied) -> anyhow::Result<()> {
-        let step = applied.step;
-        self.run_dir.fence().check()?;
-        self.ledger.commit(step)?;
-        let (sums, lr) = self.applying.take().context("the data plane applied a step that nobody asked for")?;
-        let (loss, step_secs) = (sums.mean(), self.step.since.elapsed().as_secs_f64());
-        let tokens_per_sec = self.tokens_per_step as f64 / step_secs;
-        self.manifest.step = step;
-        self.manifest.train_loss = Some(loss);
-        self.manifest.tokens += self.tokens_per_step;
-        self.metrics.append(Line::Step(StepLine {
-            step,
-            loss,
-            tokens: self.manifest.tokens,
-            lr,
-            grad_norm: applied.grad_norm,
-            skipped: applied.skipped,
-            step_secs,
-            tokens_per_sec,
-            compute_secs: self.step.compute.as_secs_f64(),
-            upload_secs: self.step.upload.as_secs_f64(),
-            reduce_secs: applied.reduce.as_secs_f64(),
-            optimizer_secs: applied.optimize.as_secs_f64(),
-            publish_secs: applied.publish.as_secs_f64(),
-        }))?;
-        self.tell(&RunEvent::Step { step, loss, tokens_per_sec });
-        self.step = StepTimes::none();
-        self.decide(Event::StepApplied { step, skipped: applied.skipped })
-    }
-
-    /// The run goes back to `checkpoint`, or to its beginning.
-    fn roll_back(&mut self, checkpoint: Option<Box<Checkpoint>>) -> anyhow::Result<()> {
-        let saved = checkpoint.is_some();
-        let (manifest, state) = match checkpoint {
-            Some(checkpoint) => start::go_on(&self.config, *checkpoint),
-            None => {
-                let mut beginning = start::new_manifest(&self.config, &self.manifest.run_id);
-                // The beginning is validated once, and that stands.
-                beginning.validation = self.metrics.lines().iter().find_map(|line| match line {
-                    Line::Validation(line) if line.step == 0 => Some(line.validation()),
-                    _ => None,
-                });
-                (beginning, start::initial_state(&self.config))
-            }
-        };
-        let (step, validated) = (manifest.step, manifest.is_validated());
-        let skipped_in_a_row = manifest.filter.skipped_in_a_row;
-        let device_classes = std::mem::take(&mut self.manifest.device_classes);
-        self.manifest = Manifest { device_classes, ..manifest };
-        self.metrics.truncate_after(step, validated)?;
-        self.ledger.truncate(self.manifest.ledger)?;
-        report::remove_after(&self.run_dir.reports(), step)?;
-        self.step = StepTimes::none();
-        self.applying = None;
-        self.run_dir.trust_up_to(None)?;
-        self.plane.restore(step, state);
-        self.tell(&RunEvent::RolledBack { step });
-        self.decide(Event::RolledBack { step, validated, saved, skipped_in_a_row })
-    }
-
-    /// Tells a person what the engine found; a skipped step gets a report of its own.
-    fn report(&mut self, finding: &Finding) -> anyhow::Result<()> {
-        let mut words = finding.to_string();
-        if let Finding::Skipped { step, slots, .. } = finding {
-            let path = report::write(&self.run_dir.reports(), &self.config, &words, *step, slots)?;
-            words.push_str(&format!("; see {}", path.display()));
-        }
-        self.tell(&RunEvent::Finding(words));
-        Ok(())
-    }
-
     fn draw(&self) {
         let drawn = plot::loss_curve(&self.run_dir.loss_svg(), &self.config.recipe_name, self.metrics.lines());
         if let Err(error) = drawn {
@@ -547,41 +479,6 @@ impl Runtime {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
         file.and_then(|mut file| file.write_all(text.as_bytes()))
             .with_context(|| format!("{}: cannot append", path.display()))
-    }
-
-    fn status(&self) -> v1::StatusReply {
-        let status = self.engine.status();
-        let last = self.metrics.lines().iter().rev().find_map(|line| match line {
-            Line::Step(line) => Some(line),
-            Line::Validation(_) => None,
-        });
-        let tokens_per_slot = self.tokens_per_step as f64 / f64::from(self.config.batch.slots);
-        let workers = status.members.iter().map(|member| v1::WorkerStatus {
-            worker_id: member.worker.0,
-            name: member.name.clone(),
-            device: member.device.clone(),
-            device_class: member.class.to_string(),
-            tokens_per_sec: member.slots_per_sec.unwrap_or(0.0) * tokens_per_slot,
-            leases: member.leases.len() as u32,
-            blocks_accepted: member.blocks_accepted,
-        });
-        v1::StatusReply {
-            run_id: self.manifest.run_id.clone(),
-            incarnation: self.run_dir.identity().incarnation,
-            recipe: self.config.recipe_name.clone(),
-            step: self.manifest.step,
-            total_steps: self.config.schedule.steps,
-            loss: self.manifest.train_loss,
-            val_loss: self.manifest.validation.map(|validation| validation.loss),
-            tokens_per_sec: last.map_or(0.0, |line| line.tokens_per_sec),
-            workers: workers.collect(),
-            waiting_for: status.waiting_for,
-            blocks_leased_again: status.counts.blocks_leased_again,
-            twins: status.counts.twins,
-            roll_backs: status.counts.roll_backs,
-            quarantined: status.quarantined,
-            evaluating: status.evaluating,
-        }
     }
 
     /// Waits for the samples under way and draws the last picture.
