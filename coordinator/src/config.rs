@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use lockstep_model::config::{BatchConfig, ModelConfig, OptimizerConfig, ScheduleConfig};
 use lockstep_model::sampler::Source;
+use lockstep_model::step_filter::SkipConfig;
 use lockstep_model::tokenizer::Tokenizer;
+
+use crate::engine::OnDispute;
 
 /// One run: what is trained, on what, and how it is watched.
 #[derive(Clone, Debug)]
@@ -27,6 +30,8 @@ pub struct RunConfig {
     pub bytes_per_token: Option<f64>,
     /// The update rule.
     pub optimizer: OptimizerConfig,
+    /// What becomes of steps whose gradient is of no use.
+    pub skip: SkipConfig,
     /// The learning rate over time.
     pub schedule: ScheduleConfig,
     /// How a step is cut into slots.
@@ -74,6 +79,8 @@ pub struct SamplingConfig {
 pub struct CheckpointConfig {
     /// Every so many steps, besides the last; 0: the last alone.
     pub every_steps: u64,
+    /// Besides, at the first boundary so long after the one before; `None`: at no time.
+    pub interval: Option<Duration>,
     /// Newest checkpoints kept, at least 1. The one with the best validation loss is kept besides.
     pub keep_last: usize,
     /// Stop cleanly, with a checkpoint, after this step.
@@ -81,12 +88,16 @@ pub struct CheckpointConfig {
 }
 
 /// Who may take part.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ClusterConfig {
     /// Steps are leased out only while so many workers are here, at least 1.
     pub min_workers: u32,
     /// Admit only workers of one device class.
     pub exact: bool,
+    /// Share of the blocks that another worker computes, too, before they count: 0 to 1.
+    pub audit: f64,
+    /// What happens when two workers disagree and there is no third.
+    pub on_dispute: OnDispute,
     /// How often a worker is to say that it lives.
     pub heartbeat_interval: Duration,
     /// Silence after which a worker is given up.

@@ -12,6 +12,7 @@ pub mod engine;
 pub mod metrics;
 pub mod observe;
 mod plot;
+mod report;
 mod run;
 pub mod run_dir;
 mod runtime;

@@ -57,6 +57,13 @@ pub enum RunEvent {
         /// Tokens (or rows) a second.
         tokens_per_sec: f64,
     },
+    /// Something that a person should know, in words.
+    Finding(String),
+    /// The run went back to an earlier step.
+    RolledBack {
+        /// The step it goes on after.
+        step: u64,
+    },
     /// A validation was measured.
     Validation(Validation),
     /// A text was sampled.

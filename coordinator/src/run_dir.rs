@@ -8,6 +8,7 @@
 //! RUN/metrics.jsonl    one line a step
 //! RUN/loss.svg         the same as a picture
 //! RUN/samples.txt      text sampled while training
+//! RUN/reports/         steps whose gradient was of no use: slots and text
 //! RUN/logs/            what the local workers said
 //! ```
 
@@ -100,6 +101,11 @@ impl RunDir {
     /// The picture of the losses.
     pub fn loss_svg(&self) -> PathBuf {
         self.root.join("loss.svg")
+    }
+
+    /// Where reports of skipped steps lie.
+    pub fn reports(&self) -> PathBuf {
+        self.root.join("reports")
     }
 
     /// The sampled texts.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use lockstep_model::batch::Sums;
-use lockstep_model::checkpoint::{Manifest, Validation};
+use lockstep_model::checkpoint::{self, Checkpoint, Manifest, Validation};
 use lockstep_model::digest::hex;
 use lockstep_model::layout::Layout;
 use lockstep_model::schedule::learning_rate;
@@ -18,12 +18,13 @@ use crate::archive;
 use crate::background::Background;
 use crate::config::RunConfig;
 use crate::dataplane::{Applied, DataPlane, Publication, Staging, State};
-use crate::engine::command::{Lease, Outcome, ReleaseReason, Task};
+use crate::engine::command::{DiscardReason, Finding, Lease, Outcome, ReleaseReason, Task};
 use crate::engine::event::BlockDone;
-use crate::engine::{Command, Engine, Event, Ticket, Time, WorkerId};
+use crate::engine::{Command, Engine, Event, Ticket, Time, Trust, WorkerId};
 use crate::metrics::{Line, Metrics, StepLine, ValidationLine};
 use crate::observe::{Observer, RunEvent, Sample};
 use crate::plot;
+use crate::report;
 use crate::run::Summary;
 use crate::run_dir::RunDir;
 use crate::sampler;
@@ -88,12 +89,13 @@ impl Runtime {
         let Start { run_dir, state, manifest, metrics, resumed } = start;
         let (layout, optimizer) = (Layout::of(&config.model), config.optimizer.clone());
         let news = inputs.clone();
-        let plane = DataPlane::start(layout, optimizer, config.batch.slots, manifest.step, state, move |applied| {
+        let slots = config.batch.slots;
+        let plane = DataPlane::start(layout, optimizer, config.skip, slots, manifest.step, state, move |applied| {
             drop(news.send(Input::Applied(applied)));
         })?;
         let news = inputs.clone();
-        let archive = archive::start(run_dir.checkpoints(), config.checkpoint.keep_last, move |step, written| {
-            drop(news.send(Input::Archived { step, written }));
+        let archive = archive::start(run_dir.checkpoints(), config.checkpoint.keep_last, move |input| {
+            drop(news.send(input));
         })?;
         let sampler = match config.sampling.prompts.is_empty() {
             true => None,
@@ -220,6 +222,8 @@ impl Runtime {
                 self.decide(Event::CheckpointWritten { step })
             }
             Input::Archived { step, written: Err(reason) } => self.decide(Event::CheckpointFailed { step, reason }),
+            Input::Kept { worker, blocks } => self.decide(Event::Kept { worker, blocks }),
+            Input::RolledBack(checkpoint) => self.roll_back(checkpoint?),
             Input::Sampled(sample) => {
                 self.keep_sample(&sample)?;
                 self.tell(&RunEvent::Sample(sample));
@@ -272,6 +276,9 @@ impl Runtime {
                 if lease.task == Task::Gradient && self.step.number != lease.step {
                     self.step = StepTimes::begin(&self.manifest.run_id, lease.step);
                 }
+                if lease.task == Task::Gradient {
+                    self.staging.open(worker, lease.id);
+                }
                 let message = self.lease_message(&lease);
                 self.send(worker, Message::Lease(message));
             }
@@ -284,7 +291,20 @@ impl Runtime {
                     self.plane.add(block, vector, &self.step.span);
                 }
             }
-            Command::Discard { worker, lease, .. } => drop(self.staging.take(worker, lease)),
+            Command::Discard { worker, lease, reason } => {
+                drop(self.staging.take(worker, lease));
+                if matches!(reason, DiscardReason::Overtaken | DiscardReason::StartedOver | DiscardReason::RunEnds) {
+                    self.send(worker, Message::Revoke(v1::Revoke { lease_id: lease.0 }));
+                }
+            }
+            Command::RestartStep { .. } => self.plane.restart(),
+            Command::RollBack { at_most } => {
+                if let Some(archive) = self.archive.sender() {
+                    // By way of the data plane, so that checkpoints of versions before are written first.
+                    self.plane.then(move || drop(archive.send(archive::Job::RollBack { at_most })));
+                }
+            }
+            Command::Report(finding) => self.report(&finding)?,
             Command::ApplyStep { step, sums } => {
                 let lr = learning_rate(&self.config.schedule, self.config.optimizer.lr, step);
                 self.applying = Some((sums, lr));
@@ -306,16 +326,21 @@ impl Runtime {
                 }
             }
             Command::Checkpoint { .. } => {
-                let manifest = self.manifest.clone();
+                let Trust { unchecked_since, quarantined } = self.engine.trust().clone();
+                self.manifest.trust = checkpoint::Trust { unchecked_since, quarantined };
+                let mut manifest = Box::new(self.manifest.clone());
                 if let Some(archive) = self.archive.sender() {
                     self.plane.snapshot(move |state| {
-                        let _ = archive.send(archive::Job { manifest, state });
+                        manifest.filter = state.filter.clone();
+                        let _ = archive.send(archive::Job::Write { manifest, state });
                     });
                 }
             }
             Command::Release { worker, reason } => {
                 self.send(worker, Message::Release(v1::Release { reason: reason.to_string() }));
-                if let (ReleaseReason::Declined { .. }, Some(member)) = (&reason, self.members.get_mut(&worker)) {
+                if let (ReleaseReason::Declined { .. } | ReleaseReason::Quarantined { .. }, Some(member)) =
+                    (&reason, self.members.get_mut(&worker))
+                {
                     member.out = None;
                 }
             }
@@ -357,7 +382,7 @@ impl Runtime {
             slots: lease.block.slots(slots).map(|slot| translate::slot(slot, &batch(slot))).collect(),
             seed: self.config.seed,
             traceparent: traceparent(&self.manifest.run_id, lease.step),
-            parameters_sha256: Vec::new(),
+            parameters_sha256: self.plane.published_sha256().to_vec(),
         }
     }
 
@@ -379,6 +404,7 @@ impl Runtime {
             task: if result.sha256.is_some() { Task::Gradient } else { Task::Evaluate },
             block: result.block,
             digest: result.sha256,
+            norm: result.norm,
             sums: result.sums,
             slot_sums: std::mem::take(&mut result.slot_sums),
             compute: result.compute,
@@ -414,7 +440,46 @@ impl Runtime {
         }))?;
         self.tell(&RunEvent::Step { step, loss, tokens_per_sec });
         self.step = StepTimes::none();
-        self.decide(Event::StepApplied { step })
+        self.decide(Event::StepApplied { step, skipped: applied.skipped })
+    }
+
+    /// The run goes back to `checkpoint`, or to its beginning.
+    fn roll_back(&mut self, checkpoint: Option<Box<Checkpoint>>) -> anyhow::Result<()> {
+        let run_id = self.manifest.run_id.clone();
+        let device_classes = std::mem::take(&mut self.manifest.device_classes);
+        let saved = checkpoint.is_some();
+        let (manifest, state) = match checkpoint.map(|checkpoint| *checkpoint) {
+            Some(Checkpoint { manifest, parameters, optimizer }) => {
+                let state = State { parameters, optimizer, filter: manifest.filter.clone() };
+                (manifest, state)
+            }
+            None => (start::new_manifest(&self.config, &run_id), start::initial_state(&self.config)),
+        };
+        let skipped_in_a_row = manifest.filter.skipped_in_a_row;
+        let step = manifest.step;
+        let validated = match saved {
+            true => start::is_validated(&manifest),
+            // The beginning is validated once, and that stands.
+            false => self.metrics.lines().iter().any(|line| matches!(line, Line::Validation(line) if line.step == 0)),
+        };
+        self.manifest = Manifest { device_classes, ..manifest };
+        self.metrics = Metrics::open(&self.run_dir.metrics(), step, validated)?;
+        self.step = StepTimes::none();
+        self.applying = None;
+        self.plane.restore(step, state);
+        self.tell(&RunEvent::RolledBack { step });
+        self.decide(Event::RolledBack { step, validated, saved, skipped_in_a_row })
+    }
+
+    /// Tells a person what the engine found; a skipped step gets a report of its own.
+    fn report(&mut self, finding: &Finding) -> anyhow::Result<()> {
+        let mut words = finding.to_string();
+        if let Finding::Skipped { step, in_a_row, slots } = finding {
+            let path = report::write(&self.run_dir.reports(), &self.config, *step, *in_a_row, slots)?;
+            words.push_str(&format!("; see {}", path.display()));
+        }
+        self.tell(&RunEvent::Finding(words));
+        Ok(())
     }
 
     fn draw(&self) {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lockstep_model::batch::Sums;
+use lockstep_model::checkpoint::Checkpoint;
 use lockstep_model::digest::vector_sha256;
+use lockstep_model::optimizer::l2_norm;
 use lockstep_model::tree::Block;
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::{self, coordinator_message, push_message, worker_message};
@@ -18,8 +20,13 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 
 use crate::dataplane::{Applied, Publication, Staged, Staging};
+use crate::engine::event::KeptBlock;
 use crate::engine::{DeviceClass, LeaseId, WorkerId};
 use crate::observe::Sample;
+use crate::translate;
+
+/// Most kept blocks that a worker may offer.
+const MAX_KEPT: usize = 64;
 
 /// What the runtime hears: from the service, and from the threads that work for it.
 #[derive(Debug)]
@@ -42,6 +49,10 @@ pub(crate) enum Input {
     Result { worker: WorkerId, result: Finished },
     /// A member cannot do a lease.
     Declined { worker: WorkerId, lease: LeaseId, reason: String },
+    /// A new member has gradients from an earlier membership.
+    Kept { worker: WorkerId, blocks: Vec<KeptBlock> },
+    /// An earlier checkpoint was loaded, as the engine asked; `None`: there is none, the run begins anew.
+    RolledBack(anyhow::Result<Option<Box<Checkpoint>>>),
     /// Somebody asks what the run is doing.
     Status { reply: oneshot::Sender<v1::StatusReply> },
 }
@@ -55,8 +66,10 @@ pub(crate) struct Finished {
     pub(crate) block: Block,
     pub(crate) sums: Sums,
     pub(crate) slot_sums: Vec<Sums>,
-    /// Digest of the vector that was pushed; `None` for an evaluation.
+    /// Digest of the gradient, as the worker says; `None` for an evaluation.
     pub(crate) sha256: Option<[u8; 32]>,
+    /// L2 norm of the vector that was pushed for it; `None` if there is no such vector.
+    pub(crate) norm: Option<f64>,
     pub(crate) compute: Duration,
     pub(crate) upload: Duration,
     pub(crate) spans: Vec<v1::SpanTiming>,
@@ -189,7 +202,8 @@ impl v1::lockstep_server::Lockstep for Service {
             return Err(Status::data_loss("the vector's SHA-256 is not the header's; push it again"));
         }
         let (worker, lease) = (WorkerId(header.worker_id), LeaseId(header.lease_id));
-        match self.staging.put(worker, lease, Staged { vector, sha256 }) {
+        let norm = l2_norm(&vector);
+        match self.staging.put(worker, lease, Staged { vector, sha256, norm }) {
             true => Ok(Response::new(v1::PushReply {})),
             false => {
                 Err(Status::failed_precondition(format!("worker {worker} is not, or no longer, a member; join again")))
@@ -243,6 +257,10 @@ impl Listener {
                     let reason = declined.reason.chars().take(1024).collect();
                     Input::Declined { worker: self.worker, lease: LeaseId(declined.lease_id), reason }
                 }
+                Some(worker_message::Kind::Kept(kept)) => {
+                    let blocks = kept.blocks.iter().take(MAX_KEPT).filter_map(translate::kept_block).collect();
+                    Input::Kept { worker: self.worker, blocks }
+                }
                 Some(worker_message::Kind::Result(result)) => match self.finished(result) {
                     Ok(result) => Input::Result { worker: self.worker, result },
                     Err(reason) => break reason,
@@ -266,14 +284,11 @@ impl Listener {
         let lease = LeaseId(result.lease_id);
         let sha256 = match result.vector_sha256.is_empty() {
             true => None,
-            false => {
-                let claimed = digest(&result.vector_sha256, "vector_sha256").map_err(|s| s.message().to_string())?;
-                if self.staging.sha256(self.worker, lease) != Some(claimed) {
-                    return Err(format!("it sent a result for lease {} whose vector it did not push", lease.0));
-                }
-                Some(claimed)
-            }
+            false => Some(digest(&result.vector_sha256, "vector_sha256").map_err(|s| s.message().to_string())?),
         };
+        // The vector of a lease that was taken back is gone: then the engine says what becomes of the result.
+        let staged = self.staging.look(self.worker, lease);
+        let norm = staged.filter(|(staged, _)| Some(*staged) == sha256).map(|(_, norm)| norm);
         let slot_sums = result.slot_loss_sums.iter().zip(&result.slot_weight_sums);
         Ok(Finished {
             lease,
@@ -283,6 +298,7 @@ impl Listener {
             sums: Sums { loss: result.loss_sum, weight: result.weight_sum },
             slot_sums: slot_sums.map(|(&loss, &weight)| Sums { loss, weight }).collect(),
             sha256,
+            norm,
             compute: Duration::from_nanos(result.compute_nanos),
             upload: Duration::from_nanos(result.upload_nanos),
             spans: result.spans,

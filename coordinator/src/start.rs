@@ -1,6 +1,7 @@
 //! How a run starts, or goes on: from its configuration and what lies in its directory.
 
 use std::collections::BTreeMap;
+use std::hash::BuildHasher as _;
 
 use anyhow::{Context as _, bail};
 use lockstep_model::checkpoint::{self, FORMAT_VERSION, Manifest};
@@ -8,12 +9,13 @@ use lockstep_model::config::ModelConfig;
 use lockstep_model::digest::{bytes_sha256, hex};
 use lockstep_model::layout::{Layout, initial_parameters};
 use lockstep_model::optimizer::OptimizerState;
+use lockstep_model::step_filter::StepFilter;
 use lockstep_model::tree::Block;
 use lockstep_proto::{MAX_LEASE_BYTES, v1};
 
 use crate::config::RunConfig;
 use crate::dataplane::State;
-use crate::engine::{self, DeviceClass, EngineConfig};
+use crate::engine::{self, DeviceClass, EngineConfig, Trust};
 use crate::metrics::Metrics;
 use crate::run_dir::{Identity, RunDir};
 use crate::service::unix_nanos;
@@ -61,13 +63,9 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
                 files: manifest.files,
                 ..loaded.manifest
             };
-            State { parameters: loaded.parameters, optimizer: loaded.optimizer }
+            State { parameters: loaded.parameters, optimizer: loaded.optimizer, filter: manifest.filter.clone() }
         }
-        None => {
-            let parameters = initial_parameters(&config.model, config.seed);
-            let optimizer = OptimizerState::new(&config.optimizer, parameters.len());
-            State { parameters, optimizer }
-        }
+        None => initial_state(config),
     };
     if manifest.step > config.schedule.steps {
         bail!(
@@ -83,8 +81,15 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
     Ok(Start { run_dir, state, manifest, metrics, resumed })
 }
 
+/// Where every run begins.
+pub(crate) fn initial_state(config: &RunConfig) -> State {
+    let parameters = initial_parameters(&config.model, config.seed);
+    let optimizer = OptimizerState::new(&config.optimizer, parameters.len());
+    State { parameters, optimizer, filter: StepFilter::default() }
+}
+
 /// A new run's manifest, before its first step.
-fn new_manifest(config: &RunConfig, run_id: &str) -> Manifest {
+pub(crate) fn new_manifest(config: &RunConfig, run_id: &str) -> Manifest {
     Manifest {
         format_version: FORMAT_VERSION,
         run_id: run_id.into(),
@@ -97,6 +102,8 @@ fn new_manifest(config: &RunConfig, run_id: &str) -> Manifest {
         recipe_name: config.recipe_name.clone(),
         recipe: config.recipe_toml.clone(),
         device_classes: Vec::new(),
+        filter: StepFilter::default(),
+        trust: checkpoint::Trust::default(),
         tokens: 0,
         params_sha256: String::new(),
         optimizer_sha256: String::new(),
@@ -109,7 +116,7 @@ fn same_network(saved: &ModelConfig, asked: &ModelConfig) -> bool {
     saved == asked || matches!((saved, asked), (ModelConfig::Line(_), ModelConfig::Line(_)))
 }
 
-fn is_validated(manifest: &Manifest) -> bool {
+pub(crate) fn is_validated(manifest: &Manifest) -> bool {
     manifest.validation.is_some_and(|validation| validation.step == manifest.step)
 }
 
@@ -123,6 +130,11 @@ pub(crate) fn engine_config(config: &RunConfig, manifest: &Manifest, resumed: bo
             step: manifest.step,
             validated: is_validated(manifest),
             classes: manifest.device_classes.iter().filter_map(|class| parse_class(class)).collect(),
+            skipped_in_a_row: manifest.filter.skipped_in_a_row,
+            trust: Trust {
+                unchecked_since: manifest.trust.unchecked_since.clone(),
+                quarantined: manifest.trust.quarantined.clone(),
+            },
         },
     };
     EngineConfig {
@@ -132,13 +144,24 @@ pub(crate) fn engine_config(config: &RunConfig, manifest: &Manifest, resumed: bo
         evaluate_every_steps: config.evaluation.every_steps,
         sample_every_steps: config.sampling.every_steps,
         checkpoint_every_steps: config.checkpoint.every_steps,
+        checkpoint_interval: config.checkpoint.interval,
         stop_after: config.checkpoint.stop_after,
         min_workers: config.cluster.min_workers,
         exact: config.cluster.exact,
+        audit: config.cluster.audit,
+        audit_seed: secret(),
+        on_dispute: config.cluster.on_dispute,
+        max_bad_steps: config.skip.max_in_a_row,
         liveness_timeout: config.cluster.liveness_timeout,
         max_slots_per_lease: 1 << fitting.ilog2(),
         start,
     }
+}
+
+/// A number that nobody outside can guess: which blocks are audited must not be known beforehand.
+fn secret() -> u64 {
+    // Keyed by the system's randomness.
+    std::collections::hash_map::RandomState::new().hash_one(unix_nanos())
 }
 
 fn parse_class(text: &str) -> Option<DeviceClass> {

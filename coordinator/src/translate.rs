@@ -6,6 +6,8 @@ use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
 use lockstep_proto::v1;
 
+use crate::engine::event::KeptBlock;
+
 /// The model to compute.
 pub(crate) fn model(model: &ModelConfig) -> v1::Model {
     let kind = match model {
@@ -68,6 +70,12 @@ fn column(column: &Column) -> v1::Column {
 
 fn little_endian<T: Copy>(values: &[T], bytes: impl Fn(T) -> [u8; 4]) -> Vec<u8> {
     values.iter().flat_map(|&value| bytes(value)).collect()
+}
+
+/// What a worker has kept; `None` where it names no block.
+pub(crate) fn kept_block(kept: &v1::KeptBlock) -> Option<KeptBlock> {
+    let v1::Block { level, index } = kept.block?;
+    (level < 32).then_some(KeptBlock { step: kept.step, version: kept.version, block: Block { level, index } })
 }
 
 /// A node of the slot tree.

@@ -89,6 +89,14 @@ impl Shown {
                     self.began = Instant::now();
                 }
             }
+            RunEvent::Finding(words) => self.print(words),
+            RunEvent::RolledBack { step } => {
+                self.print(&format!("the run goes back to step {step}, before the first block that cannot be trusted"));
+                (self.first_step, self.began) = (*step, Instant::now());
+                if let Some(bar) = &self.bar {
+                    bar.set_position(*step);
+                }
+            }
             RunEvent::Sample(sample) => self.print(&sample_text(sample)),
             RunEvent::Checkpoint { step, path } => self.print(&format!("step {step}: checkpoint {}", path.display())),
             RunEvent::Spans { .. } => {}

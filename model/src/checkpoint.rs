@@ -5,7 +5,7 @@
 //! each file, and reading checks them.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use crate::config::ModelConfig;
 use crate::digest::{hex, vector_sha256, vectors_sha256};
 use crate::layout::{Layout, TensorSpec};
 use crate::optimizer::OptimizerState;
+use crate::step_filter::StepFilter;
 use crate::tokenizer::Tokenizer;
 
 /// Version of the manifest's form.
@@ -54,6 +55,10 @@ pub struct Manifest {
     pub recipe: String,
     /// Device classes of the workers that contributed, hexadecimal.
     pub device_classes: Vec<String>,
+    /// By what the next steps' gradients are judged.
+    pub filter: StepFilter,
+    /// What is known of workers by their names.
+    pub trust: Trust,
     /// Tokens (or rows) trained on so far.
     pub tokens: u64,
     /// SHA-256 of the parameters as little-endian f32 in layout order, hexadecimal.
@@ -62,6 +67,15 @@ pub struct Manifest {
     pub optimizer_sha256: String,
     /// The other files.
     pub files: BTreeMap<String, FileSeal>,
+}
+
+/// What is known of workers by their names, since they may join again. Parameters do not depend on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trust {
+    /// The first step in which a gradient of a worker's counts that nobody checked.
+    pub unchecked_since: BTreeMap<String, u64>,
+    /// Who computed wrong, and is not admitted any more.
+    pub quarantined: BTreeSet<String>,
 }
 
 /// A validation result.
@@ -148,6 +162,11 @@ impl CheckpointError {
 /// Name of the directory of step `step`.
 pub fn directory_name(step: u64) -> String {
     format!("step-{step:09}")
+}
+
+/// The step that the name of a checkpoint's directory gives.
+pub fn step_of(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
 /// Writes a checkpoint into `directory` (of all checkpoints of a run), whole or not at all, and returns its path.
@@ -427,6 +446,8 @@ mod tests {
             recipe_name: "line".into(),
             recipe: String::new(),
             device_classes: vec![],
+            filter: StepFilter::default(),
+            trust: Trust::default(),
             tokens: 0,
             params_sha256: String::new(),
             optimizer_sha256: String::new(),

@@ -29,6 +29,7 @@ pub mod random;
 pub mod sampler;
 pub mod schedule;
 pub mod shard;
+pub mod step_filter;
 pub mod tokenizer;
 pub mod tokens;
 mod transformer;

@@ -22,6 +22,8 @@ pub enum Stream {
     Generation = 6,
     /// Which corpus of a mixture a row comes from.
     Mixture = 7,
+    /// Which blocks are computed twice. Drawn from a seed of its own, and of no consequence for what is computed.
+    Audit = 8,
 }
 
 /// Philox4x32 with 10 rounds.

@@ -1,11 +1,14 @@
 //! What the engine decides, and why.
 
 use std::fmt;
+use std::ops::Range;
 use std::time::Duration;
 
 use lockstep_model::batch::Sums;
 use lockstep_model::tree::Block;
 
+pub use super::finding::Finding;
+use super::finding::in_words;
 use super::id::{DeviceClass, LeaseId, Ticket, WorkerId};
 
 /// Something for the runtime to do. Commands are carried out in order.
@@ -63,6 +66,19 @@ pub enum Command {
         /// Loss and weight over all slots, added in tree order.
         sums: Sums,
     },
+    /// Forget what was added for step `step`: its slots are leased out anew.
+    RestartStep {
+        /// The step under way.
+        step: u64,
+    },
+    /// Go back to the newest checkpoint of step `at_most` or earlier, or to the initial parameters where there is none:
+    /// forget what was added since, remove newer checkpoints and lines, publish. Answered by `RolledBack`.
+    RollBack {
+        /// The last step whose parameters can be trusted.
+        at_most: u64,
+    },
+    /// Something that a person should know; changes nothing.
+    Report(Finding),
     /// A validation loss is measured.
     RecordValidation {
         /// The boundary, and the version evaluated.
@@ -137,6 +153,8 @@ pub enum Refusal {
         /// What it computes.
         worker: DeviceClass,
     },
+    /// It has answered wrongly before.
+    Quarantined,
     /// The run is about to stop, or over.
     Ending {
         /// How, in words.
@@ -157,6 +175,16 @@ pub enum DiscardReason {
     LeaseNotHeld,
     /// For another block than the lease's, or without what its task needs.
     Malformed,
+    /// The worker still computes it, and another worker's result for the same block counts already: revoke it.
+    Overtaken,
+    /// An equal result of another worker counts.
+    Confirmed,
+    /// Others computed something else.
+    Outvoted,
+    /// The step begins anew, or the run goes back to an earlier one: revoke it.
+    StartedOver,
+    /// The run ends: revoke it.
+    RunEnds,
     /// The worker declined the lease.
     Declined,
     /// The worker left before it was done.
@@ -172,6 +200,13 @@ pub enum DiscardReason {
 pub enum ReleaseReason {
     /// The run is over.
     RunOver(Outcome),
+    /// It computed a block otherwise than two others did, or than itself.
+    Quarantined {
+        /// The step.
+        step: u64,
+        /// The slots.
+        slots: Range<u32>,
+    },
     /// It declined too many leases in a row.
     Declined {
         /// How many.
@@ -240,6 +275,31 @@ pub enum Failure {
         /// The error in words.
         reason: String,
     },
+    /// Too many steps in a row whose gradient is no use.
+    BadSteps {
+        /// The last of them.
+        step: u64,
+        /// How many.
+        in_a_row: u32,
+    },
+    /// Two workers computed different results, nobody else is there to decide, and the recipe does not want to wait.
+    Disputed {
+        /// The step.
+        step: u64,
+        /// The slots.
+        slots: Range<u32>,
+        /// The names of the workers.
+        names: Vec<String>,
+    },
+    /// The only worker computes something else each time.
+    Unreliable {
+        /// Its name.
+        name: String,
+        /// The step.
+        step: u64,
+        /// The slots.
+        slots: Range<u32>,
+    },
     /// The last worker declined too many leases in a row.
     NobodyComputes {
         /// The last worker's name.
@@ -260,6 +320,9 @@ impl fmt::Display for Command {
             }
             Self::Discard { worker, lease, reason } => write!(f, "discard lease {lease} of worker {worker}: {reason}"),
             Self::ApplyStep { step, sums } => write!(f, "apply step {step}, loss {} over {}", sums.loss, sums.weight),
+            Self::RestartStep { step } => write!(f, "restart step {step}"),
+            Self::RollBack { at_most } => write!(f, "roll back to step {at_most} or earlier"),
+            Self::Report(finding) => write!(f, "report: {finding}"),
             Self::RecordValidation { step, sums } => {
                 write!(f, "validation at step {step}, loss {} over {}", sums.loss, sums.weight)
             }
@@ -296,6 +359,10 @@ impl fmt::Display for Refusal {
                 "this worker's device class is {worker} and the run's is {run}: they compute different bits. Join with \
                  a device and build like those of the run's workers, or start the run with cluster.exact = false"
             ),
+            Self::Quarantined => f.write_str(
+                "a worker of this name computed other results than two others did; mend or replace the machine, and join \
+                 under another name",
+            ),
             Self::Ending { outcome } => write!(f, "the run takes nobody in any more: {outcome}"),
         }
     }
@@ -309,6 +376,11 @@ impl fmt::Display for DiscardReason {
             Self::AlreadyCounted => "its slots are counted already",
             Self::LeaseNotHeld => "the worker does not hold this lease",
             Self::Malformed => "it does not fit its lease",
+            Self::Overtaken => "another worker was faster",
+            Self::Confirmed => "it confirms another worker's result",
+            Self::Outvoted => "others computed something else",
+            Self::StartedOver => "the step starts over",
+            Self::RunEnds => "the run ends",
             Self::Declined => "the worker declined it",
             Self::WorkerLeft => "the worker left",
             Self::WorkerSilent => "the worker fell silent",
@@ -321,6 +393,11 @@ impl fmt::Display for ReleaseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::RunOver(outcome) => outcome.fmt(f),
+            Self::Quarantined { step, slots } => write!(
+                f,
+                "quarantined: its result for {} of step {step} is not what others computed; mend or replace the machine",
+                in_words(slots)
+            ),
             Self::Declined { leases, reason } => {
                 write!(f, "declined {leases} leases in a row, the last because: {reason}")
             }
@@ -366,6 +443,26 @@ impl fmt::Display for Failure {
                 f,
                 "the checkpoint of step {step} could not be written ({reason}). Free space or make the run directory \
                  writable, then continue with --resume"
+            ),
+            Self::BadSteps { step, in_a_row } => write!(
+                f,
+                "{in_a_row} steps in a row, the last of them step {step}, have a gradient that is no use (not finite, or \
+                 beyond optimizer.skip_above_median), and every worker asked computes the same: it is the data or the \
+                 model. The parameters are those before these steps; the run directory's reports name slots and text. \
+                 Lower optimizer.lr or mend the data, and start a new run from an earlier checkpoint or from the beginning"
+            ),
+            Self::Disputed { step, slots, names } => write!(
+                f,
+                "{} computed different results for {} of step {step}, and there is no third worker to decide \
+                 (cluster.on_dispute = \"halt\"). Continue with --resume and at least three workers",
+                names.join(" and "),
+                in_words(slots)
+            ),
+            Self::Unreliable { name, step, slots } => write!(
+                f,
+                "the only worker, {name}, computed {} of step {step} three times with three different results: its \
+                 hardware cannot be trusted. Continue with --resume on another machine",
+                in_words(slots)
             ),
             Self::NobodyComputes { name, reason } => {
                 write!(f, "the last worker, {name}, declined every lease, the last because: {reason}")

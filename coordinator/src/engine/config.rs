@@ -1,12 +1,12 @@
 //! What the engine must know of a run, and what is due when.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::id::DeviceClass;
 
 /// One run, as far as decisions depend on it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct EngineConfig {
     /// Optimizer steps of the whole run.
     pub total_steps: u64,
@@ -20,18 +20,46 @@ pub struct EngineConfig {
     pub sample_every_steps: u64,
     /// Write a checkpoint every so many steps, besides where the run ends; 0: there alone.
     pub checkpoint_every_steps: u64,
+    /// Write a checkpoint, besides, at the first boundary so long after the one before; `None`: at no time.
+    pub checkpoint_interval: Option<Duration>,
     /// Stop after this step.
     pub stop_after: Option<u64>,
     /// Work is leased out only while so many workers are here, at least 1.
     pub min_workers: u32,
     /// Admit only workers of one device class.
     pub exact: bool,
+    /// Share of the blocks that another worker computes, too, before they count: 0 to 1.
+    pub audit: f64,
+    /// From which the audited blocks are drawn. Not to be known to workers.
+    pub audit_seed: u64,
+    /// What happens when two workers disagree and there is no third.
+    pub on_dispute: OnDispute,
+    /// The run halts after so many skipped steps in a row; 0: never.
+    pub max_bad_steps: u32,
     /// Silence after which a worker is given up, and the time an admitted one has to open its control stream.
     pub liveness_timeout: Duration,
     /// Most slots in one lease, at least 1: what fits into one message.
     pub max_slots_per_lease: u32,
     /// Where the run begins.
     pub start: Start,
+}
+
+/// What happens when two workers disagree and there is no third.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDispute {
+    /// The run waits for one.
+    Wait,
+    /// The run ends as failed.
+    Halt,
+}
+
+/// What is known of workers by their names, since they may join again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trust {
+    /// The first step in which a block of a worker's counts that nobody checked.
+    pub unchecked_since: BTreeMap<String, u64>,
+    /// Who computed wrong, and is not admitted any more.
+    pub quarantined: BTreeSet<String>,
 }
 
 /// Where a coordinator begins.
@@ -47,6 +75,10 @@ pub enum Start {
         validated: bool,
         /// The device classes that computed the run so far.
         classes: BTreeSet<DeviceClass>,
+        /// Steps skipped since the last one that was applied.
+        skipped_in_a_row: u32,
+        /// What earlier coordinators knew of whom to trust.
+        trust: Trust,
     },
 }
 
@@ -59,26 +91,19 @@ impl EngineConfig {
         }
     }
 
-    /// Whether `step` is the boundary that a checkpoint brought back, where only what is missing is done again.
-    pub(super) fn resumed_at(&self, step: u64) -> bool {
-        matches!(self.start, Start::Resumed { step: resumed, .. } if resumed == step)
-    }
-
     /// Whether the validation loss of boundary `step` is to be measured.
     pub(super) fn evaluation_due(&self, step: u64) -> bool {
-        let recorded = self.resumed_at(step) && matches!(self.start, Start::Resumed { validated: true, .. });
-        self.eval_slots > 0 && self.is_due(self.evaluate_every_steps, step) && !recorded
+        self.eval_slots > 0 && self.is_due(self.evaluate_every_steps, step)
     }
 
     /// Whether text is to be sampled at boundary `step`.
     pub(super) fn sampling_due(&self, step: u64) -> bool {
-        self.is_due(self.sample_every_steps, step) && !self.resumed_at(step)
+        self.is_due(self.sample_every_steps, step)
     }
 
-    /// Whether a checkpoint is to be written at boundary `step` and the run to go on meanwhile.
+    /// Whether a checkpoint is due at boundary `step` by the count of steps.
     pub(super) fn checkpoint_due(&self, step: u64) -> bool {
-        let every = self.checkpoint_every_steps;
-        every > 0 && step > 0 && step.is_multiple_of(every) && !self.resumed_at(step)
+        self.checkpoint_every_steps > 0 && step.is_multiple_of(self.checkpoint_every_steps)
     }
 
     /// Every `every` steps, at step 0 and at the last.

@@ -48,10 +48,30 @@ pub enum Event {
         /// Why not, in the worker's words.
         reason: String,
     },
+    /// A new member still has gradients from an earlier membership: it answers at once if it is leased those blocks.
+    Kept {
+        /// Who.
+        worker: WorkerId,
+        /// What it has.
+        blocks: Vec<KeptBlock>,
+    },
     /// The vectors of a step are reduced, the optimizer has applied them, and version `step` is published.
     StepApplied {
         /// The step.
         step: u64,
+        /// Whether the optimizer left the parameters as they were, because the step's gradient is no use.
+        skipped: bool,
+    },
+    /// The run is back at an earlier version, as [`Command::RollBack`](super::Command::RollBack) asked.
+    RolledBack {
+        /// The boundary.
+        step: u64,
+        /// Whether the validation due there is recorded already.
+        validated: bool,
+        /// Whether it comes from a checkpoint; else these are the initial parameters.
+        saved: bool,
+        /// Steps skipped since the last one that was applied.
+        skipped_in_a_row: u32,
     },
     /// A checkpoint is safely on disk.
     CheckpointWritten {
@@ -75,6 +95,17 @@ pub enum Event {
     Tick,
 }
 
+/// A gradient that a worker has kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KeptBlock {
+    /// The optimizer step.
+    pub step: u64,
+    /// The parameter version it was computed with.
+    pub version: u64,
+    /// Which slots.
+    pub block: Block,
+}
+
 /// A worker's answer to a lease.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BlockDone {
@@ -92,6 +123,8 @@ pub struct BlockDone {
     pub block: Block,
     /// SHA-256 of the staged vector; `None` for an evaluation.
     pub digest: Option<[u8; 32]>,
+    /// L2 norm of the staged vector, not finite if an element is not; `None` for an evaluation.
+    pub norm: Option<f64>,
     /// Sums over the block, in tree order.
     pub sums: Sums,
     /// Evaluation: the sums of each existing slot of the block, in order. Empty for a gradient.

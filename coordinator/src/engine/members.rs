@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::command::Task;
+use super::event::KeptBlock;
 use super::id::{DeviceClass, WorkerId};
 use super::time::Time;
 
@@ -24,6 +26,10 @@ pub(super) struct Member {
     pub(super) last_heard: Time,
     /// Gradient slots it computes in a second, smoothed; `None` before its first.
     pub(super) slots_per_sec: Option<f64>,
+    /// Seconds from a lease to its result, for each slot and by task, smoothed.
+    secs_per_slot: BTreeMap<Task, f64>,
+    /// Gradients it has from an earlier membership.
+    pub(super) kept: Vec<KeptBlock>,
     /// Leases it declined since the last one it did.
     pub(super) declined_in_a_row: u32,
     /// Blocks accepted from it.
@@ -31,15 +37,38 @@ pub(super) struct Member {
 }
 
 impl Member {
-    /// Takes note that it computed `slots` gradient slots in `compute`.
-    pub(super) fn measure(&mut self, slots: usize, compute: Duration) {
-        if compute.is_zero() {
-            return;
-        }
-        let newest = slots as f64 / compute.as_secs_f64();
-        let smoothed = |speed| speed + SPEED_SMOOTHING * (newest - speed);
-        self.slots_per_sec = Some(self.slots_per_sec.map_or(newest, smoothed));
+    /// Seconds from a lease to its result, for each slot, smoothed; `None` before the first.
+    pub(super) fn secs_per_slot(&self, task: Task) -> Option<f64> {
+        self.secs_per_slot.get(&task).copied()
     }
+
+    /// Takes note that it computed `slots` slots in `compute`, and that `turnaround` passed since they were leased.
+    pub(super) fn measure(&mut self, task: Task, slots: usize, compute: Duration, turnaround: Duration) {
+        if task == Task::Gradient && !compute.is_zero() {
+            let newest = slots as f64 / compute.as_secs_f64();
+            self.slots_per_sec = Some(smoothed(self.slots_per_sec, newest));
+        }
+        let newest = turnaround.as_secs_f64() / slots as f64;
+        let known = self.secs_per_slot.get(&task).copied();
+        self.secs_per_slot.insert(task, smoothed(known, newest));
+    }
+
+    /// Takes note that it has not computed `slots` slots in `turnaround`: it is slower than it was thought, if that is more
+    /// than it should have taken.
+    pub(super) fn measure_at_least(&mut self, task: Task, slots: usize, turnaround: Duration) {
+        let least = turnaround.as_secs_f64() / slots as f64;
+        let known = self.secs_per_slot.get(&task).copied();
+        if known.is_some_and(|known| known < least) {
+            self.secs_per_slot.insert(task, smoothed(known, least));
+            if task == Task::Gradient {
+                self.slots_per_sec = self.slots_per_sec.map(|speed| smoothed(Some(speed), least.recip().min(speed)));
+            }
+        }
+    }
+}
+
+fn smoothed(known: Option<f64>, newest: f64) -> f64 {
+    known.map_or(newest, |known| known + SPEED_SMOOTHING * (newest - known))
 }
 
 /// All members, by id.
@@ -61,6 +90,8 @@ impl Members {
             connected: false,
             last_heard: now,
             slots_per_sec: None,
+            secs_per_slot: BTreeMap::new(),
+            kept: Vec::new(),
             declined_in_a_row: 0,
             blocks_accepted: 0,
         };
@@ -112,6 +143,12 @@ impl Members {
         let sum: f64 = self.connected().map(|(_, member)| speed(member)).sum();
         let share = |member: &Member| ((f64::from(slots) * speed(member) / sum) as u32).max(1);
         self.connected().map(|(worker, member)| (worker, share(member))).collect()
+    }
+
+    /// Seconds that a slot takes, on average over those of whom it is known; `None` while it is of nobody.
+    pub(super) fn mean_secs_per_slot(&self, task: Task) -> Option<f64> {
+        let known: Vec<f64> = self.members.values().filter_map(|member| member.secs_per_slot(task)).collect();
+        (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
     }
 
     /// When the next member is to be given up, should nothing be heard from it.

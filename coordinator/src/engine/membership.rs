@@ -1,6 +1,7 @@
 //! How workers come and go, and what becomes of their leases.
 
 use super::command::{Command, DiscardReason, DisconnectReason, Failure, Outcome, Refusal, ReleaseReason};
+use super::event::KeptBlock;
 use super::id::{DeviceClass, LeaseId, Ticket, WorkerId};
 use super::members::Member;
 use super::{Engine, Phase};
@@ -14,6 +15,7 @@ impl Engine {
         let other_class = self.classes.first().filter(|_| self.config.exact && !self.classes.contains(&class));
         let refusal = match (self.ending(), other_class) {
             (Some(outcome), _) => Some(Refusal::Ending { outcome }),
+            (None, _) if self.trust.quarantined.contains(&name) => Some(Refusal::Quarantined),
             (None, Some(run)) => Some(Refusal::OtherClass { run: *run, worker: class }),
             (None, None) => None,
         };
@@ -35,6 +37,14 @@ impl Engine {
             self.command(Command::Release { worker, reason });
         } else {
             self.command(Command::Disconnect { worker, reason: DisconnectReason::NotAMember });
+        }
+    }
+
+    /// Takes note of what a worker still has from an earlier membership.
+    pub(super) fn offer(&mut self, worker: WorkerId, blocks: Vec<KeptBlock>) {
+        self.hear(worker);
+        if let Some(member) = self.members.get_mut(worker) {
+            member.kept = blocks;
         }
     }
 
@@ -69,7 +79,7 @@ impl Engine {
     pub(super) fn decline(&mut self, worker: WorkerId, lease: LeaseId, discard: DiscardReason, reason: String) {
         self.hear(worker);
         let (Some(member), Phase::Work(work)) = (self.members.get_mut(worker), &mut self.phase) else { return };
-        if !work.is_held(worker, lease) {
+        if work.holding(worker, lease).is_none() {
             return;
         }
         work.decline(worker, lease);
@@ -96,8 +106,10 @@ impl Engine {
         let member = self.members.remove(worker)?;
         if let Phase::Work(work) = &mut self.phase {
             let held: Vec<LeaseId> = work.held_by(worker).collect();
-            for lease in held {
-                work.take_back(worker, lease);
+            for lease in &held {
+                work.take_back(worker, *lease);
+            }
+            for lease in held.into_iter().chain(work.forget_opinions(worker)) {
                 *self.discards.entry(reason).or_default() += 1;
                 self.commands.push(Command::Discard { worker, lease, reason });
             }

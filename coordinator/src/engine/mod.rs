@@ -8,26 +8,32 @@
 //! version s+1 ←── apply step s+1 ←── all slots accepted ←── leases of step s+1
 //! ```
 //!
-//! `step.rs` tells this life of a step from top to bottom; `membership.rs` how workers come and go.
+//! `step.rs` tells this life of a step from top to bottom; `membership.rs` how workers come and go; `leasing.rs` who gets
+//! which block; `verdict.rs` what becomes of a result, and what follows if a worker computed wrong.
 
 mod blocks;
 pub mod command;
 pub mod config;
 pub mod event;
+mod finding;
 pub mod id;
+mod leasing;
 mod members;
 mod membership;
+mod review;
 mod status;
 mod step;
 #[cfg(test)]
 mod tests;
 pub mod time;
+mod verdict;
 mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 pub use self::command::Command;
-pub use self::config::{EngineConfig, Start};
+pub use self::config::{EngineConfig, OnDispute, Start, Trust};
 pub use self::event::Event;
 pub use self::id::{DeviceClass, LeaseId, Ticket, WorkerId};
 pub use self::status::{EngineStatus, MemberStatus};
@@ -35,7 +41,8 @@ pub use self::time::Time;
 
 use self::command::{DiscardReason, Outcome, StopReason};
 use self::members::Members;
-use self::work::Work;
+use self::review::Gate;
+use self::work::{Norm, Work};
 
 /// The state of a run.
 #[derive(Clone, Debug)]
@@ -54,12 +61,50 @@ pub struct Engine {
     saved: Option<u64>,
     /// The boundary being written to disk.
     saving: Option<u64>,
+    /// When the newest checkpoint was asked for, or the run began.
+    saved_at: Time,
+    /// The boundary at which this coordinator began, or to which the run went back last, if that is not the beginning.
+    returned: Option<Returned>,
     /// Set once somebody asks for a clean stop.
     stop: Option<StopReason>,
-    blocks_leased_again: u64,
+    /// Whether too few workers are here, and that was said.
+    paused: bool,
+    gate: Gate,
+    /// Slots of the step under way whose gradients looked wrong and were confirmed.
+    confirmed_suspicions: Vec<Range<u32>>,
+    /// Steps without an update since the last one with it.
+    skipped_in_a_row: u32,
+    trust: Trust,
+    counts: Counts,
     discards: BTreeMap<DiscardReason, u64>,
     /// What the present event has led to so far.
     commands: Vec<Command>,
+}
+
+/// How often something happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Blocks leased again because an earlier lease of their slots ended without a result.
+    pub blocks_leased_again: u64,
+    /// Blocks leased to a second worker while a first one computes them.
+    pub twins: u64,
+    /// Times the run went back to an earlier version.
+    pub roll_backs: u64,
+}
+
+/// A boundary at which the run goes on after having been there before.
+#[derive(Clone, Copy, Debug)]
+struct Returned {
+    step: u64,
+    /// Whether the validation due there is recorded already.
+    validated: bool,
+}
+
+/// What is remembered of a step's gradients while the optimizer applies them.
+#[derive(Clone, Debug)]
+struct Gradients {
+    norms: Vec<Norm>,
+    confirmed_suspicions: Vec<Range<u32>>,
 }
 
 /// What the run is doing.
@@ -70,7 +115,9 @@ enum Phase {
     /// Workers compute a step, or an evaluation.
     Work(Work),
     /// The data plane turns the accepted vectors into version `version + 1`.
-    Apply,
+    Apply(Gradients),
+    /// An earlier version is being restored.
+    RollBack,
     /// The run ends as soon as version `version` is on disk.
     End(Outcome),
     /// The run is over.
@@ -80,9 +127,11 @@ enum Phase {
 impl Engine {
     /// An engine at its start. Send it [`Event::Tick`] to begin; [`Self::next_deadline`] asks for one.
     pub fn new(config: EngineConfig, now: Time) -> Self {
-        let (saved, classes) = match &config.start {
-            Start::Fresh => (None, BTreeSet::new()),
-            Start::Resumed { step, classes, .. } => (Some(*step), classes.clone()),
+        let (returned, classes, skipped_in_a_row, trust) = match config.start.clone() {
+            Start::Fresh => (None, BTreeSet::new(), 0, Trust::default()),
+            Start::Resumed { step, validated, classes, skipped_in_a_row, trust } => {
+                (Some(Returned { step, validated }), classes, skipped_in_a_row, trust)
+            }
         };
         Self {
             now,
@@ -91,10 +140,17 @@ impl Engine {
             members: Members::default(),
             classes,
             leases_granted: 0,
-            saved,
+            saved: returned.map(|returned| returned.step),
             saving: None,
+            saved_at: now,
+            returned,
             stop: None,
-            blocks_leased_again: 0,
+            paused: false,
+            gate: Gate::default(),
+            confirmed_suspicions: Vec::new(),
+            skipped_in_a_row,
+            trust,
+            counts: Counts::default(),
             discards: BTreeMap::new(),
             commands: Vec::new(),
             config,
@@ -107,14 +163,19 @@ impl Engine {
         if matches!(self.phase, Phase::Begin) {
             self.enter_boundary();
         }
+        let changes_work = !matches!(event, Event::Heartbeat { .. });
         match event {
             Event::JoinRequested { ticket, name, device, class } => self.join(ticket, name, device, class),
             Event::ControlOpened { worker } => self.connect(worker),
             Event::ControlClosed { worker } => self.leave(worker),
             Event::Heartbeat { worker } => self.hear(worker),
-            Event::BlockDone(done) => self.take_result(&done),
+            Event::Kept { worker, blocks } => self.offer(worker, blocks),
+            Event::BlockDone(done) => self.take_result(done),
             Event::Declined { worker, lease, reason } => self.decline(worker, lease, DiscardReason::Declined, reason),
-            Event::StepApplied { step } => self.step_applied(step),
+            Event::StepApplied { step, skipped } => self.step_applied(step, skipped),
+            Event::RolledBack { step, validated, saved, skipped_in_a_row } => {
+                self.rolled_back(Returned { step, validated }, saved, skipped_in_a_row);
+            }
             Event::CheckpointWritten { step } => self.checkpoint_written(step),
             Event::CheckpointFailed { step, reason } => self.checkpoint_failed(step, reason),
             Event::StopRequested { reason } => {
@@ -122,8 +183,11 @@ impl Engine {
             }
             Event::Tick => self.give_up_silent(),
         }
-        self.abandon_work_nobody_does();
-        self.lease_out();
+        if changes_work {
+            self.halt_if_disputed();
+            self.abandon_work_nobody_does();
+            self.lease_out();
+        }
         std::mem::take(&mut self.commands)
     }
 
@@ -131,8 +195,13 @@ impl Engine {
     pub fn next_deadline(&self) -> Option<Time> {
         match self.phase {
             Phase::Begin => Some(self.now),
-            _ => self.members.next_silence(self.config.liveness_timeout),
+            _ => self.members.next_silence(self.config.liveness_timeout).into_iter().chain(self.next_late()).min(),
         }
+    }
+
+    /// What is known of whom to trust, for those who come after this coordinator.
+    pub fn trust(&self) -> &Trust {
+        &self.trust
     }
 
     /// How the run is to end, once that is known.

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::command::{DiscardReason, Task};
+use super::finding::in_words;
 use super::id::{DeviceClass, LeaseId, WorkerId};
 use super::work::Work;
-use super::{Engine, Phase};
+use super::{Counts, Engine, Phase};
 
 /// Most workers that `waiting_for` names.
 const WORKERS_NAMED: usize = 3;
@@ -24,8 +25,10 @@ pub struct EngineStatus {
     pub members: Vec<MemberStatus>,
     /// Device classes that took part, by earlier coordinators too; one, if the run is exact.
     pub classes: Vec<DeviceClass>,
-    /// Blocks leased again because an earlier lease of their slots ended without a result.
-    pub blocks_leased_again: u64,
+    /// How often something happened.
+    pub counts: Counts,
+    /// Names of workers that computed wrong, and are not admitted any more.
+    pub quarantined: Vec<String>,
     /// Results and leases that did not count, by reason.
     pub discards: BTreeMap<DiscardReason, u64>,
 }
@@ -74,7 +77,8 @@ impl Engine {
             waiting_for: self.waiting_for(),
             members: members.collect(),
             classes: self.classes.iter().copied().collect(),
-            blocks_leased_again: self.blocks_leased_again,
+            counts: self.counts,
+            quarantined: self.trust.quarantined.iter().cloned().collect(),
             discards: self.discards.clone(),
         }
     }
@@ -84,7 +88,8 @@ impl Engine {
         match &self.phase {
             Phase::Begin => "its first event".to_string(),
             Phase::Work(work) => self.waiting_for_work(work),
-            Phase::Apply => format!("the optimizer to apply step {}", self.version + 1),
+            Phase::Apply(_) => format!("the optimizer to apply step {}", self.version + 1),
+            Phase::RollBack => "an earlier version of the parameters to be restored".to_string(),
             Phase::End(_) => format!("a checkpoint of step {}", self.saving.unwrap_or(self.version)),
             Phase::Finished(outcome) => format!("nothing: {outcome}"),
         }
@@ -95,14 +100,23 @@ impl Engine {
             Task::Gradient => format!("step {}", work.step),
             Task::Evaluate => format!("the evaluation at step {}", work.step),
         };
-        let leases: Vec<(WorkerId, Range<u32>)> = work.leases().collect();
+        let leases: Vec<(WorkerId, Range<u32>)> =
+            work.leases().map(|(worker, _, holding)| (worker, work.range(holding.block))).collect();
         let named = leases.iter().take(WORKERS_NAMED);
         let named =
             named.map(|(worker, slots)| format!("{} to finish {} of {of}", self.name(*worker), in_words(slots)));
+        let unconfirmed = work.reviews().iter().filter(|(block, _)| work.holders(**block).next().is_none());
+        let unconfirmed = unconfirmed.map(|(block, review)| {
+            let (slots, names) = (in_words(&work.range(*block)), review.names().join(" and "));
+            match review.is_disputed() {
+                true => format!("another worker to decide about {slots} of {of}, which {names} computed differently"),
+                false => format!("another worker to confirm {slots} of {of}, by {names}"),
+            }
+        });
         let unnamed = leases.len().saturating_sub(WORKERS_NAMED);
         let unnamed = (unnamed > 0).then(|| format!("{} to finish theirs", more_workers(unnamed)));
-        let missing = work.has_free().then(|| self.waiting_for_workers()).flatten();
-        named.chain(unnamed).chain(missing).collect::<Vec<_>>().join(", ")
+        let missing = (work.free_count() > 0).then(|| self.waiting_for_workers()).flatten();
+        named.chain(unnamed).chain(unconfirmed).chain(missing).collect::<Vec<_>>().join(", ")
     }
 
     /// Whom it takes before work is leased out, if anybody.
@@ -121,13 +135,6 @@ impl Engine {
     fn name(&self, worker: WorkerId) -> String {
         let member = self.members.get(worker);
         member.map_or_else(|| format!("worker {worker}"), |member| format!("worker {worker} ({})", member.name))
-    }
-}
-
-fn in_words(slots: &Range<u32>) -> String {
-    match slots.len() {
-        1 => format!("slot {}", slots.start),
-        _ => format!("slots {}-{}", slots.start, slots.end - 1),
     }
 }
 

@@ -1,37 +1,51 @@
 //! The life of a step, from boundary to boundary, in the order in which it happens.
 
-use super::command::{Command, DiscardReason, Failure, Outcome, ReleaseReason, StopReason, Task};
+use super::command::{Command, DiscardReason, Failure, Finding, Outcome, ReleaseReason, StopReason, Task};
 use super::event::BlockDone;
-use super::id::{LeaseId, WorkerId};
+use super::id::WorkerId;
 use super::work::Work;
-use super::{Engine, Phase, blocks};
-
-/// Leases a worker holds at a time.
-const LEASES_PER_WORKER: usize = 1;
+use super::{Engine, Gradients, Phase};
 
 impl Engine {
     /// Version `version` is there: evaluates it if that is due.
     pub(super) fn enter_boundary(&mut self) {
-        if self.config.evaluation_due(self.version) {
+        if self.config.evaluation_due(self.version) && !self.is_validated_here() {
             self.phase = Phase::Work(Work::evaluation(self.version, self.config.eval_slots));
         } else {
             self.leave_boundary();
         }
     }
 
+    /// Whether `step` is the boundary at which this coordinator began, or to which the run went back: only what is missing
+    /// is done again there.
+    fn is_back_at(&self, step: u64) -> bool {
+        self.returned.is_some_and(|returned| returned.step == step)
+    }
+
+    fn is_validated_here(&self) -> bool {
+        self.returned.is_some_and(|returned| returned.step == self.version && returned.validated)
+    }
+
     /// Does whatever else is due at the boundary, and ends the run or begins the next step.
     fn leave_boundary(&mut self) {
         let step = self.version;
-        if self.config.sampling_due(step) {
+        if self.config.sampling_due(step) && !self.is_back_at(step) {
             self.command(Command::Sample { step });
         }
         if let Some(outcome) = self.outcome_here() {
             return self.end(outcome);
         }
-        if self.config.checkpoint_due(step) && self.saving.is_none() {
+        if self.checkpoint_due(step) && self.saving.is_none() {
             self.save();
         }
         self.phase = Phase::Work(Work::gradient(step + 1, self.config.slots));
+    }
+
+    /// Whether a checkpoint is to be written at boundary `step` and the run to go on meanwhile.
+    fn checkpoint_due(&self, step: u64) -> bool {
+        let passed = |interval| self.now.since(self.saved_at) >= interval;
+        let on_disk = step == 0 || self.saved == Some(step);
+        !on_disk && (self.config.checkpoint_due(step) || self.config.checkpoint_interval.is_some_and(passed))
     }
 
     /// How the run ends at this boundary, if it does.
@@ -48,29 +62,9 @@ impl Engine {
         }
     }
 
-    /// Gives every idle worker the largest free block within its share of the slots.
-    pub(super) fn lease_out(&mut self) {
-        let needed = self.workers_needed() as usize;
-        let Phase::Work(work) = &mut self.phase else { return };
-        let connected: Vec<WorkerId> = self.members.connected().map(|(worker, _)| worker).collect();
-        if connected.len() < needed || !work.has_free() {
-            return;
-        }
-        for (worker, share) in self.members.shares(work.slot_count()) {
-            let max_slots = share.min(self.config.max_slots_per_lease);
-            while work.held_by(worker).count() < LEASES_PER_WORKER {
-                let Some(block) = blocks::choose(&work.free_for(worker, &connected), max_slots) else { break };
-                self.leases_granted += 1;
-                let (lease, again) = work.lease(worker, LeaseId(self.leases_granted), block);
-                self.blocks_leased_again += u64::from(again);
-                self.commands.push(Command::Lease { worker, lease });
-            }
-        }
-    }
-
-    /// Counts a result, or says why not. A result that does not answer the lease it came under is as good as none: the
-    /// lease counts as declined.
-    pub(super) fn take_result(&mut self, done: &BlockDone) {
+    /// Counts a result, keeps it until another worker confirms it, or says why it is no use. A result that does not answer
+    /// the lease it came under is as good as none: the lease counts as declined.
+    pub(super) fn take_result(&mut self, done: BlockDone) {
         self.hear(done.worker);
         let (worker, lease) = (done.worker, done.lease);
         let (Some(member), Phase::Work(work)) = (self.members.get_mut(worker), &mut self.phase) else {
@@ -78,21 +72,19 @@ impl Engine {
             let reason = if known { DiscardReason::Stale } else { DiscardReason::NotAMember };
             return self.discard(worker, lease, reason);
         };
-        match work.judge(done) {
-            Ok(()) => {
-                work.accept(done);
-                member.blocks_accepted += 1;
+        match (work.judge(&done), work.holding(worker, lease)) {
+            (Ok(()), Some(holding)) => {
+                let turnaround = self.now.since(holding.since);
+                member.measure(done.task, work.range(done.block).len(), done.compute, turnaround);
                 member.declined_in_a_row = 0;
-                if done.task == Task::Gradient {
-                    member.measure(done.block.slots(work.slot_count()).len(), done.compute);
-                }
-                self.command(Command::Accept { worker, lease, step: done.step, block: done.block });
+                self.examine(done);
                 self.complete_work();
             }
-            Err(reason) if work.is_held(worker, lease) => {
+            (Err(reason), Some(_)) => {
                 self.decline(worker, lease, reason, format!("its result for lease {lease} is no use: {reason}"));
             }
-            Err(reason) => self.discard(worker, lease, reason),
+            (Err(reason), None) => self.discard(worker, lease, reason),
+            (Ok(()), None) => {}
         }
     }
 
@@ -103,7 +95,9 @@ impl Engine {
         let step = work.step;
         match work.task() {
             Task::Gradient => {
-                self.phase = Phase::Apply;
+                let norms = work.norms().to_vec();
+                let confirmed_suspicions = std::mem::take(&mut self.confirmed_suspicions);
+                self.phase = Phase::Apply(Gradients { norms, confirmed_suspicions });
                 self.command(Command::ApplyStep { step, sums });
             }
             Task::Evaluate => {
@@ -113,12 +107,24 @@ impl Engine {
         }
     }
 
-    /// The next version is published.
-    pub(super) fn step_applied(&mut self, step: u64) {
-        if matches!(self.phase, Phase::Apply) && step == self.version + 1 {
-            self.version = step;
-            self.enter_boundary();
+    /// The next version is published, or left as it was.
+    pub(super) fn step_applied(&mut self, step: u64, skipped: bool) {
+        let Phase::Apply(gradients) = &self.phase else { return };
+        if step != self.version + 1 {
+            return;
         }
+        self.gate.commit(step, &gradients.norms);
+        let slots = gradients.confirmed_suspicions.clone();
+        self.version = step;
+        self.skipped_in_a_row = if skipped { self.skipped_in_a_row + 1 } else { 0 };
+        let in_a_row = self.skipped_in_a_row;
+        if skipped {
+            self.command(Command::Report(Finding::Skipped { step, in_a_row, slots }));
+            if self.config.max_bad_steps > 0 && in_a_row >= self.config.max_bad_steps {
+                return self.end(Outcome::Failed { reason: Failure::BadSteps { step, in_a_row } });
+            }
+        }
+        self.enter_boundary();
     }
 
     /// Where a stop is requested and nobody is connected, gives up the step, or the evaluation, and ends at the last
@@ -133,6 +139,7 @@ impl Engine {
 
     /// Ends the run at the present version, which is written to disk first.
     pub(super) fn end(&mut self, outcome: Outcome) {
+        self.drop_work(DiscardReason::RunEnds);
         self.phase = Phase::End(outcome);
         self.finish_once_saved();
     }
@@ -147,6 +154,7 @@ impl Engine {
     }
 
     fn save(&mut self) {
+        self.saved_at = self.now;
         self.saving = Some(self.version);
         self.command(Command::Checkpoint { step: self.version });
     }

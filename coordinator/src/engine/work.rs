@@ -1,6 +1,9 @@
 //! The slots of one step, or of one evaluation: who computes which, and what has come back.
+//!
+//! A block is taken from the first lease of it until its result counts, or until nobody has it any more. Blocks that are
+//! taken do not overlap; several workers may compute the same one, as twins or to confirm one another.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Add, Range};
 
 use lockstep_model::batch::Sums;
@@ -9,6 +12,8 @@ use lockstep_model::tree::{Block, TreeSum};
 use super::command::{DiscardReason, Lease, Task};
 use super::event::BlockDone;
 use super::id::{LeaseId, WorkerId};
+use super::review::{Opinion, Review};
+use super::time::Time;
 
 /// One task over a number of slots, each of which is to be counted once.
 #[derive(Clone, Debug)]
@@ -16,10 +21,34 @@ pub(super) struct Work {
     /// The step; of an evaluation, the boundary.
     pub(super) step: u64,
     slots: Vec<Slot>,
-    leases: BTreeMap<(WorkerId, LeaseId), Block>,
+    /// Slots that are free: those of `slots` for which [`Slot::is_free`] holds.
+    free: u32,
+    leases: BTreeMap<(WorkerId, LeaseId), Holding>,
+    /// Blocks that have results and need more of them before they count.
+    reviews: BTreeMap<Block, Review>,
     /// Who declined what.
     declined: Vec<(WorkerId, Block)>,
     tally: Tally,
+    /// Norms of the gradients that count, with their weight.
+    norms: Vec<Norm>,
+}
+
+/// A lease under way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Holding {
+    /// What is computed.
+    pub(super) block: Block,
+    /// Since when.
+    pub(super) since: Time,
+}
+
+/// The L2 norm of a block's gradient.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Norm {
+    /// Weight (the number of tokens that count) of the block.
+    pub(super) weight: f64,
+    /// The norm.
+    pub(super) norm: f64,
 }
 
 /// What is known of one slot.
@@ -27,10 +56,10 @@ pub(super) struct Work {
 enum Slot {
     /// Nobody has had it.
     Free,
-    /// Its lease ended without a result.
+    /// Whoever had it ended without a result.
     Returned,
-    /// Somebody computes it.
-    Leased,
+    /// Somebody computes it, or its result is not certain yet.
+    Taken,
     /// Its result is accepted.
     Counted,
 }
@@ -56,8 +85,16 @@ impl Work {
     }
 
     fn new(step: u64, slots: u32, tally: Tally) -> Self {
-        let slots = vec![Slot::Free; slots as usize];
-        Self { step, slots, leases: BTreeMap::new(), declined: Vec::new(), tally }
+        Self {
+            step,
+            slots: vec![Slot::Free; slots as usize],
+            free: slots,
+            leases: BTreeMap::new(),
+            reviews: BTreeMap::new(),
+            declined: Vec::new(),
+            tally,
+            norms: Vec::new(),
+        }
     }
 
     /// What is computed.
@@ -81,33 +118,51 @@ impl Work {
         self.slots.len() as u32
     }
 
-    /// Whether a slot waits for somebody to compute it.
-    pub(super) fn has_free(&self) -> bool {
-        self.slots.iter().any(|slot| slot.is_free())
+    /// How many slots nobody computes, and none has computed.
+    pub(super) fn free_count(&self) -> u32 {
+        self.free
+    }
+
+    /// The slots of a block.
+    pub(super) fn range(&self, block: Block) -> Range<u32> {
+        block.slots(self.slot_count())
     }
 
     /// Of each slot, whether `worker` may compute it: it is free, and the worker has not declined it while one of
     /// `others` has not.
-    pub(super) fn free_for(&self, worker: WorkerId, others: &[WorkerId]) -> Vec<bool> {
-        let declines = |worker: WorkerId, slot: u32| {
-            self.declined.iter().any(|(who, block)| *who == worker && block.contains(Block::leaf(slot)))
-        };
-        let left_to_others =
-            |slot| declines(worker, slot) && others.iter().any(|other| *other != worker && !declines(*other, slot));
-        (0..).zip(&self.slots).map(|(number, slot)| slot.is_free() && !left_to_others(number)).collect()
+    pub(super) fn free_for(&self, worker: WorkerId, others: &BTreeSet<WorkerId>) -> Vec<bool> {
+        let mut free: Vec<bool> = self.slots.iter().map(|slot| slot.is_free()).collect();
+        for (_, block) in self.declined.iter().filter(|(who, _)| *who == worker) {
+            for slot in self.range(*block) {
+                free[slot as usize] &= !self.left_to_others(worker, Block::leaf(slot), others);
+            }
+        }
+        free
     }
 
-    /// Lends a free block to a worker. Also says whether a part of it was lent before, in vain.
-    pub(super) fn lease(&mut self, worker: WorkerId, id: LeaseId, block: Block) -> (Lease, bool) {
+    /// Whether `worker` has declined a block, or one that holds it, while one of `others` has not.
+    pub(super) fn left_to_others(&self, worker: WorkerId, block: Block, others: &BTreeSet<WorkerId>) -> bool {
+        let declines = |worker| self.declined.iter().any(|(who, declined)| *who == worker && declined.contains(block));
+        declines(worker) && others.iter().any(|other| *other != worker && !declines(*other))
+    }
+
+    /// Whether all of a block is free.
+    pub(super) fn is_free(&self, block: Block) -> bool {
+        block.exists(self.slot_count()) && self.range(block).all(|slot| self.slots[slot as usize].is_free())
+    }
+
+    /// Lends a block that is free, or taken as it is, to a worker. Also says whether a part of it was lent before, in
+    /// vain.
+    pub(super) fn lease(&mut self, worker: WorkerId, id: LeaseId, block: Block, since: Time) -> (Lease, bool) {
         let again = self.cover(block).contains(&Slot::Returned);
-        self.cover(block).fill(Slot::Leased);
-        self.leases.insert((worker, id), block);
+        self.set(block, Slot::Taken);
+        self.leases.insert((worker, id), Holding { block, since });
         (Lease { id, step: self.step, version: self.version(), task: self.task(), block }, again)
     }
 
-    /// Whether this worker holds this lease.
-    pub(super) fn is_held(&self, worker: WorkerId, lease: LeaseId) -> bool {
-        self.leases.contains_key(&(worker, lease))
+    /// A lease, if this worker holds it.
+    pub(super) fn holding(&self, worker: WorkerId, lease: LeaseId) -> Option<Holding> {
+        self.leases.get(&(worker, lease)).copied()
     }
 
     /// The leases that a worker holds.
@@ -116,48 +171,77 @@ impl Work {
         self.leases.range(all).map(|((_, lease), _)| *lease)
     }
 
-    /// All leases under way: by whom, and for which slots.
-    pub(super) fn leases(&self) -> impl Iterator<Item = (WorkerId, Range<u32>)> {
-        self.leases.iter().map(|((worker, _), block)| (*worker, block.slots(self.slot_count())))
+    /// All leases under way.
+    pub(super) fn leases(&self) -> impl Iterator<Item = (WorkerId, LeaseId, Holding)> {
+        self.leases.iter().map(|((worker, lease), holding)| (*worker, *lease, *holding))
     }
 
-    /// Whether a result counts, and if not, why not.
+    /// Who computes a block, and since when.
+    pub(super) fn holders(&self, block: Block) -> impl Iterator<Item = (WorkerId, LeaseId, Holding)> {
+        self.leases().filter(move |(_, _, holding)| holding.block == block)
+    }
+
+    /// Blocks whose results need confirmation.
+    pub(super) fn reviews(&self) -> &BTreeMap<Block, Review> {
+        &self.reviews
+    }
+
+    /// Whether a result answers its lease, and if not, why not.
     pub(super) fn judge(&self, done: &BlockDone) -> Result<(), DiscardReason> {
         if (done.step, done.version, done.task) != (self.step, self.version(), self.task()) {
             return Err(DiscardReason::Stale);
         }
         let slots = self.slot_count();
-        let Some(block) = self.leases.get(&(done.worker, done.lease)) else {
+        let Some(Holding { block, .. }) = self.holding(done.worker, done.lease) else {
             let counted = |slot| self.slots[slot as usize] == Slot::Counted;
-            let all_counted = done.block.exists(slots) && done.block.slots(slots).all(counted);
+            let all_counted = done.block.exists(slots) && self.range(done.block).all(counted);
             return Err(if all_counted { DiscardReason::AlreadyCounted } else { DiscardReason::LeaseNotHeld });
         };
         let fits = match self.task() {
-            Task::Gradient => done.digest.is_some() && done.slot_sums.is_empty(),
-            Task::Evaluate => done.digest.is_none() && done.slot_sums.len() == block.slots(slots).len(),
+            Task::Gradient => done.digest.is_some() && done.norm.is_some() && done.slot_sums.is_empty(),
+            Task::Evaluate => done.digest.is_none() && done.slot_sums.len() == self.range(block).len(),
         };
-        if done.block == *block && fits { Ok(()) } else { Err(DiscardReason::Malformed) }
+        if done.block == block && fits { Ok(()) } else { Err(DiscardReason::Malformed) }
     }
 
-    /// Counts a result that [`Self::judge`] let pass; its lease ends.
-    pub(super) fn accept(&mut self, done: &BlockDone) {
+    /// Ends the lease of a result that [`Self::judge`] let pass, and keeps it until others confirm it.
+    pub(super) fn review(&mut self, review: impl FnOnce() -> Review, opinion: Opinion) -> &Review {
+        self.leases.remove(&(opinion.done.worker, opinion.done.lease));
+        let review_of = self.reviews.entry(opinion.done.block).or_insert_with(review);
+        review_of.add(opinion);
+        review_of
+    }
+
+    /// Takes a block out of review, to decide on its results.
+    pub(super) fn conclude(&mut self, block: Block) -> Option<Review> {
+        self.reviews.remove(&block)
+    }
+
+    /// Counts a result that [`Self::judge`] let pass. Returns the leases under which the same block is still computed:
+    /// they end, too.
+    pub(super) fn accept(&mut self, done: &BlockDone) -> Vec<(WorkerId, LeaseId, Holding)> {
         self.leases.remove(&(done.worker, done.lease));
-        self.cover(done.block).fill(Slot::Counted);
-        let slots = done.block.slots(self.slot_count());
+        self.set(done.block, Slot::Counted);
+        let slots = self.range(done.block);
         match &mut self.tally {
             Tally::Gradient(tree) => {
-                tree.insert(done.block, done.sums, Add::add).expect("leases do not overlap, and each is accepted once");
+                tree.insert(done.block, done.sums, Add::add)
+                    .expect("taken blocks do not overlap, and each counts once");
+                self.norms.extend(done.norm.map(|norm| Norm { weight: done.sums.weight, norm }));
             }
             Tally::Evaluate(sums) => {
                 sums[slots.start as usize..slots.end as usize].copy_from_slice(&done.slot_sums);
             }
         }
+        let overtaken: Vec<_> = self.holders(done.block).collect();
+        self.leases.retain(|_, holding| holding.block != done.block);
+        overtaken
     }
 
-    /// Ends a lease without a result: its slots are free again.
+    /// Ends a lease without a result: its slots are free again, unless others have them.
     pub(super) fn take_back(&mut self, worker: WorkerId, lease: LeaseId) -> Option<Block> {
-        let block = self.leases.remove(&(worker, lease))?;
-        self.cover(block).fill(Slot::Returned);
+        let Holding { block, .. } = self.leases.remove(&(worker, lease))?;
+        self.free_if_nobody_has(block);
         Some(block)
     }
 
@@ -165,6 +249,28 @@ impl Work {
     pub(super) fn decline(&mut self, worker: WorkerId, lease: LeaseId) {
         let block = self.take_back(worker, lease);
         self.declined.extend(block.map(|block| (worker, block)));
+    }
+
+    /// Forgets the results of a worker that wait for confirmation; the leases that they came under.
+    pub(super) fn forget_opinions(&mut self, worker: WorkerId) -> Vec<LeaseId> {
+        let mut forgotten = Vec::new();
+        for review in self.reviews.values_mut() {
+            forgotten.extend(review.forget(worker));
+        }
+        let empty: Vec<Block> =
+            self.reviews.iter().filter(|(_, review)| review.results().is_empty()).map(|(block, _)| *block).collect();
+        for block in empty {
+            self.reviews.remove(&block);
+            self.free_if_nobody_has(block);
+        }
+        forgotten
+    }
+
+    /// Everything open ends: leases under way, and results that wait for confirmation.
+    pub(super) fn open_leases(&self) -> Vec<(WorkerId, LeaseId)> {
+        let leases = self.leases.keys().copied();
+        let waiting = self.reviews.values().flat_map(|review| review.results());
+        leases.chain(waiting.map(|opinion| (opinion.done.worker, opinion.done.lease))).collect()
     }
 
     /// The sums over all slots, once every one is counted.
@@ -178,8 +284,27 @@ impl Work {
         }
     }
 
+    /// Norms of the gradients that count so far.
+    pub(super) fn norms(&self) -> &[Norm] {
+        &self.norms
+    }
+
+    fn free_if_nobody_has(&mut self, block: Block) {
+        if self.holders(block).next().is_none() && !self.reviews.contains_key(&block) {
+            self.set(block, Slot::Returned);
+        }
+    }
+
+    fn set(&mut self, block: Block, slot: Slot) {
+        let cover = self.cover(block);
+        let before = cover.iter().filter(|slot| slot.is_free()).count() as u32;
+        cover.fill(slot);
+        let after = if slot.is_free() { cover.len() as u32 } else { 0 };
+        self.free = self.free - before + after;
+    }
+
     fn cover(&mut self, block: Block) -> &mut [Slot] {
-        let slots = block.slots(self.slot_count());
+        let slots = self.range(block);
         &mut self.slots[slots.start as usize..slots.end as usize]
     }
 }

@@ -107,6 +107,14 @@ pub(super) enum DecayKind {
     Constant,
 }
 
+/// `cluster.on_dispute`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum DisputeKind {
+    Wait,
+    Halt,
+}
+
 use Fallback::{Default, Required};
 use OnResume::{Fixed, Free};
 use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line, Llama, Muon, Text};
@@ -152,6 +160,8 @@ pub(super) const KEYS: &[Key] = &[
     key("optimizer.epsilon",             Default("1e-8"),             Adamw,       Fixed),
     key("optimizer.weight_decay",        Default("0.01"),             Adamw,       Fixed),
     key("optimizer.grad_clip",           Default("0.0"),              Every,       Fixed),
+    key("optimizer.max_bad_steps",       Default("3"),                Every,       Fixed),
+    key("optimizer.skip_above_median",   Default("0.0"),              Every,       Fixed),
 
     key("schedule.steps",                Required("1000"),            Every,       Fixed),
     key("schedule.warmup_steps",         Default("0"),                Every,       Fixed),
@@ -172,11 +182,14 @@ pub(super) const KEYS: &[Key] = &[
     key("sampling.top_k",                Default("0"),                Text,        Free),
 
     key("checkpoint.every_steps",        Default("500"),              Every,       Free),
+    key("checkpoint.every_secs",         Default("30.0"),             Every,       Free),
     key("checkpoint.keep_last",          Default("2"),                Every,       Free),
     key("checkpoint.stop_after",         Default("0"),                Every,       Free),
 
     key("cluster.min_workers",           Default("1"),                Every,       Free),
     key("cluster.exact",                 Default("true"),             Every,       Fixed),
+    key("cluster.audit",                 Default("0.0"),              Every,       Free),
+    key("cluster.on_dispute",            Default("\"wait\""),         Every,       Free),
     key("cluster.heartbeat_interval_ms", Default("1000"),             Every,       Free),
     key("cluster.liveness_timeout_ms",   Default("10000"),            Every,       Free),
 ];

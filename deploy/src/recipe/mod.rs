@@ -17,6 +17,7 @@ use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationCo
 use lockstep_model::config::{
     BatchConfig, GptConfig, LlamaConfig, ModelConfig, OptimizerConfig, ScheduleConfig, WindowOrder,
 };
+use lockstep_model::step_filter::SkipConfig;
 
 pub(crate) use self::error::RecipeError;
 pub(crate) use self::keys::TokenizerKind;
@@ -48,6 +49,8 @@ pub(crate) struct Recipe {
     pub(crate) data: Option<DataRecipe>,
     /// The update rule.
     pub(crate) optimizer: OptimizerConfig,
+    /// What becomes of steps whose gradient is of no use.
+    pub(crate) skip: SkipConfig,
     /// The learning rate over time.
     pub(crate) schedule: ScheduleConfig,
     /// How a step is cut into slots.

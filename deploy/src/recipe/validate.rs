@@ -4,15 +4,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
+use lockstep_coordinator::engine::OnDispute;
 use lockstep_model::bpe::MIN_VOCAB_SIZE;
 use lockstep_model::config::{
     AdamwConfig, BatchConfig, Decay, GptConfig, LineConfig, LlamaConfig, ModelConfig, MuonConfig, OptimizerConfig,
     ScheduleConfig, UpdateRule, WindowOrder,
 };
 use lockstep_model::layout::Layout;
+use lockstep_model::step_filter::SkipConfig;
 
 use super::error::RecipeError;
-use super::keys::{DecayKind, ModelKind, OptimizerKind, TokenizerKind};
+use super::keys::{DecayKind, DisputeKind, ModelKind, OptimizerKind, TokenizerKind};
 use super::values::Values;
 use super::{BYTES_PER_TOKEN, DataRecipe, Input, ModelRecipe, Recipe, TokenizerRecipe, WeightedInput};
 use crate::builtin;
@@ -31,6 +33,8 @@ const MAX_LAYERS: i64 = 1024;
 const MAX_WIDTH: i64 = 1 << 16;
 /// Longest time between heartbeats.
 const MAX_INTERVAL_MS: i64 = 3_600_000;
+/// Longest time between checkpoints.
+const MAX_SECS: f64 = 1e9;
 /// A worker is not given up for fewer heartbeats missed.
 const MIN_HEARTBEATS: i64 = 3;
 
@@ -60,6 +64,7 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
         model,
         data,
         optimizer,
+        skip: skip(v)?,
         schedule,
         batch,
         evaluation,
@@ -231,6 +236,14 @@ fn adamw(v: &Values) -> Result<AdamwConfig, RecipeError> {
     })
 }
 
+fn skip(v: &Values) -> Result<SkipConfig, RecipeError> {
+    let above_median = v.number("optimizer.skip_above_median", "above 1, or 0 (never)", |x| x == 0.0 || x > 1.0)?;
+    Ok(SkipConfig {
+        max_in_a_row: v.integer("optimizer.max_bad_steps", 0..=i64::from(u32::MAX))?,
+        above_median: (above_median > 0.0).then_some(above_median),
+    })
+}
+
 fn schedule(v: &Values, kind: DecayKind, lr: f64) -> Result<ScheduleConfig, RecipeError> {
     let steps: u64 = v.integer("schedule.steps", 1..=i64::MAX)?;
     let warmup_steps: u64 = v.integer("schedule.warmup_steps", 0..=i64::MAX)?;
@@ -342,8 +355,11 @@ fn checkpoint(v: &Values, steps: u64) -> Result<CheckpointConfig, RecipeError> {
         let reason = format!("the run ends before, at schedule.steps = {steps}; 0 goes on to the end");
         return Err(v.refuse("checkpoint.stop_after", reason));
     }
+    let secs =
+        v.number("checkpoint.every_secs", "of at least 0 (0: never)", |secs| (0.0..=MAX_SECS).contains(&secs))?;
     Ok(CheckpointConfig {
         every_steps: v.integer("checkpoint.every_steps", 0..=i64::MAX)?,
+        interval: (secs > 0.0).then(|| Duration::from_secs_f64(secs)),
         keep_last: v.integer("checkpoint.keep_last", 1..=1_000_000)?,
         stop_after: (stop_after > 0).then_some(stop_after),
     })
@@ -361,8 +377,19 @@ fn cluster(v: &Values) -> Result<ClusterConfig, RecipeError> {
         let example = format!("cluster.liveness_timeout_ms = {least_ms}");
         return Err(v.refuse_for("cluster.liveness_timeout_ms", reason, example));
     }
+    let min_workers: u32 = v.integer("cluster.min_workers", 1..=i64::from(u32::MAX))?;
+    let audit = v.number("cluster.audit", "from 0 to 1", |share| (0.0..=1.0).contains(&share))?;
+    if audit > 0.0 && min_workers < 2 {
+        let reason = "an audit needs a second worker, and a third where two disagree";
+        return Err(v.refuse_for("cluster.min_workers", reason, "cluster.min_workers = 3"));
+    }
     Ok(ClusterConfig {
-        min_workers: v.integer("cluster.min_workers", 1..=i64::from(u32::MAX))?,
+        min_workers,
+        audit,
+        on_dispute: match v.choice("cluster.on_dispute")? {
+            DisputeKind::Wait => OnDispute::Wait,
+            DisputeKind::Halt => OnDispute::Halt,
+        },
         exact: v.boolean("cluster.exact")?,
         heartbeat_interval: Duration::from_millis(interval_ms.unsigned_abs()),
         liveness_timeout: Duration::from_millis(timeout_ms.unsigned_abs()),

@@ -44,6 +44,8 @@ impl OptimizerState {
 pub struct StepReport {
     /// Global L2 norm of the mean gradient, before clipping.
     pub grad_norm: f64,
+    /// Whether parameters and state were changed.
+    pub applied: bool,
 }
 
 /// What a step is made of, besides parameters and state.
@@ -85,8 +87,7 @@ impl Part<'_> {
     }
 }
 
-/// One optimizer step, in place. The mean over the global batch is taken here, once, and its norm clipped. Tensors are
-/// independent of one another and are taken in parallel.
+/// One optimizer step, in place; see [`step_if`].
 pub fn step(
     config: &OptimizerConfig,
     layout: &Layout,
@@ -94,8 +95,25 @@ pub fn step(
     state: &mut OptimizerState,
     update: Update<'_>,
 ) -> StepReport {
+    step_if(config, layout, parameters, state, update, |_| true)
+}
+
+/// One optimizer step, in place, if `accepts` says so of the norm of the mean gradient; else nothing changes. The mean over
+/// the global batch is taken here, once, and its norm clipped. Tensors are independent of one another and are taken in
+/// parallel.
+pub fn step_if(
+    config: &OptimizerConfig,
+    layout: &Layout,
+    parameters: &mut [f32],
+    state: &mut OptimizerState,
+    update: Update<'_>,
+    accepts: impl FnOnce(f64) -> bool,
+) -> StepReport {
     let Update { gradient_sum, weight_sum, lr, step } = update;
     let grad_norm = l2_norm(gradient_sum) / weight_sum;
+    if !accepts(grad_norm) {
+        return StepReport { grad_norm, applied: false };
+    }
     let clip = match config.grad_clip {
         Some(limit) if grad_norm > limit => limit / (grad_norm + 1e-6),
         _ => 1.0,
@@ -107,7 +125,7 @@ pub fn step(
         UpdateRule::Muon(muon) if part.tensor.is_hidden_matrix() => muon::step(muon, part, rates),
         UpdateRule::Adamw(adamw) | UpdateRule::Muon(MuonConfig { adamw, .. }) => adamw::step(adamw, part, rates),
     });
-    StepReport { grad_norm }
+    StepReport { grad_norm, applied: true }
 }
 
 /// Cuts all vectors of a step into tensors.

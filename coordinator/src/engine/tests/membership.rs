@@ -17,7 +17,10 @@ fn the_first_worker_decides_the_class_of_an_exact_run() {
     "#]].assert_eq(&(run.ask(1) + &run.ask(2) + &run.ask(1)));
 
     let classes = BTreeSet::from([DeviceClass([2; 32])]);
-    let mut run = Run::new(EngineConfig { start: Start::Resumed { step: 1, validated: true, classes }, ..config() });
+    let mut run = Run::new(EngineConfig {
+        start: Start::Resumed { step: 1, validated: true, classes, skipped_in_a_row: 0, trust: Trust::default() },
+        ..config()
+    });
     expect![[r#"
         refuse: this worker's device class is 0101010101010101 and the run's is 0202020202020202: they compute different bits. Join with a device and build like those of the run's workers, or start the run with cluster.exact = false
         admit worker 1 of class 0202020202020202
@@ -52,6 +55,7 @@ fn work_starts_with_enough_workers_and_pauses_without() {
     // The one who remains finishes what it has, and gets no more.
     expect![[r#"
         discard lease 2 of worker 2: the worker left
+        report: paused: 1 more worker needed
     "#]]
     .assert_eq(&run.close(2));
     expect!["worker 1 (host-1) to finish slots 0-1 of step 1, 1 more worker (cluster.min_workers = 2)"]
@@ -63,7 +67,9 @@ fn work_starts_with_enough_workers_and_pauses_without() {
     expect!["1 more worker (cluster.min_workers = 2)"].assert_eq(&run.waiting_for());
     expect![[r#"
         admit worker 3 of class 0707070707070707
-        worker 1: lease 3: gradient of block 1/1 of step 1 with version 0
+        report: enough workers are here again
+        worker 1: lease 3: gradient of block 0/2 of step 1 with version 0
+        worker 3: lease 4: gradient of block 0/3 of step 1 with version 0
     "#]]
     .assert_eq(&run.join());
 }
@@ -109,13 +115,13 @@ fn the_blocks_of_one_who_leaves_are_leased_again() {
     run.join();
     run.join();
     run.join();
-    assert_eq!(run.engine.status().blocks_leased_again, 0);
+    assert_eq!(run.engine.status().counts.blocks_leased_again, 0);
     expect![[r#"
         discard lease 1 of worker 1: the worker left
-        worker 3: lease 3: gradient of block 1/0 of step 1 with version 0
+        worker 3: lease 3: gradient of block 0/0 of step 1 with version 0
     "#]]
     .assert_eq(&run.close(1));
-    assert_eq!(run.engine.status().blocks_leased_again, 1);
+    assert_eq!(run.engine.status().counts.blocks_leased_again, 1);
     assert_eq!(run.close(1), "");
 }
 
@@ -135,6 +141,7 @@ fn one_who_is_silent_is_given_up() {
         discard lease 1 of worker 1: the worker fell silent
         disconnect worker 1: nothing was heard from it for 10.0 s
         disconnect worker 3: it did not open its control stream within 10.0 s
+        report: paused: 1 more worker needed
     "#]]
     .assert_eq(&run.tick());
     assert_eq!(run.engine.next_deadline(), Some(Time(Duration::from_secs(16))));
@@ -169,13 +176,14 @@ fn a_declined_block_goes_to_somebody_else() {
     .assert_eq(&run.decline(1));
     expect![[r#"
         accept lease 2 of worker 2: block 1/1 of step 1
-        worker 2: lease 3: gradient of block 1/0 of step 1 with version 0
+        worker 2: lease 3: gradient of block 0/0 of step 1 with version 0
     "#]]
     .assert_eq(&run.done(2));
     // Where everybody declined it, everybody may try again.
     expect![[r#"
         discard lease 3 of worker 2: the worker declined it
-        worker 1: lease 4: gradient of block 1/0 of step 1 with version 0
+        worker 1: lease 4: gradient of block 0/0 of step 1 with version 0
+        worker 2: lease 5: gradient of block 0/1 of step 1 with version 0
     "#]]
     .assert_eq(&run.decline(2));
 }
@@ -276,13 +284,14 @@ fn a_result_that_does_not_fit_its_lease_counts_as_declined() {
     let other_version = BlockDone { version: 5, ..run.answer_of(2) };
     expect![[r#"
         discard lease 3 of worker 2: it is for another step, version or task than the one under way
-        worker 1: lease 4: gradient of block 1/0 of step 1 with version 0
+        worker 1: lease 4: gradient of block 0/0 of step 1 with version 0
+        worker 2: lease 5: gradient of block 0/1 of step 1 with version 0
     "#]]
     .assert_eq(&run.send(Event::BlockDone(other_version)));
     let no_vector = BlockDone { digest: None, ..run.answer_of(1) };
     expect![[r#"
         discard lease 4 of worker 1: it does not fit its lease
-        worker 1: lease 5: gradient of block 1/0 of step 1 with version 0
+        worker 1: lease 6: gradient of block 0/0 of step 1 with version 0
     "#]]
     .assert_eq(&run.send(Event::BlockDone(no_vector)));
 }

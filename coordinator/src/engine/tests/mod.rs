@@ -12,7 +12,9 @@ use lockstep_model::tree::Block;
 
 use super::command::{Lease, Task};
 use super::event::BlockDone;
-use super::{Command, DeviceClass, Engine, EngineConfig, Event, LeaseId, Start, Ticket, Time, WorkerId};
+use super::{
+    Command, DeviceClass, Engine, EngineConfig, Event, LeaseId, OnDispute, Start, Ticket, Time, Trust, WorkerId,
+};
 
 /// Two steps of four slots; no evaluation, no samples, a checkpoint at the end alone.
 fn config() -> EngineConfig {
@@ -23,9 +25,14 @@ fn config() -> EngineConfig {
         evaluate_every_steps: 0,
         sample_every_steps: 0,
         checkpoint_every_steps: 0,
+        checkpoint_interval: None,
         stop_after: None,
         min_workers: 1,
         exact: true,
+        audit: 0.0,
+        audit_seed: 5,
+        on_dispute: OnDispute::Wait,
+        max_bad_steps: 3,
         liveness_timeout: Duration::from_secs(10),
         max_slots_per_lease: 64,
         start: Start::Fresh,
@@ -48,8 +55,9 @@ fn answer(config: &EngineConfig, worker: WorkerId, lease: &Lease) -> BlockDone {
         Task::Gradient => Vec::new(),
         Task::Evaluate => slots.clone().map(|slot| sums_of(slot..slot + 1)).collect(),
     };
+    let (norm, sums) = (digest.map(|_| 1.0), sums_of(slots));
     let compute = Duration::from_secs(1);
-    BlockDone { worker, lease: id, step, version, task, block, digest, sums: sums_of(slots), slot_sums, compute }
+    BlockDone { worker, lease: id, step, version, task, block, digest, norm, sums, slot_sums, compute }
 }
 
 /// An engine under test. Whatever it commands comes back as text, one command a line.
@@ -125,7 +133,7 @@ impl Run {
     }
 
     fn applied(&mut self, step: u64) -> String {
-        self.send(Event::StepApplied { step })
+        self.send(Event::StepApplied { step, skipped: false })
     }
 
     fn written(&mut self, step: u64) -> String {

@@ -157,6 +157,8 @@ impl World {
                 assert_eq!(Some(*sums), in_order);
                 self.check_coverage(self.config.eval_slots);
             }
+            Command::RestartStep { .. } | Command::RollBack { .. } => panic!("nobody lies here"),
+            Command::Report(_) => {}
             Command::Sample { step } => assert_eq!(*step, self.applied),
             Command::Checkpoint { step } => {
                 assert_eq!(*step, self.applied);
@@ -250,7 +252,7 @@ impl World {
             Act::Optimise => {
                 let Some(step) = self.applying.take() else { return };
                 self.applied = step;
-                self.send(Event::StepApplied { step });
+                self.send(Event::StepApplied { step, skipped: false });
             }
             Act::Write => {
                 let Some(step) = self.writing.take() else { return };

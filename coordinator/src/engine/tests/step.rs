@@ -7,7 +7,7 @@ use expect_test::expect;
 use super::*;
 
 fn resumed(step: u64, validated: bool) -> Start {
-    Start::Resumed { step, validated, classes: BTreeSet::new() }
+    Start::Resumed { step, validated, classes: BTreeSet::new(), skipped_in_a_row: 0, trust: Trust::default() }
 }
 
 #[test]

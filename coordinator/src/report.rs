@@ -1,0 +1,67 @@
+//! The report of a step whose gradient was of no use: which slots, and what text was in them.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use lockstep_model::batch::{Batch, Values};
+
+use crate::config::RunConfig;
+
+/// Rows of a slot that a report shows.
+const ROWS_SHOWN: usize = 8;
+
+/// Writes the report of step `step` into `directory` and returns its path. `suspects` are the blocks that looked wrong by
+/// themselves; where there are none, all slots are shown.
+///
+/// # Errors
+/// If the system refuses.
+pub(crate) fn write(
+    directory: &Path,
+    config: &RunConfig,
+    step: u64,
+    in_a_row: u32,
+    suspects: &[Range<u32>],
+) -> anyhow::Result<PathBuf> {
+    let mut text = format!(
+        "Step {step} was skipped, as {in_a_row} in a row by now: its loss or its gradient is not finite, or its gradient is \
+         beyond optimizer.skip_above_median.\n"
+    );
+    let everything = [0..config.batch.slots];
+    let shown = if suspects.is_empty() { &everything[..] } else { suspects };
+    text.push_str(match suspects.is_empty() {
+        true => "No block looked wrong by itself. These are all slots:\n",
+        false => "These slots looked wrong by themselves, and were confirmed by a second computation:\n",
+    });
+    for slot in shown.iter().cloned().flatten() {
+        let _ = write!(text, "\nslot {slot}\n");
+        show(&mut text, config, &config.source.training_slot(step, slot));
+    }
+    let path = directory.join(format!("step-{step:09}.txt"));
+    let written = fs::create_dir_all(directory).and_then(|()| fs::write(&path, text));
+    written.with_context(|| format!("{}: cannot write", path.display())).map(|()| path)
+}
+
+/// A slot's rows: as text where there is a tokenizer, else as numbers.
+fn show(text: &mut String, config: &RunConfig, batch: &Batch) {
+    for column in &batch.columns {
+        let width = column.shape[1];
+        let rows: Vec<String> = match (&column.values, &config.tokenizer) {
+            (Values::U32(tokens), Some(tokenizer)) if column.name == "tokens" => {
+                tokens.chunks(width).map(|row| format!("{:?}", tokenizer.decode(row))).collect()
+            }
+            (Values::U32(_), Some(_)) => continue,
+            (Values::U32(values), None) => values.chunks(width).map(|row| format!("{row:?}")).collect(),
+            (Values::F32(values), _) => values.chunks(width).map(|row| format!("{row:?}")).collect(),
+        };
+        let _ = writeln!(text, "  {}", column.name);
+        for row in rows.iter().take(ROWS_SHOWN) {
+            let _ = writeln!(text, "    {row}");
+        }
+        if rows.len() > ROWS_SHOWN {
+            let _ = writeln!(text, "    and {} rows more", rows.len() - ROWS_SHOWN);
+        }
+    }
+}
