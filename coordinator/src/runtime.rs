@@ -528,6 +528,10 @@ impl Runtime {
             tokens_per_sec: last.map_or(0.0, |line| line.tokens_per_sec),
             workers: workers.collect(),
             waiting_for: status.waiting_for,
+            blocks_leased_again: status.counts.blocks_leased_again,
+            twins: status.counts.twins,
+            roll_backs: status.counts.roll_backs,
+            quarantined: status.quarantined,
         }
     }
 

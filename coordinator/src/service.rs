@@ -12,7 +12,7 @@ use lockstep_model::optimizer::l2_norm;
 use lockstep_model::tree::Block;
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::{self, coordinator_message, push_message, worker_message};
-use lockstep_proto::{MAX_MESSAGE_BYTES, PROTOCOL_VERSION, WORKER_ID_KEY};
+use lockstep_proto::{INCARNATION_KEY, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, RUN_ID_KEY, WORKER_ID_KEY};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -155,10 +155,9 @@ impl v1::lockstep_server::Lockstep for Service {
         &self,
         request: Request<Streaming<v1::WorkerMessage>>,
     ) -> Result<Response<Self::ControlStream>, Status> {
-        let worker = request.metadata().get(WORKER_ID_KEY).and_then(|id| id.to_str().ok()?.parse().ok());
-        let worker = worker.map(WorkerId).ok_or_else(|| {
-            Status::invalid_argument(format!("metadata {WORKER_ID_KEY:?} must hold the id given by Admit, in decimal"))
-        })?;
+        let worker = WorkerId(number(&request, WORKER_ID_KEY)?);
+        // A worker's id means nothing to another start of the coordinator.
+        self.check_run(text(&request, RUN_ID_KEY)?, number(&request, INCARNATION_KEY)?)?;
         let (out, messages) = mpsc::unbounded_channel();
         self.send(Input::Opened { worker, out })?;
         let listener = Listener {
@@ -304,6 +303,19 @@ impl Listener {
             spans: result.spans,
         })
     }
+}
+
+/// What a call's metadata holds under `key`.
+fn text<'a, T>(request: &'a Request<T>, key: &str) -> Result<&'a str, Status> {
+    let value = request.metadata().get(key).and_then(|value| value.to_str().ok());
+    value.ok_or_else(|| Status::invalid_argument(format!("metadata {key:?} is missing; see the contract, step 3")))
+}
+
+/// The same, as a number.
+fn number<T>(request: &Request<T>, key: &str) -> Result<u64, Status> {
+    text(request, key)?
+        .parse()
+        .map_err(|_| Status::invalid_argument(format!("metadata {key:?} must be a number, in decimal")))
 }
 
 /// Now, as messages carry it.

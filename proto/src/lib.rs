@@ -23,6 +23,12 @@ pub const MAX_LEASE_BYTES: usize = MAX_MESSAGE_BYTES / 4;
 /// Metadata key that names the worker on its control stream: its id in decimal.
 pub const WORKER_ID_KEY: &str = "lockstep-worker-id";
 
+/// Metadata of a control stream: which run it is for.
+pub const RUN_ID_KEY: &str = "lockstep-run-id";
+
+/// Metadata of a control stream: which start of the run's coordinator it is for, in decimal.
+pub const INCARNATION_KEY: &str = "lockstep-incarnation";
+
 /// Metadata key of the W3C trace context.
 pub const TRACEPARENT_KEY: &str = "traceparent";
 

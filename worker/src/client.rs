@@ -3,11 +3,12 @@
 use std::error::Error;
 use std::time::Duration;
 
+use lockstep_model::digest::{hex, vector_sha256};
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::lockstep_client::LockstepClient;
 use lockstep_proto::{
-    CONNECTION_WINDOW_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, STREAM_WINDOW_BYTES, TRACEPARENT_KEY, WORKER_ID_KEY,
-    v1,
+    CONNECTION_WINDOW_BYTES, INCARNATION_KEY, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, RUN_ID_KEY, STREAM_WINDOW_BYTES,
+    TRACEPARENT_KEY, WORKER_ID_KEY, v1,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,6 +17,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::device::Gradient;
+use crate::lease::Parameters;
 use crate::session::TransferFailure;
 use crate::translate::{self, Invitation, Run, shortened};
 
@@ -119,23 +121,43 @@ impl Client {
     }
 
     /// Opens the control stream, which is the membership.
-    pub(crate) async fn control(&mut self, worker_id: u64) -> Result<Control, CallError> {
+    pub(crate) async fn control(&mut self, run: &Run, worker_id: u64) -> Result<Control, CallError> {
         let (outgoing, messages) = mpsc::channel(OUTGOING_MESSAGES);
         let mut request = Request::new(ReceiverStream::new(messages));
-        request.metadata_mut().insert(WORKER_ID_KEY, MetadataValue::from(worker_id));
+        let metadata = request.metadata_mut();
+        metadata.insert(WORKER_ID_KEY, MetadataValue::from(worker_id));
+        metadata.insert(INCARNATION_KEY, MetadataValue::from(run.incarnation));
+        let run_id = run.id.parse().map_err(|_| CallError::Final("the run's id is no plain text".into()))?;
+        metadata.insert(RUN_ID_KEY, run_id);
         let incoming = in_time("Control", self.rpc.control(request)).await?.into_inner();
         Ok(Control { outgoing, incoming })
     }
 
-    /// Fetches the parameters of one version, `elements` in all.
-    pub(crate) async fn pull(&mut self, run: &Run, version: u64, elements: usize) -> Result<Vec<f32>, TransferFailure> {
+    /// Fetches the parameters of one version, `elements` in all, and checks that they are what their digest says.
+    pub(crate) async fn pull(
+        &mut self,
+        run: &Run,
+        Parameters { version, sha256 }: Parameters,
+        elements: usize,
+    ) -> Result<Vec<f32>, TransferFailure> {
         let request = v1::PullRequest { run_id: run.id.clone(), incarnation: run.incarnation, version };
         let mut chunks = self.rpc.pull(request).await.map_err(transfer_failure)?.into_inner();
         let mut vector = Assembler::new(elements);
         while let Some(chunk) = chunks.message().await.map_err(transfer_failure)? {
             vector.push(&chunk).map_err(|error| TransferFailure::Damaged(error.to_string()))?;
         }
-        vector.finish().map_err(|error| TransferFailure::Damaged(error.to_string()))
+        let vector = vector.finish().map_err(|error| TransferFailure::Damaged(error.to_string()))?;
+        let Some(expected) = sha256 else { return Ok(vector) };
+        let digested = tokio::task::spawn_blocking(move || (vector_sha256(&vector), vector)).await;
+        let (found, vector) = digested.map_err(|error| TransferFailure::Disconnected(error.to_string()))?;
+        match found == expected {
+            true => Ok(vector),
+            false => Err(TransferFailure::Damaged(format!(
+                "its SHA-256 is {}, and should be {}",
+                hex(&found),
+                hex(&expected)
+            ))),
+        }
     }
 
     /// Sends the gradient of one lease; `traceparent` names the lease's span to the coordinator.

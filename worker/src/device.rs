@@ -1,8 +1,10 @@
 //! The computing device: a thread of its own that owns the model, takes jobs from a channel and answers each.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -12,12 +14,14 @@ use lockstep_model::config::ModelConfig;
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::digest::bytes_sha256;
 use lockstep_model::layout::Layout;
+use lockstep_model::ledger::{block_sha256, slot_sha256};
 use lockstep_model::probe;
 use lockstep_model::tree::sum_leaves;
 use lockstep_proto::chunk;
 use tokio::sync::oneshot;
 use tracing::Span;
 
+use crate::kept::{Kept, KeptGradient};
 use crate::lease::{Slot, Task, Work};
 
 /// What the device made of one lease.
@@ -29,6 +33,8 @@ pub(crate) struct Outcome {
     pub(crate) slot_sums: Vec<Sums>,
     /// The block's gradient, for a gradient task.
     pub(crate) gradient: Option<Gradient>,
+    /// SHA-256 of the rows that were computed, see [`block_sha256`].
+    pub(crate) batch_sha256: [u8; 32],
     /// How long it took.
     pub(crate) compute_time: Duration,
 }
@@ -51,16 +57,34 @@ pub(crate) struct DeviceFailure(String);
 #[derive(Clone, Debug)]
 pub(crate) struct DeviceThread {
     jobs: mpsc::Sender<Job>,
+    /// One of the handles that the thread counts.
+    _handle: Arc<()>,
 }
 
-/// Where the answer to a job goes. If its receiver is gone, nobody waits and the job is cut short.
+/// Cuts a computation short, between two slots, when it is no longer wanted.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// From now on the result is not wanted.
+    pub(crate) fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Where the answer to a job goes. Its receiver may be gone.
 type Reply<T> = oneshot::Sender<Result<T, DeviceFailure>>;
 
 #[derive(Debug)]
 enum Job {
     Probe { model: ModelConfig, leases: Vec<Work>, reply: Reply<[u8; 32]> },
+    Enter { run_id: String, reply: Reply<Vec<KeptGradient>> },
     Load { parameters: Vec<f32>, reply: Reply<()> },
-    Compute { work: Arc<Work>, span: Span, reply: Reply<Outcome> },
+    Compute { work: Arc<Work>, stop: Stop, span: Span, reply: Reply<Outcome> },
 }
 
 impl DeviceThread {
@@ -70,13 +94,15 @@ impl DeviceThread {
     /// If the operating system gives no thread.
     pub(crate) fn start(device: ComputeDevice) -> std::io::Result<Self> {
         let (jobs, queue) = mpsc::channel();
-        let mut worker = DeviceWorker { device, model: None, computer: None };
+        let handle = Arc::new(());
+        let handles = Arc::downgrade(&handle);
+        let mut worker = DeviceWorker { device, handles, model: None, computer: None, kept: Kept::default() };
         std::thread::Builder::new().name("lockstep-device".into()).spawn(move || {
             for job in queue {
                 worker.do_job(job);
             }
         })?;
-        Ok(Self { jobs })
+        Ok(Self { jobs, _handle: handle })
     }
 
     /// Sets the model to compute from now on, computes `leases` with the probe's parameters and gives the digest of the
@@ -85,30 +111,55 @@ impl DeviceThread {
         self.ask(|reply| Job::Probe { model, leases, reply }).await
     }
 
+    /// Says which run is computed for from now on, and gives the gradients of it that were computed before. Those of another
+    /// run are forgotten.
+    pub(crate) async fn enter(&self, run_id: String) -> Result<Vec<KeptGradient>, DeviceFailure> {
+        self.ask(|reply| Job::Enter { run_id, reply }).await
+    }
+
     /// Takes parameters, in layout order, to the device.
     pub(crate) async fn load(&self, parameters: Vec<f32>) -> Result<(), DeviceFailure> {
         self.ask(|reply| Job::Load { parameters, reply }).await
     }
 
-    /// Computes a lease with the parameters loaded last, within `span`. After a failure they must be loaded again.
-    pub(crate) async fn compute(&self, work: Arc<Work>, span: Span) -> Result<Outcome, DeviceFailure> {
-        self.ask(|reply| Job::Compute { work, span, reply }).await
+    /// Computes a lease with the parameters loaded last, within `span`. A gradient that has a name is kept. It is computed to
+    /// the end even if the future that waits for the answer is dropped; anything else is then cut short.
+    ///
+    /// # Errors
+    /// If the device fails: parameters must be loaded again. If `stop` is set before the end: they need not.
+    pub(crate) fn compute(
+        &self,
+        work: Arc<Work>,
+        stop: Stop,
+        span: Span,
+    ) -> impl Future<Output = Result<Outcome, DeviceFailure>> + use<> {
+        self.ask(|reply| Job::Compute { work, stop, span, reply })
     }
 
-    async fn ask<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Result<T, DeviceFailure> {
-        let gone = || DeviceFailure("the device's thread has ended; restart this worker".into());
+    /// Queues a job at once; the future waits for its answer.
+    fn ask<T, J>(&self, job: J) -> impl Future<Output = Result<T, DeviceFailure>> + use<T, J>
+    where
+        J: FnOnce(Reply<T>) -> Job,
+    {
         let (reply, answer) = oneshot::channel();
-        self.jobs.send(job(reply)).map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        // A thread that has ended drops the job, and with it the reply.
+        let _ = self.jobs.send(job(reply));
+        async {
+            let gone = || DeviceFailure("the device's thread has ended; restart this worker".into());
+            answer.await.map_err(|_| gone())?
+        }
     }
 }
 
 /// The state of the thread.
 struct DeviceWorker {
     device: ComputeDevice,
+    /// Counts the handles to this thread.
+    handles: Weak<()>,
     model: Option<ModelConfig>,
     /// `None` until something is loaded, and after a failure: what a panic leaves behind is not used again.
     computer: Option<Computer>,
+    kept: Kept,
 }
 
 impl DeviceWorker {
@@ -120,13 +171,23 @@ impl DeviceWorker {
                 self.model = Some(model);
                 let _ = reply.send(self.guarded(|this| this.probe(&leases)));
             }
+            Job::Enter { run_id, reply } => {
+                let _ = reply.send(Ok(self.kept.enter(&run_id)));
+            }
             Job::Load { parameters, reply } => {
                 let _ = reply.send(self.guarded(|this| this.load(&parameters)));
             }
-            Job::Compute { work, span, reply } => {
-                let outcome = span.in_scope(|| self.guarded(|this| this.compute(&work, || reply.is_closed())));
+            Job::Compute { work, stop, span, reply } => {
+                let (name, handles) = (work.lease.gradient_name(), self.handles.clone());
+                let unheard = || reply.is_closed() && (name.is_none() || handles.strong_count() == 0);
+                let abandoned = || stop.is_set() || unheard();
+                let outcome = span.in_scope(|| self.guarded(|this| this.compute(&work, abandoned)));
                 drop(span); // so that it can end, and be told of, with the lease's result
-                let _ = reply.send(outcome);
+                if let (Some(name), Ok(Some(outcome))) = (name, &outcome) {
+                    self.kept.insert(KeptGradient { name, outcome: outcome.clone() });
+                }
+                let cut_short = || DeviceFailure("the computation was cut short: its lease is no longer wanted".into());
+                let _ = reply.send(outcome.and_then(|outcome| outcome.ok_or_else(cut_short)));
             }
         }
     }
@@ -164,15 +225,25 @@ impl DeviceWorker {
         Ok(digest.finish())
     }
 
-    fn compute(&self, work: &Work, abandoned: impl Fn() -> bool) -> Result<Outcome, ComputeError> {
+    /// Computes a lease; `None` if it was cut short, which leaves the device as it was.
+    fn compute(&self, work: &Work, abandoned: impl Fn() -> bool) -> Result<Option<Outcome>, ComputeError> {
         let started = Instant::now();
-        let BlockSum { sums, slot_sums, gradient } = self.sum(work, abandoned)?;
+        let cut_short = Cell::new(false);
+        let abandoned = || {
+            cut_short.set(abandoned());
+            cut_short.get()
+        };
+        let BlockSum { sums, slot_sums, gradient } = match self.sum(work, abandoned) {
+            Err(_) if cut_short.get() => return Ok(None),
+            summed => summed?,
+        };
         let compute_time = started.elapsed();
         let gradient = gradient.map(|gradient| {
             let bytes = chunk::to_bytes(&gradient);
             Gradient { sha256: bytes_sha256(&bytes), bytes }
         });
-        Ok(Outcome { sums, slot_sums, gradient, compute_time })
+        let batch_sha256 = block_sha256(work.slots.iter().map(|slot| slot_sha256(slot.number, &slot.batch)));
+        Ok(Some(Outcome { sums, slot_sums, gradient, batch_sha256, compute_time }))
     }
 
     fn sum(&self, work: &Work, abandoned: impl Fn() -> bool) -> Result<BlockSum, ComputeError> {
@@ -193,12 +264,12 @@ struct BlockSum {
 /// Computes a lease's slots one by one and adds them up, in tree order.
 fn sum_block(computer: &Computer, work: &Work, abandoned: impl Fn() -> bool) -> Result<BlockSum, ComputeError> {
     let check = || match abandoned() {
-        true => Err(ComputeError::Input("the membership that the lease belonged to has ended".into())),
+        true => Err(ComputeError::Input("the lease is no longer wanted".into())),
         false => Ok(()),
     };
     let (slot_sums, gradient) = match work.lease.task {
         Task::Gradient => {
-            let key = |slot: &Slot| SlotKey { seed: work.seed, step: work.lease.step, slot: slot.number };
+            let key = |slot: &Slot| SlotKey { seed: work.lease.seed, step: work.lease.step, slot: slot.number };
             let slots = work.slots.iter().map(|slot| check().map(|()| (&slot.batch, key(slot))));
             let BlockGradient { slot_sums, gradient } = computer.block_gradient(slots)?;
             (slot_sums, Some(gradient))

@@ -10,12 +10,53 @@ pub struct Lease {
     pub id: u64,
     /// The optimizer step it belongs to, from 1.
     pub step: u64,
-    /// The parameter version to compute with.
-    pub version: u64,
+    /// What to compute with.
+    pub parameters: Parameters,
     /// Which slots of the step.
     pub block: Block,
+    /// Seed of the run, for dropout.
+    pub seed: u64,
     /// What to compute of them.
     pub task: Task,
+}
+
+impl Lease {
+    /// What names the gradient that the lease asks for. `None` for an evaluation, and where parameters are named by number
+    /// alone.
+    pub fn gradient_name(&self) -> Option<GradientName> {
+        let &Self { step, parameters: Parameters { version, sha256 }, block, seed, task, .. } = self;
+        match task {
+            Task::Gradient => {
+                sha256.map(|parameters_sha256| GradientName { step, version, parameters_sha256, block, seed })
+            }
+            Task::Evaluate => None,
+        }
+    }
+}
+
+/// Names a version of the parameters by what it holds: a run that went back to a checkpoint may publish another version of
+/// the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    /// Optimizer steps applied to it.
+    pub version: u64,
+    /// SHA-256 of its bytes; `None` where the coordinator does not say, and nothing is checked.
+    pub sha256: Option<[u8; 32]>,
+}
+
+/// Names a block's gradient by everything that decides its bits, whichever lease or start of the coordinator asked for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct GradientName {
+    /// The optimizer step, from 1.
+    pub step: u64,
+    /// The parameter version.
+    pub version: u64,
+    /// SHA-256 of its bytes.
+    pub parameters_sha256: [u8; 32],
+    /// Which slots of the step.
+    pub block: Block,
+    /// Seed of the run.
+    pub seed: u64,
 }
 
 /// What is computed of a block.
@@ -34,8 +75,6 @@ pub struct Work {
     pub lease: Lease,
     /// The existing slots of the block, in order; at least one.
     pub slots: Vec<Slot>,
-    /// Seed of the run, for dropout.
-    pub seed: u64,
     /// W3C trace context of the lease, as the coordinator gave it; may be empty.
     pub traceparent: String,
 }

@@ -14,6 +14,7 @@ mod backoff;
 mod client;
 mod clock_offset;
 mod device;
+mod kept;
 pub mod lease;
 mod membership;
 mod runtime;

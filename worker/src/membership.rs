@@ -1,19 +1,21 @@
 //! One membership: the loop that carries out what the [`Session`] decides.
 //!
-//! Slow things (transfers, computing) run as tasks that the membership owns; dropping it ends them.
+//! Slow things (transfers, computing) run as tasks that the membership owns; dropping it ends them, but for a gradient that
+//! the device computes: that is finished and kept.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use lockstep_proto::v1;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument, Span, debug, info_span, warn};
 
 use crate::client::{Client, Control};
 use crate::clock_offset::ClockOffset;
-use crate::device::{DeviceFailure, DeviceThread, Outcome};
-use crate::lease::Work;
+use crate::device::{DeviceFailure, DeviceThread, Outcome, Stop};
+use crate::kept::KeptGradient;
+use crate::lease::{GradientName, Parameters, Work};
 use crate::runtime::SpanSource;
 use crate::session::{Command, Departure, Event, Session, Timing, TransferFailure};
 use crate::translate::{self, Instruction, Run, shortened};
@@ -26,6 +28,8 @@ pub(crate) struct Membership {
     pub(crate) client: Client,
     pub(crate) control: Control,
     pub(crate) device: DeviceThread,
+    /// Gradients of this run computed before.
+    pub(crate) kept: Vec<KeptGradient>,
     pub(crate) run: Run,
     pub(crate) worker_id: u64,
     /// Elements of a vector.
@@ -36,10 +40,12 @@ pub(crate) struct Membership {
 
 impl Membership {
     /// Serves until the membership ends. `on_first_word` is called when the coordinator first says something.
-    pub(crate) async fn serve(self, on_first_word: impl FnOnce()) -> Departure {
+    pub(crate) async fn serve(mut self, on_first_word: impl FnOnce()) -> Departure {
+        let kept = std::mem::take(&mut self.kept);
         let mut service = Service {
-            session: Session::new(self.timing, Duration::ZERO),
+            session: Session::new(self.timing, kept.iter().map(|kept| kept.name).collect(), Duration::ZERO),
             membership: self,
+            kept: kept.into_iter().map(|kept| (kept.name, kept.outcome)).collect(),
             leases: HashMap::new(),
             tasks: JoinSet::new(),
             clock_offset: ClockOffset::default(),
@@ -52,6 +58,8 @@ impl Membership {
 struct Service {
     membership: Membership,
     session: Session,
+    /// What may be answered from memory.
+    kept: BTreeMap<GradientName, Outcome>,
     /// What the session knows by name: every lease that is not over.
     leases: HashMap<u64, Held>,
     /// Computing, pulling and pushing.
@@ -64,13 +72,17 @@ struct Held {
     work: Arc<Work>,
     /// From the start of work on it to its end.
     span: Option<Span>,
+    /// Ends the computation.
+    stop: Stop,
     outcome: Option<Outcome>,
+    /// Ends the upload.
+    upload: Option<AbortHandle>,
     upload_time: Duration,
 }
 
 /// How a task ended.
 enum Report {
-    Pulled { version: u64, result: Result<(), TransferFailure> },
+    Pulled { parameters: Parameters, result: Result<(), TransferFailure> },
     Computed { lease: u64, result: Result<Outcome, DeviceFailure> },
     Pushed { lease: u64, result: Result<Duration, TransferFailure> },
 }
@@ -95,6 +107,7 @@ impl Service {
                 },
                 Some(report) = self.tasks.join_next() => match report {
                     Ok(report) => Some(self.note(report)),
+                    Err(error) if error.is_cancelled() => None,
                     Err(error) => return Departure::Lost(format!("a task of this worker failed: {error}")),
                 },
                 () = tokio::time::sleep_until(deadline) => Some(Event::Tick),
@@ -132,8 +145,8 @@ impl Service {
     /// Turns the end of a task into an event, keeping what it brought.
     fn note(&mut self, report: Report) -> Event {
         match report {
-            Report::Pulled { version, result: Ok(()) } => Event::ParametersArrived { version },
-            Report::Pulled { version, result: Err(failure) } => Event::PullFailed { version, failure },
+            Report::Pulled { parameters, result: Ok(()) } => Event::ParametersArrived { parameters },
+            Report::Pulled { parameters, result: Err(failure) } => Event::PullFailed { parameters, failure },
             Report::Computed { lease, result: Ok(outcome) } => {
                 if let Some(held) = self.leases.get_mut(&lease) {
                     held.outcome = Some(outcome);
@@ -156,12 +169,25 @@ impl Service {
     /// Carries one command out; says if the membership is over.
     fn act(&mut self, command: Command) -> Option<Departure> {
         match command {
-            Command::Pull { version, lease } => {
-                self.pull(version, lease);
+            Command::SendKept(names) => self.send(v1::worker_message::Kind::Kept(translate::kept(&names))),
+            Command::Pull { parameters, lease } => {
+                self.pull(parameters, lease);
                 None
             }
             Command::Compute { lease } => {
                 self.compute(lease);
+                None
+            }
+            Command::Abandon { lease } => {
+                self.abandon(lease);
+                None
+            }
+            Command::Recall { lease } => {
+                self.recall(lease);
+                None
+            }
+            Command::Forget => {
+                self.kept.clear();
                 None
             }
             Command::Push { lease } => {
@@ -188,32 +214,47 @@ impl Service {
         }
     }
 
-    fn pull(&mut self, version: u64, lease: u64) {
+    fn pull(&mut self, parameters: Parameters, lease: u64) {
         let held = self.held(lease);
         let (work, lease_span) = (held.work.clone(), held.span());
-        let span = info_span!(
-            target: "lockstep", parent: &lease_span, "pull", step = work.lease.step, slot = work.first_slot(), version
-        );
+        let (step, slot, version) = (work.lease.step, work.first_slot(), parameters.version);
+        let span = info_span!(target: "lockstep", parent: &lease_span, "pull", step, slot, version);
         let (mut client, device) = (self.membership.client.clone(), self.membership.device.clone());
         let (run, elements) = (self.membership.run.clone(), self.membership.elements);
         let task = async move {
-            let result = match client.pull(&run, version, elements).await {
-                Ok(parameters) => {
-                    let loaded = device.load(parameters).await;
+            let result = match client.pull(&run, parameters, elements).await {
+                Ok(vector) => {
+                    let loaded = device.load(vector).await;
                     loaded.map_err(|failure| TransferFailure::Refused(failure.to_string()))
                 }
                 Err(failure) => Err(failure),
             };
-            Report::Pulled { version, result }
+            Report::Pulled { parameters, result }
         };
         self.tasks.spawn(task.instrument(span));
     }
 
     fn compute(&mut self, lease: u64) {
         let held = self.held(lease);
-        let (work, span) = (held.work.clone(), held.span());
-        let device = self.membership.device.clone();
-        self.tasks.spawn(async move { Report::Computed { lease, result: device.compute(work, span).await } });
+        let (work, stop, span) = (held.work.clone(), held.stop.clone(), held.span());
+        let outcome = self.membership.device.compute(work, stop, span);
+        self.tasks.spawn(async move { Report::Computed { lease, result: outcome.await } });
+    }
+
+    /// Ends the computation or the upload of a lease.
+    fn abandon(&mut self, lease: u64) {
+        let held = self.held(lease);
+        held.stop.set();
+        if let Some(upload) = &held.upload {
+            upload.abort();
+        }
+    }
+
+    /// Takes a lease's gradient from memory.
+    fn recall(&mut self, lease: u64) {
+        let name = self.held(lease).work.lease.gradient_name();
+        let kept = name.and_then(|name| self.kept.remove(&name));
+        self.held(lease).outcome = Some(kept.expect("the session recalls, once, only what is kept"));
     }
 
     fn push(&mut self, lease: u64) {
@@ -232,11 +273,12 @@ impl Service {
             let pushed = client.push(&run, worker_id, lease, &gradient, &work.traceparent).await;
             Report::Pushed { lease, result: pushed.map(|()| began.elapsed()) }
         };
-        self.tasks.spawn(task.instrument(span));
+        let upload = self.tasks.spawn(task.instrument(span));
+        self.held(lease).upload = Some(upload);
     }
 
     fn send_result(&mut self, lease: u64) -> Option<Departure> {
-        let Held { work, span, outcome, upload_time } =
+        let Held { work, span, outcome, upload_time, .. } =
             self.leases.remove(&lease).expect("the session reports a lease before it forgets it");
         let outcome = outcome.expect("the session reports a lease done only after it was computed");
         drop(span); // the lease's own span is over, and travels with its result
@@ -259,7 +301,8 @@ impl Service {
 
 impl Held {
     fn new(work: Work) -> Self {
-        Self { work: Arc::new(work), span: None, outcome: None, upload_time: Duration::ZERO }
+        let (stop, upload_time) = (Stop::default(), Duration::ZERO);
+        Self { work: Arc::new(work), span: None, stop, outcome: None, upload: None, upload_time }
     }
 
     /// The lease's span, which begins with the first work on it.

@@ -1,6 +1,7 @@
 //! A worker's life: connect, join, show the probe, be a member; and again whenever the connection is lost.
 
 use std::fmt;
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 
 use lockstep_model::device::ComputeDevice;
@@ -10,7 +11,7 @@ use tracing::{info, warn};
 
 use crate::backoff::Backoff;
 use crate::client::{CallError, Client, Identity, endpoint};
-use crate::device::DeviceThread;
+use crate::device::{DeviceFailure, DeviceThread};
 use crate::membership::Membership;
 use crate::session::Departure;
 
@@ -81,7 +82,8 @@ pub enum WorkerError {
 
 /// Works for the coordinator at `config.address` until it releases this worker or `shutdown` completes.
 ///
-/// Connecting is tried for ever, with waits of 100 ms doubling to 5 s; after a connection is lost the worker joins anew.
+/// Connecting is tried for ever, with waits of 100 ms doubling to 5 s, each cut by up to half; after a connection is lost the
+/// worker joins anew, and offers the gradients that it computed for the same run.
 ///
 /// # Errors
 /// If the worker is refused, or cannot work; see [`WorkerError`].
@@ -121,7 +123,8 @@ impl Worker {
         };
         let identity = Identity { name, device: device.description.clone() };
         let device = DeviceThread::start(device)?;
-        Ok(Self { address, endpoint, identity, device, spans, backoff: Backoff::new() })
+        let seed = RandomState::new().hash_one((std::process::id(), &identity.name));
+        Ok(Self { address, endpoint, identity, device, spans, backoff: Backoff::new(seed) })
     }
 
     /// Joins, and joins again.
@@ -152,17 +155,20 @@ impl Worker {
     async fn join_and_serve(&mut self) -> Result<String, Setback> {
         let mut client = Client::connect(&self.endpoint).await.map_err(|error| self.setback(error))?;
         let invitation = client.join(&self.identity).await.map_err(|error| self.setback(error))?;
-        let probe = self.device.probe(invitation.model, invitation.probe).await.map_err(|failure| {
-            Setback::Final(WorkerError::Probe { address: self.address.clone(), reason: failure.to_string() })
-        })?;
         let run = invitation.run;
+        let no_use = |failure: DeviceFailure| {
+            Setback::Final(WorkerError::Probe { address: self.address.clone(), reason: failure.to_string() })
+        };
+        let probe = self.device.probe(invitation.model, invitation.probe).await.map_err(no_use)?;
+        let kept = self.device.enter(run.id.clone()).await.map_err(no_use)?;
         let worker_id = client.admit(&run, &self.identity, probe).await.map_err(|error| self.setback(error))?;
-        let control = client.control(worker_id).await.map_err(|error| self.setback(error))?;
+        let control = client.control(&run, worker_id).await.map_err(|error| self.setback(error))?;
         info!("worker {worker_id} of run {} (start {}) at {}", run.id, run.incarnation, self.address);
         let membership = Membership {
             client,
             control,
             device: self.device.clone(),
+            kept,
             run,
             worker_id,
             elements: invitation.elements,

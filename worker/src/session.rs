@@ -7,11 +7,14 @@
 //! A lease waits in the queue, is computed, and, if it is a gradient, uploaded. It ends with exactly one of
 //! [`Command::SendResult`], [`Command::SendDeclined`] and [`Command::Discard`], unless the membership ends first. The device
 //! does one thing at a time: it takes parameters or computes. Uploads go on beside it.
+//!
+//! Gradients that were computed in earlier memberships are offered first of all. A lease that asks for one of them is not
+//! computed but answered from memory, once: a coordinator that asks a second time wants it computed anew.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use crate::lease::{Lease, Task};
+use crate::lease::{GradientName, Lease, Parameters, Task};
 
 /// Uploads under way at once. While the device computes one block the one before it travels; with more than that waiting,
 /// the network is the bottleneck and computed vectors would only pile up in memory.
@@ -56,12 +59,12 @@ pub enum Event {
     /// A [`Command::Pull`] succeeded: the device holds this version, and no other.
     ParametersArrived {
         /// The version.
-        version: u64,
+        parameters: Parameters,
     },
     /// A [`Command::Pull`] failed.
     PullFailed {
         /// The version.
-        version: u64,
+        parameters: Parameters,
         /// How.
         failure: TransferFailure,
     },
@@ -120,10 +123,12 @@ pub enum TransferFailure {
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
+    /// Tell the coordinator which gradients are kept from earlier memberships; the first message of this one.
+    SendKept(Vec<GradientName>),
     /// Fetch parameters and load them into the device, in place of those it holds.
     Pull {
         /// The version.
-        version: u64,
+        parameters: Parameters,
         /// The lease that needs them.
         lease: u64,
     },
@@ -132,8 +137,20 @@ pub enum Command {
         /// The lease's id.
         lease: u64,
     },
-    /// Send the gradient of a computed lease.
+    /// Take the gradient that a lease asks for from memory, as if it had been computed.
+    Recall {
+        /// The lease's id.
+        lease: u64,
+    },
+    /// Nothing more will be recalled in this membership.
+    Forget,
+    /// Send the gradient of a computed or recalled lease.
     Push {
+        /// The lease's id.
+        lease: u64,
+    },
+    /// Stop computing a lease, which leaves the parameters in the device, or stop sending it. Nothing need be reported.
+    Abandon {
         /// The lease's id.
         lease: u64,
     },
@@ -173,11 +190,15 @@ pub enum Departure {
 #[derive(Clone, Debug)]
 pub struct Session {
     timing: Timing,
+    /// What is to be offered to the coordinator, until that is done.
+    offer: Vec<GradientName>,
+    /// What can be answered from memory.
+    kept: BTreeSet<GradientName>,
     /// Leases not started, in the order of arrival.
     queue: VecDeque<Lease>,
     device: Device,
-    /// The parameter version in the device.
-    held_version: Option<u64>,
+    /// The parameters in the device.
+    held: Option<Parameters>,
     /// Leases on their way to the coordinator, with the number of the attempt.
     uploads: BTreeMap<u64, u32>,
     heartbeat_due: Duration,
@@ -189,18 +210,21 @@ pub struct Session {
 #[derive(Clone, Copy, Debug)]
 enum Device {
     Idle,
-    Pulling { version: u64, attempt: u32 },
-    Computing { lease: Lease, revoked: bool },
+    Pulling { parameters: Parameters, attempt: u32 },
+    Computing { lease: Lease },
 }
 
 impl Session {
-    /// A membership that begins at `now`, counted from any fixed origin. The first heartbeat is due at once.
-    pub fn new(timing: Timing, now: Duration) -> Self {
+    /// A membership that begins at `now`, counted from any fixed origin, with the gradients `kept` from earlier ones, from the
+    /// oldest to the newest. The first heartbeat is due at once.
+    pub fn new(timing: Timing, kept: Vec<GradientName>, now: Duration) -> Self {
         Self {
             timing,
+            kept: kept.iter().copied().collect(),
+            offer: kept,
             queue: VecDeque::new(),
             device: Device::Idle,
-            held_version: None,
+            held: None,
             uploads: BTreeMap::new(),
             heartbeat_due: now,
             last_heard: now,
@@ -217,15 +241,19 @@ impl Session {
         if event.comes_from_coordinator() {
             self.last_heard = now;
         }
-        let mut commands = match event {
+        let mut commands = match std::mem::take(&mut self.offer) {
+            kept if kept.is_empty() => Vec::new(),
+            kept => vec![Command::SendKept(kept)],
+        };
+        commands.extend(match event {
             Event::Leased(lease) => self.leased(lease),
             Event::Unreadable { lease, .. } if self.knows(lease) => Vec::new(),
             Event::Unreadable { lease, reason } => vec![Command::SendDeclined { lease, reason }],
             Event::Revoked { lease } => self.revoked(lease),
             Event::HeartbeatAcked => Vec::new(),
             Event::Released { reason } => vec![Command::Leave(Departure::Released(reason))],
-            Event::ParametersArrived { version } => self.parameters_arrived(version),
-            Event::PullFailed { version, failure } => self.pull_failed(version, failure),
+            Event::ParametersArrived { parameters } => self.parameters_arrived(parameters),
+            Event::PullFailed { parameters, failure } => self.pull_failed(parameters, failure),
             Event::Computed { lease } => self.computed(lease),
             Event::ComputeFailed { lease, reason } => self.compute_failed(lease, reason),
             Event::Pushed { lease } => match self.uploads.remove(&lease) {
@@ -234,7 +262,7 @@ impl Session {
             },
             Event::PushFailed { lease, failure } => self.push_failed(lease, failure),
             Event::Tick => self.tick(now),
-        };
+        });
         if !matches!(commands.last(), Some(Command::Leave(_))) {
             commands.extend(self.start_next());
         }
@@ -248,43 +276,56 @@ impl Session {
     }
 
     fn leased(&mut self, lease: Lease) -> Vec<Command> {
-        if !self.knows(lease.id) {
-            self.queue.push_back(lease);
+        if self.knows(lease.id) {
+            return Vec::new();
         }
-        Vec::new()
+        self.queue.push_back(lease);
+        let past = lease.task == Task::Gradient && self.kept.iter().all(|kept| kept.step < lease.step);
+        match past && !self.kept.is_empty() {
+            true => {
+                self.kept.clear();
+                vec![Command::Forget]
+            }
+            false => Vec::new(),
+        }
     }
 
     fn revoked(&mut self, id: u64) -> Vec<Command> {
-        if let Device::Computing { lease, revoked } = &mut self.device {
-            *revoked |= lease.id == id;
+        if let Some(place) = self.queue.iter().position(|lease| lease.id == id) {
+            self.queue.remove(place);
+            return vec![Command::Discard { lease: id }];
         }
-        let Some(place) = self.queue.iter().position(|lease| lease.id == id) else { return Vec::new() };
-        self.queue.remove(place);
-        vec![Command::Discard { lease: id }]
+        let under_way = self.finish_computing(id).is_some() || self.uploads.remove(&id).is_some();
+        match under_way {
+            true => vec![Command::Abandon { lease: id }, Command::Discard { lease: id }],
+            false => Vec::new(),
+        }
     }
 
-    fn parameters_arrived(&mut self, arrived: u64) -> Vec<Command> {
-        if matches!(self.device, Device::Pulling { version, .. } if version == arrived) {
+    fn parameters_arrived(&mut self, arrived: Parameters) -> Vec<Command> {
+        if matches!(self.device, Device::Pulling { parameters, .. } if parameters == arrived) {
             self.device = Device::Idle;
-            self.held_version = Some(arrived);
+            self.held = Some(arrived);
         }
         Vec::new()
     }
 
-    fn pull_failed(&mut self, failed: u64, failure: TransferFailure) -> Vec<Command> {
-        let Device::Pulling { version, attempt } = self.device else { return Vec::new() };
-        if version != failed {
+    fn pull_failed(&mut self, failed: Parameters, failure: TransferFailure) -> Vec<Command> {
+        let Device::Pulling { parameters, attempt } = self.device else { return Vec::new() };
+        if parameters != failed {
             return Vec::new();
         }
         self.device = Device::Idle;
         match failure {
             TransferFailure::Damaged(_) if attempt < MAX_ATTEMPTS => self.start_pull(attempt + 1),
             TransferFailure::Refused(reason) => {
-                let (declined, kept): (Vec<_>, Vec<_>) = self.queue.drain(..).partition(|l| l.version == version);
-                self.queue = kept.into();
+                let (declined, others): (Vec<_>, Vec<_>) =
+                    self.queue.drain(..).partition(|lease| lease.parameters == parameters);
+                self.queue = others.into();
                 declined.iter().map(|l| Command::SendDeclined { lease: l.id, reason: reason.clone() }).collect()
             }
             TransferFailure::Damaged(reason) | TransferFailure::Disconnected(reason) => {
+                let version = parameters.version;
                 vec![Command::Leave(Departure::Lost(format!("version {version} did not arrive: {reason}")))]
             }
         }
@@ -293,9 +334,8 @@ impl Session {
     fn computed(&mut self, id: u64) -> Vec<Command> {
         match self.finish_computing(id) {
             None => Vec::new(),
-            Some((_, true)) => vec![Command::Discard { lease: id }],
-            Some((Task::Evaluate, false)) => vec![Command::SendResult { lease: id }],
-            Some((Task::Gradient, false)) => {
+            Some(Task::Evaluate) => vec![Command::SendResult { lease: id }],
+            Some(Task::Gradient) => {
                 self.uploads.insert(id, 1);
                 vec![Command::Push { lease: id }]
             }
@@ -303,22 +343,23 @@ impl Session {
     }
 
     fn compute_failed(&mut self, id: u64, reason: String) -> Vec<Command> {
-        let Some((_, revoked)) = self.finish_computing(id) else { return Vec::new() };
-        self.held_version = None;
-        match revoked {
-            true => vec![Command::Discard { lease: id }],
-            false => vec![Command::SendDeclined { lease: id, reason }],
+        match self.finish_computing(id) {
+            None => Vec::new(),
+            Some(_) => {
+                self.held = None;
+                vec![Command::SendDeclined { lease: id, reason }]
+            }
         }
     }
 
-    /// Frees the device if it was computing this lease: its task, and whether it was revoked meanwhile.
-    fn finish_computing(&mut self, id: u64) -> Option<(Task, bool)> {
-        let Device::Computing { lease, revoked } = self.device else { return None };
+    /// Frees the device if it was computing this lease: its task.
+    fn finish_computing(&mut self, id: u64) -> Option<Task> {
+        let Device::Computing { lease } = self.device else { return None };
         if lease.id != id {
             return None;
         }
         self.device = Device::Idle;
-        Some((lease.task, revoked))
+        Some(lease.task)
     }
 
     fn push_failed(&mut self, lease: u64, failure: TransferFailure) -> Vec<Command> {
@@ -348,27 +389,45 @@ impl Session {
         vec![Command::SendHeartbeat]
     }
 
-    /// Gives an idle device the lease at the head of the queue, or the parameters it needs.
+    /// Starts what can be started: sends what is answered from memory, and gives an idle device the lease at the head of the
+    /// queue, or the parameters it needs.
     fn start_next(&mut self) -> Vec<Command> {
+        let mut commands = Vec::new();
+        while self.uploads.len() < MAX_UPLOADS
+            && let Some(lease) = self.next_from_memory()
+        {
+            self.uploads.insert(lease, 1);
+            commands.extend([Command::Recall { lease }, Command::Push { lease }]);
+        }
         if !matches!(self.device, Device::Idle) || self.uploads.len() >= MAX_UPLOADS {
-            return Vec::new();
+            return commands;
         }
         match self.queue.front().copied() {
-            Some(lease) if self.held_version == Some(lease.version) => {
+            Some(lease) if self.held == Some(lease.parameters) => {
                 self.queue.pop_front();
-                self.device = Device::Computing { lease, revoked: false };
-                vec![Command::Compute { lease: lease.id }]
+                self.device = Device::Computing { lease };
+                commands.push(Command::Compute { lease: lease.id });
             }
-            _ => self.start_pull(1),
+            _ => commands.extend(self.start_pull(1)),
         }
+        commands
+    }
+
+    /// Takes the first lease that asks for something kept out of the queue, and what it asks for out of what is kept.
+    fn next_from_memory(&mut self) -> Option<u64> {
+        let place =
+            self.queue.iter().position(|lease| lease.gradient_name().is_some_and(|n| self.kept.contains(&n)))?;
+        let lease = self.queue.remove(place)?;
+        self.kept.remove(&lease.gradient_name()?);
+        Some(lease.id)
     }
 
     /// Has an idle device take the parameters that the lease at the head of the queue needs, if there is one.
     fn start_pull(&mut self, attempt: u32) -> Vec<Command> {
-        let Some(&Lease { id, version, .. }) = self.queue.front() else { return Vec::new() };
-        self.device = Device::Pulling { version, attempt };
-        self.held_version = None;
-        vec![Command::Pull { version, lease: id }]
+        let Some(&Lease { id, parameters, .. }) = self.queue.front() else { return Vec::new() };
+        self.device = Device::Pulling { parameters, attempt };
+        self.held = None;
+        vec![Command::Pull { parameters, lease: id }]
     }
 }
 

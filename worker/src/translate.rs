@@ -10,7 +10,7 @@ use lockstep_model::tree::Block;
 use lockstep_proto::v1;
 
 use crate::device::Outcome;
-use crate::lease::{Lease, Slot, Task, Work};
+use crate::lease::{GradientName, Lease, Parameters, Slot, Task, Work};
 use crate::session::Timing;
 
 /// A message that makes no sense: what is wrong, and where.
@@ -114,8 +114,8 @@ pub(crate) fn block_result(
         incarnation: run.incarnation,
         lease_id: lease.id,
         step: lease.step,
-        version: lease.version,
-        block: Some(v1::Block { level: lease.block.level, index: lease.block.index }),
+        version: lease.parameters.version,
+        block: Some(wire_block(lease.block)),
         loss_sum: outcome.sums.loss,
         weight_sum: outcome.sums.weight,
         vector_sha256: outcome.gradient.as_ref().map_or_else(Vec::new, |gradient| gradient.sha256.to_vec()),
@@ -124,8 +124,22 @@ pub(crate) fn block_result(
         spans,
         compute_nanos: nanos(outcome.compute_time),
         upload_nanos: nanos(upload_time),
-        batch_sha256: Vec::new(),
+        batch_sha256: outcome.batch_sha256.to_vec(),
     }
+}
+
+/// Writes what is offered from memory.
+pub(crate) fn kept(gradients: &[GradientName]) -> v1::Kept {
+    let block = |name: &GradientName| v1::KeptBlock {
+        step: name.step,
+        version: name.version,
+        block: Some(wire_block(name.block)),
+    };
+    v1::Kept { blocks: gradients.iter().map(block).collect() }
+}
+
+fn wire_block(Block { level, index }: Block) -> v1::Block {
+    v1::Block { level, index }
 }
 
 /// The text, cut where needed to the `limit` in bytes that the contract sets.
@@ -268,8 +282,20 @@ pub(crate) fn work(lease: v1::Lease) -> Result<Work, WireError> {
     let block = Block { level, index };
     let slots: Vec<Slot> = lease.slots.into_iter().map(slot).collect::<Result<_, _>>().map_err(in_lease)?;
     slots_of_block(block, &slots).map_err(in_lease)?;
-    let lease_name = Lease { id, step: lease.step, version: lease.version, block, task };
-    Ok(Work { lease: lease_name, slots, seed: lease.seed, traceparent: lease.traceparent })
+    let parameters = Parameters { version: lease.version, sha256: sha256(&lease.parameters_sha256).map_err(in_lease)? };
+    let lease_name = Lease { id, step: lease.step, parameters, block, seed: lease.seed, task };
+    Ok(Work { lease: lease_name, slots, traceparent: lease.traceparent })
+}
+
+/// The digest of the parameters to compute with, if one is given.
+fn sha256(bytes: &[u8]) -> Result<Option<[u8; 32]>, WireError> {
+    match bytes {
+        [] => Ok(None),
+        bytes => match bytes.try_into() {
+            Ok(digest) => Ok(Some(digest)),
+            Err(_) => Err(WireError(format!("parameters_sha256 has {} bytes, not 32", bytes.len()))),
+        },
+    }
 }
 
 /// Checks that `slots` are the block's first ones without a gap: what exists of it.

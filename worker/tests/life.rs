@@ -9,6 +9,7 @@ use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
 use lockstep_model::config::{LineConfig, ModelConfig};
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
 use lockstep_model::digest::vector_sha256;
+use lockstep_model::ledger::{block_sha256, slot_sha256};
 use lockstep_model::probe;
 use lockstep_model::tree::add_vectors;
 use lockstep_proto::v1;
@@ -89,12 +90,14 @@ async fn a_worker_joins_computes_and_is_released() {
     assert_eq!(Sums { loss: of_gradient.loss_sum, weight: of_gradient.weight_sum }, gradient_sums);
     assert_eq!((of_gradient.step, of_gradient.version), (8, 7));
     assert_eq!(of_gradient.block, Some(v1::Block { level: 2, index: 0 }));
+    assert_eq!(of_gradient.batch_sha256, block_sha256([0, 1, 2].map(|slot| slot_sha256(slot, &batch(slot)))));
     assert!(of_gradient.compute_nanos > 0 && of_gradient.upload_nanos > 0);
 
     assert_eq!(of_evaluation.slot_loss_sums, evaluation.map(|sums| sums.loss));
     assert_eq!(of_evaluation.slot_weight_sums, evaluation.map(|sums| sums.weight));
     assert_eq!(of_evaluation.loss_sum, evaluation[0].loss + evaluation[1].loss);
     assert!(of_evaluation.vector_sha256.is_empty());
+    assert_eq!(of_evaluation.batch_sha256, block_sha256([0, 1].map(|slot| slot_sha256(slot, &batch(slot)))));
 
     to_worker.release("the run is complete").await;
     assert_eq!(worker.await.unwrap().unwrap(), Ended::Released("the run is complete".into()));
@@ -147,6 +150,105 @@ async fn damaged_parameters_are_pulled_again() {
         assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
     }
     assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 1));
+}
+
+#[tokio::test]
+async fn parameters_of_another_digest_are_pulled_again() {
+    let mut coordinator = Scripted::start(Script { foreign_pulls: 2, ..Script::default() }, 0).await;
+    let _worker = worker(&coordinator.address, no_spans());
+    let (_, to_worker) = coordinator.sees_joining().await;
+    to_worker.lease(lease(1, false, &[0])).await;
+    for _ in 0..3 {
+        assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
+    }
+    let Seen::Result(result) = coordinator.sees().await else { panic!("the third vector is the right one") };
+    assert_eq!(result.loss_sum, computer(&PARAMETERS).loss(&batch(0)).unwrap().loss);
+
+    // Version 7 by another digest is another version: this coordinator does not have it.
+    to_worker.lease(v1::Lease { parameters_sha256: vec![1; 32], ..lease(2, false, &[0]) }).await;
+    for _ in 0..3 {
+        assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
+    }
+    coordinator.sees_joining().await;
+}
+
+#[tokio::test]
+async fn a_gradient_whose_upload_was_cut_off_is_offered_and_pushed_without_computing_it_anew() {
+    let mut coordinator = Scripted::start(Script { stalled_pushes: 1, ..Script::default() }, 0).await;
+    let worker = worker(&coordinator.address, no_spans());
+    let (_, to_worker) = coordinator.sees_joining().await;
+    to_worker.lease(lease(1, true, &[0, 1])).await;
+    assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
+    let Seen::StalledPush(lost) = coordinator.sees().await else { panic!("the gradient is pushed") };
+    drop(to_worker);
+
+    let (_, to_worker) = coordinator.sees_joining().await;
+    let Seen::Kept(kept) = coordinator.sees().await else { panic!("what is kept is offered first") };
+    let block = Some(v1::Block { level: 1, index: 0 });
+    assert_eq!(kept.blocks, [v1::KeptBlock { step: 8, version: 7, block }]);
+    to_worker.lease(lease(5, true, &[0, 1])).await;
+    let Seen::Push { header, vector, .. } = coordinator.sees().await else {
+        panic!("nothing is pulled to be computed")
+    };
+    assert_eq!((header.lease_id, &header.vector_sha256), (5, &lost.vector_sha256));
+    let computer = computer(&PARAMETERS);
+    let [left, right] = [0, 1].map(|slot| slot_gradient(&computer, slot));
+    assert_eq!(vector, add_vectors(left.gradient, &right.gradient));
+    let Seen::Result(result) = coordinator.sees().await else { panic!("a result follows the push") };
+    assert_eq!((result.lease_id, result.vector_sha256), (5, lost.vector_sha256));
+    assert_eq!(Sums { loss: result.loss_sum, weight: result.weight_sum }, left.sums + right.sums);
+    assert_eq!(result.batch_sha256, block_sha256([0, 1].map(|slot| slot_sha256(slot, &batch(slot)))));
+
+    // Asked for the same once more, the worker computes it.
+    to_worker.lease(lease(6, true, &[0, 1])).await;
+    assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
+    assert!(matches!(coordinator.sees().await, Seen::Push { header, .. } if header.lease_id == 6));
+    assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 6));
+    to_worker.release("done").await;
+    assert_eq!(worker.await.unwrap().unwrap(), Ended::Released("done".into()));
+}
+
+#[tokio::test]
+async fn a_gradient_that_was_being_computed_when_the_connection_was_lost_is_finished_and_offered() {
+    let mut coordinator = Scripted::start(Script::default(), 0).await;
+    let _worker = worker(&coordinator.address, no_spans());
+    let (_, to_worker) = coordinator.sees_joining().await;
+    to_worker.lease(lease(1, false, &[0])).await;
+    assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
+    assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 1));
+    let slots: Vec<u32> = (0..1 << 12).collect();
+    to_worker.lease(lease(2, true, &slots)).await;
+    drop(to_worker);
+
+    let (_, to_worker) = coordinator.sees_joining().await;
+    let Seen::Kept(kept) = coordinator.sees().await else { panic!("what is kept is offered first") };
+    let block = Some(v1::Block { level: 12, index: 0 });
+    assert_eq!(kept.blocks, [v1::KeptBlock { step: 8, version: 7, block }]);
+    to_worker.lease(lease(3, true, &slots)).await;
+    assert!(matches!(coordinator.sees().await, Seen::Push { header, .. } if header.lease_id == 3));
+    assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 3));
+}
+
+#[tokio::test]
+async fn a_revoked_lease_is_abandoned_and_the_next_begins() {
+    let mut coordinator = Scripted::start(Script { stalled_pushes: 1, ..Script::default() }, 0).await;
+    let _worker = worker(&coordinator.address, no_spans());
+    let (_, to_worker) = coordinator.sees_joining().await;
+
+    // While it is sent: the push under way is dropped.
+    to_worker.lease(lease(1, true, &[0])).await;
+    assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
+    assert!(matches!(coordinator.sees().await, Seen::StalledPush(header) if header.lease_id == 1));
+    to_worker.revoke(1).await;
+
+    // While it is computed, which takes long: so many slots that it is far from its end when it is revoked.
+    let slots: Vec<u32> = (0..1 << 15).collect();
+    to_worker.lease(lease(2, true, &slots)).await;
+    to_worker.revoke(2).await;
+    to_worker.lease(lease(3, true, &[0, 1])).await;
+    let seen = coordinator.sees().await;
+    assert!(matches!(&seen, Seen::Push { header, .. } if header.lease_id == 3), "{seen:?}");
+    assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 3));
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ impl Engine {
         if here.len() < needed {
             return self.pause(needed - here.len());
         }
-        if std::mem::take(&mut self.paused) {
+        if std::mem::take(&mut self.paused) && self.stop.is_none() {
             self.commands.push(Command::Report(Finding::Resumed));
         }
         let idle: BTreeSet<WorkerId> =

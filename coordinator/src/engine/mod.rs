@@ -185,8 +185,8 @@ impl Engine {
         }
         if changes_work {
             self.halt_if_disputed();
-            self.abandon_work_nobody_does();
             self.lease_out();
+            self.abandon_work_nobody_does();
         }
         std::mem::take(&mut self.commands)
     }

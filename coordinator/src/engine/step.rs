@@ -83,6 +83,10 @@ impl Engine {
             (Err(reason), Some(_)) => {
                 self.decline(worker, lease, reason, format!("its result for lease {lease} is no use: {reason}"));
             }
+            // It came before, and its lease is open until others have confirmed it.
+            (Err(reason), None) if work.waits_for_confirmation(worker, lease) => {
+                *self.discards.entry(reason).or_default() += 1;
+            }
             (Err(reason), None) => self.discard(worker, lease, reason),
             (Ok(()), None) => {}
         }
@@ -127,11 +131,11 @@ impl Engine {
         self.enter_boundary();
     }
 
-    /// Where a stop is requested and nobody is connected, gives up the step, or the evaluation, and ends at the last
-    /// boundary.
+    /// Where a stop is requested and nobody who is here can go on with the step, or the evaluation, gives it up and ends at
+    /// the last boundary.
     pub(super) fn abandon_work_nobody_does(&mut self) {
-        if let (Phase::Work(_), Some(reason)) = (&self.phase, &self.stop)
-            && self.members.connected().next().is_none()
+        if let (Phase::Work(work), Some(reason)) = (&self.phase, &self.stop)
+            && work.leases().next().is_none()
         {
             self.end(Outcome::Stopped { reason: reason.clone() });
         }

@@ -212,6 +212,12 @@ impl Work {
         review_of
     }
 
+    /// Whether the result of a lease is here and waits for others.
+    pub(super) fn waits_for_confirmation(&self, worker: WorkerId, lease: LeaseId) -> bool {
+        let mut results = self.reviews.values().flat_map(|review| review.results());
+        results.any(|opinion| (opinion.done.worker, opinion.done.lease) == (worker, lease))
+    }
+
     /// Takes a block out of review, to decide on its results.
     pub(super) fn conclude(&mut self, block: Block) -> Option<Review> {
         self.reviews.remove(&block)

@@ -51,6 +51,10 @@ fn as_json(status: &StatusReply) -> serde_json::Value {
         "tokens_per_sec": status.tokens_per_sec,
         "workers": workers.collect::<Vec<_>>(),
         "waiting_for": status.waiting_for,
+        "blocks_leased_again": status.blocks_leased_again,
+        "twins": status.twins,
+        "roll_backs": status.roll_backs,
+        "quarantined": status.quarantined,
     })
 }
 
@@ -62,6 +66,10 @@ fn print_text(status: &StatusReply) {
     println!("validation loss  {}", number(status.val_loss));
     println!("speed            {:.0} tokens/s", status.tokens_per_sec);
     println!("waiting for      {}", status.waiting_for);
+    println!("done again       {} blocks of lost leases, {} twins", status.blocks_leased_again, status.twins);
+    if !status.quarantined.is_empty() {
+        println!("quarantined      {}; the run went back {} times", status.quarantined.join(", "), status.roll_backs);
+    }
     println!("\n{:<7} {:<20} {:<32} {:<17} {:>10} {:>7}", "worker", "name", "device", "class", "tokens/s", "blocks");
     for worker in &status.workers {
         println!(

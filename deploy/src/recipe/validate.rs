@@ -381,7 +381,7 @@ fn cluster(v: &Values) -> Result<ClusterConfig, RecipeError> {
     let audit = v.number("cluster.audit", "from 0 to 1", |share| (0.0..=1.0).contains(&share))?;
     if audit > 0.0 && min_workers < 2 {
         let reason = "an audit needs a second worker, and a third where two disagree";
-        return Err(v.refuse_for("cluster.min_workers", reason, "cluster.min_workers = 3"));
+        return Err(v.refuse_for("cluster.min_workers", reason, "cluster.min_workers = 2"));
     }
     Ok(ClusterConfig {
         min_workers,

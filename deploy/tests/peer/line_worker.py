@@ -153,6 +153,17 @@ def compute_lease(lease: Any, parameters: list[float]) -> tuple[Sums, list[Sums]
     return total, list(slots.values())
 
 
+def batch_digest(lease: Any) -> bytes:
+    """SHA-256 of what a lease computes: of its slots' digests, each of the slot's number and the data of its columns."""
+    digest = hashlib.sha256()
+    for slot in lease.slots:
+        of_slot = hashlib.sha256(struct.pack("<I", slot.slot))
+        for found in slot.columns:
+            of_slot.update(found.data)
+        digest.update(of_slot.digest())
+    return digest.digest()
+
+
 def probe_digest(invitation: Any) -> bytes:
     """SHA-256 of what the probe leases come to."""
     digest = hashlib.sha256()
@@ -174,7 +185,8 @@ class Membership:
         self.stub = stub
         self.invitation = invitation
         self.worker_id = worker_id
-        self.version: int | None = None
+        self.version: tuple[int, bytes] | None = None
+        """The number of the version in `parameters`, and its SHA-256 as the lease gave it."""
         self.parameters: list[float] = []
         self.outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.ended = threading.Event()
@@ -184,7 +196,11 @@ class Membership:
 
     def run(self) -> str | None:
         """Works until released, and returns the reason; None when the stream ends otherwise."""
-        metadata = [("lockstep-worker-id", str(self.worker_id))]
+        metadata = [
+            ("lockstep-worker-id", str(self.worker_id)),
+            ("lockstep-run-id", self.invitation.run_id),
+            ("lockstep-incarnation", str(self.invitation.incarnation)),
+        ]
         control = self.stub.Control(iter(self.outgoing.get, None), metadata=metadata)
         heart = threading.Thread(target=self.beat, args=(control,), daemon=True)
         heart.start()
@@ -253,8 +269,8 @@ class Membership:
 
     def result_of(self, lease: Any) -> Any:
         """Everything that is to be done for one lease."""
-        if self.version != lease.version:
-            self.pull(lease.version)
+        if self.version != (lease.version, lease.parameters_sha256):
+            self.pull(lease.version, lease.parameters_sha256)
         result = pb.BlockResult(
             run_id=self.invitation.run_id,
             incarnation=self.invitation.incarnation,
@@ -262,6 +278,7 @@ class Membership:
             step=lease.step,
             version=lease.version,
             block=lease.block,
+            batch_sha256=batch_digest(lease),
         )
         start = time.time_ns()
         total, slots = compute_lease(lease, self.parameters)
@@ -278,8 +295,8 @@ class Membership:
             result.slot_weight_sums.extend(slot.weight for slot in slots)
         return result
 
-    def pull(self, version: int) -> None:
-        """Takes over the parameters of a version, asking again where they were damaged on the way."""
+    def pull(self, version: int, sha256: bytes) -> None:
+        """Takes over the parameters of a version, asking again where they were damaged on the way or are other ones."""
         request = pb.PullRequest(
             run_id=self.invitation.run_id, incarnation=self.invitation.incarnation, version=version
         )
@@ -290,8 +307,10 @@ class Membership:
                 if error.code() == grpc.StatusCode.NOT_FOUND:
                     raise CannotCompute(f"version {version} is not published: {error.details()}") from error
                 raise
-            if vector is not None and len(vector) == 4 * self.invitation.layout.total_elements:
-                self.version, self.parameters = version, from_bytes(vector)
+            if vector is None or len(vector) != 4 * self.invitation.layout.total_elements:
+                continue
+            if sha256 in (b"", hashlib.sha256(vector).digest()):
+                self.version, self.parameters = (version, sha256), from_bytes(vector)
                 return
         raise ConnectionError(f"version {version} of the parameters came damaged {TRANSFER_ATTEMPTS} times")
 
@@ -398,8 +417,8 @@ def serve(address: str) -> None:
             except grpc.RpcError as error:
                 if time.monotonic() > give_up_at:
                     sys.exit(f"line_worker: {address}: no coordinator for {PATIENCE_SECS:.0f} s: {error.details()}")
-                say(f"{address}: {error.code().name}: {error.details()}; trying again in {delay_secs:.1f} s")
-        time.sleep(delay_secs)
+                say(f"{address}: {error.code().name}: {error.details()}; trying again within {delay_secs:.1f} s")
+        time.sleep(delay_secs * random.uniform(0.5, 1.0))
         delay_secs = min(2 * delay_secs, 5.0)
 
 

@@ -7,7 +7,7 @@ use lockstep_model::device::DeviceChoice;
 use lockstep_model::tree::{Block, add_vectors};
 
 use super::*;
-use crate::lease::Lease;
+use crate::lease::{Lease, Parameters};
 
 const LINE: ModelConfig = ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 });
 
@@ -21,8 +21,9 @@ fn batch(slot: u32) -> Batch {
 
 fn work(task: Task, block: Block, step_slots: u32) -> Arc<Work> {
     let slots = block.slots(step_slots).map(|number| Slot { number, batch: batch(number) }).collect();
-    let lease = Lease { id: 1, step: 1, version: 0, block, task };
-    Arc::new(Work { lease, slots, seed: 1, traceparent: String::new() })
+    let parameters = Parameters { version: 0, sha256: Some([7; 32]) };
+    let lease = Lease { id: 1, step: 1, parameters, block, seed: 1, task };
+    Arc::new(Work { lease, slots, traceparent: String::new() })
 }
 
 fn cpu() -> ComputeDevice {
@@ -55,12 +56,14 @@ async fn a_block_is_summed_in_tree_order() {
     let blocks = [(3, 0, 7), (2, 1, 7), (1, 3, 7), (0, 5, 7), (2, 1, 5), (3, 0, 5)];
     for (level, index, step_slots) in blocks {
         let block = Block { level, index };
-        let outcome = device.compute(work(Task::Gradient, block, step_slots), Span::none()).await.unwrap();
+        let outcome =
+            device.compute(work(Task::Gradient, block, step_slots), Stop::default(), Span::none()).await.unwrap();
         let expected = recursive(&computer, block, step_slots);
         let bytes = chunk::to_bytes(&expected.gradient);
         assert_eq!(outcome.sums, expected.sums, "block {block} of {step_slots}");
         assert_eq!(outcome.gradient, Some(Gradient { sha256: bytes_sha256(&bytes), bytes }));
         assert_eq!(outcome.slot_sums.len(), block.slots(step_slots).len());
+        assert_eq!(outcome.batch_sha256, block_sha256(block.slots(step_slots).map(|s| slot_sha256(s, &batch(s)))));
     }
 }
 
@@ -69,7 +72,7 @@ async fn an_evaluation_has_sums_and_no_gradient() {
     let device = DeviceThread::start(cpu()).unwrap();
     device.probe(LINE, Vec::new()).await.unwrap();
     device.load(vec![1.9, 0.2]).await.unwrap();
-    let outcome = device.compute(work(Task::Evaluate, Block::root(3), 3), Span::none()).await.unwrap();
+    let outcome = device.compute(work(Task::Evaluate, Block::root(3), 3), Stop::default(), Span::none()).await.unwrap();
     assert_eq!(outcome.sums.weight, 6.0);
     assert!(outcome.sums.loss < 1e-9, "{:?}", outcome.sums);
     assert_eq!((outcome.slot_sums.len(), outcome.gradient), (3, None));
@@ -100,13 +103,76 @@ async fn a_failure_is_told_and_the_thread_goes_on_after_another_load() {
     let mut bad = Work::clone(&good);
     bad.slots[0].batch.columns.pop();
 
-    let failure = device.compute(Arc::new(bad), Span::none()).await.unwrap_err();
+    let failure = device.compute(Arc::new(bad), Stop::default(), Span::none()).await.unwrap_err();
     let expected = "the batch has no f32 column \"y\"; coordinator and worker disagree on the model";
     assert_eq!(failure.to_string(), expected);
-    let failure = device.compute(good.clone(), Span::none()).await.unwrap_err();
+    let failure = device.compute(good.clone(), Stop::default(), Span::none()).await.unwrap_err();
     assert_eq!(failure.to_string(), "no parameters are loaded");
     device.load(vec![0.35, 0.01]).await.unwrap();
-    device.compute(good, Span::none()).await.unwrap();
+    device.compute(good, Stop::default(), Span::none()).await.unwrap();
+}
+
+/// The thread's state without the thread, with parameters loaded.
+fn device_worker() -> DeviceWorker {
+    let (device, handles) = (cpu(), Weak::new());
+    let mut worker = DeviceWorker { device, handles, model: Some(LINE), computer: None, kept: Kept::default() };
+    worker.load(&[0.35, 0.01]).unwrap();
+    worker
+}
+
+#[test]
+fn a_computation_is_cut_short_between_two_slots_and_leaves_the_parameters_where_they_are() {
+    let worker = device_worker();
+    for task in [Task::Gradient, Task::Evaluate] {
+        let work = work(task, Block::root(8), 8);
+        let asked = Cell::new(0);
+        let after_two_slots = || {
+            asked.set(asked.get() + 1);
+            asked.get() > 2
+        };
+        assert_eq!(worker.compute(&work, after_two_slots).unwrap(), None);
+        assert_eq!(asked.get(), 3);
+        assert!(worker.compute(&work, || false).unwrap().is_some());
+    }
+}
+
+#[tokio::test]
+async fn a_computation_that_is_stopped_gives_nothing_and_is_not_kept() {
+    let device = DeviceThread::start(cpu()).unwrap();
+    device.probe(LINE, Vec::new()).await.unwrap();
+    device.load(vec![0.35, 0.01]).await.unwrap();
+    let stop = Stop::default();
+    stop.set();
+    let failure = device.compute(work(Task::Gradient, Block::root(2), 2), stop, Span::none()).await.unwrap_err();
+    assert_eq!(failure.to_string(), "the computation was cut short: its lease is no longer wanted");
+    assert_eq!(device.enter(String::new()).await.unwrap(), []);
+    device.compute(work(Task::Gradient, Block::root(2), 2), Stop::default(), Span::none()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_gradient_is_kept_though_nobody_waits_for_it_and_an_evaluation_is_cut_short() {
+    let device = DeviceThread::start(cpu()).unwrap();
+    device.probe(LINE, Vec::new()).await.unwrap();
+    device.load(vec![0.35, 0.01]).await.unwrap();
+    assert_eq!(device.enter("run".into()).await.unwrap(), []);
+    drop(device.compute(work(Task::Gradient, Block::leaf(0), 2), Stop::default(), Span::none()));
+    drop(device.compute(work(Task::Evaluate, Block::leaf(1), 2), Stop::default(), Span::none()));
+    let kept = device.enter("run".into()).await.unwrap();
+    let expected = work(Task::Gradient, Block::leaf(0), 2).lease.gradient_name();
+    assert_eq!(kept.iter().map(|kept| Some(kept.name)).collect::<Vec<_>>(), [expected]);
+    let again = device.compute(work(Task::Gradient, Block::leaf(0), 2), Stop::default(), Span::none()).await.unwrap();
+    assert_eq!(kept[0].outcome.gradient, again.gradient);
+    assert_eq!(device.enter("another run".into()).await.unwrap(), []);
+}
+
+#[test]
+fn nothing_is_computed_to_the_end_when_the_worker_is_gone() {
+    let mut worker = device_worker();
+    let (reply, answer) = oneshot::channel();
+    drop(answer);
+    let (work, stop, span) = (work(Task::Gradient, Block::leaf(0), 1), Stop::default(), Span::none());
+    worker.do_job(Job::Compute { work, stop, span, reply });
+    assert_eq!(worker.kept.enter(""), []);
 }
 
 #[test]

@@ -74,11 +74,25 @@ fn refused<T: std::fmt::Debug>(result: Result<T, WireError>, words: &Expect) {
 fn a_lease_is_read_in_full() {
     let work = work(wire_lease()).unwrap();
     let block = Block { level: 2, index: 1 };
-    assert_eq!(work.lease, Lease { id: 5, step: 3, version: 2, block, task: Task::Gradient });
-    assert_eq!((work.first_slot(), work.slots.len(), work.seed), (4, 3, 11));
+    let parameters = Parameters { version: 2, sha256: Some([3; 32]) };
+    assert_eq!(work.lease, Lease { id: 5, step: 3, parameters, block, seed: 11, task: Task::Gradient });
+    assert_eq!((work.first_slot(), work.slots.len()), (4, 3));
     assert_eq!(work.traceparent, "00-aa-bb-01");
     let values = Values::U32(vec![7, 8, 9, u32::MAX]);
     assert_eq!(work.slots[0].batch.columns, [Column { name: "tokens".into(), shape: [2, 2], values }]);
+}
+
+#[test]
+fn parameters_without_a_digest_are_named_by_number() {
+    let lease = work(v1::Lease { parameters_sha256: Vec::new(), ..wire_lease() }).unwrap().lease;
+    assert_eq!((lease.parameters, lease.gradient_name()), (Parameters { version: 2, sha256: None }, None));
+}
+
+#[test]
+fn what_is_kept_is_offered_by_step_version_and_block() {
+    let name = work(wire_lease()).unwrap().lease.gradient_name().unwrap();
+    let expected = v1::KeptBlock { step: 3, version: 2, block: Some(v1::Block { level: 2, index: 1 }) };
+    assert_eq!(kept(&[name]).blocks, [expected]);
 }
 
 #[test]
@@ -109,6 +123,10 @@ fn senseless_leases_are_refused_in_words() {
     refused(
         work(v1::Lease { task: None, ..wire_lease() }),
         &expect!["lease 5: its task is missing, or of a kind that this build does not know"],
+    );
+    refused(
+        work(v1::Lease { parameters_sha256: vec![1; 31], ..wire_lease() }),
+        &expect!["lease 5: parameters_sha256 has 31 bytes, not 32"],
     );
     let with_column = |column| {
         let slot = |slot, column: &v1::Column| v1::Slot { slot, columns: vec![u32_column(), column.clone()] };

@@ -3,9 +3,12 @@
 pub(crate) mod span_log;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use lockstep_model::batch::{Batch, Column, Values};
+use lockstep_model::digest::vector_sha256;
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::lockstep_server::{Lockstep, LockstepServer};
 use lockstep_proto::{PROTOCOL_VERSION, TRACEPARENT_KEY, WORKER_ID_KEY, v1};
@@ -28,9 +31,16 @@ pub(crate) enum Seen {
     Admit(v1::AdmitRequest),
     Control(ToWorker),
     Pull(v1::PullRequest),
-    Push { header: v1::PushHeader, vector: Vec<f32>, traceparent: Option<String> },
+    /// A push begins that is never answered.
+    StalledPush(v1::PushHeader),
+    Push {
+        header: v1::PushHeader,
+        vector: Vec<f32>,
+        traceparent: Option<String>,
+    },
     Result(v1::BlockResult),
     Declined(v1::LeaseDeclined),
+    Kept(v1::Kept),
 }
 
 /// The coordinator's end of a control stream; dropping it closes the stream.
@@ -42,6 +52,10 @@ pub(crate) struct ToWorker {
 impl ToWorker {
     pub(crate) async fn lease(&self, lease: v1::Lease) {
         self.send(Ok(v1::coordinator_message::Kind::Lease(lease))).await;
+    }
+
+    pub(crate) async fn revoke(&self, lease_id: u64) {
+        self.send(Ok(v1::coordinator_message::Kind::Revoke(v1::Revoke { lease_id }))).await;
     }
 
     pub(crate) async fn release(&self, reason: &str) {
@@ -64,11 +78,31 @@ pub(crate) struct Script {
     pub(crate) verdict: v1::admit_reply::Verdict,
     /// So many pulls deliver damaged bytes first.
     pub(crate) damaged_pulls: u32,
+    /// So many pulls, after those, deliver other parameters.
+    pub(crate) foreign_pulls: u32,
+    /// So many pushes are never answered.
+    pub(crate) stalled_pushes: u32,
 }
 
 impl Default for Script {
     fn default() -> Self {
-        Self { invitation: Ok(invitation()), verdict: v1::admit_reply::Verdict::WorkerId(WORKER_ID), damaged_pulls: 0 }
+        let verdict = v1::admit_reply::Verdict::WorkerId(WORKER_ID);
+        Self { invitation: Ok(invitation()), verdict, damaged_pulls: 0, foreign_pulls: 0, stalled_pushes: 0 }
+    }
+}
+
+/// What still goes wrong so many times.
+#[derive(Clone)]
+struct Faults(Arc<AtomicU32>);
+
+impl Faults {
+    fn new(count: u32) -> Self {
+        Self(Arc::new(count.into()))
+    }
+
+    /// Whether it goes wrong this time.
+    fn strikes(&self) -> bool {
+        self.0.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok()
     }
 }
 
@@ -85,8 +119,9 @@ impl Scripted {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (tell, seen) = mpsc::unbounded_channel();
-        let damaged_pulls = script.damaged_pulls.into();
-        let service = Service { script: Arc::new(script), damaged_pulls: Arc::new(damaged_pulls), tell };
+        let [damaged_pulls, foreign_pulls, stalled_pushes] =
+            [script.damaged_pulls, script.foreign_pulls, script.stalled_pushes].map(Faults::new);
+        let service = Service { script: Arc::new(script), damaged_pulls, foreign_pulls, stalled_pushes, tell };
         let server = tokio::spawn(async move {
             for _ in 0..dropped_connections {
                 drop(listener.accept().await);
@@ -172,13 +207,16 @@ pub(crate) fn lease(lease_id: u64, gradient: bool, slots: &[u32]) -> v1::Lease {
         slots: slots.iter().map(slot).collect(),
         seed: 1,
         traceparent: "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01".into(),
+        parameters_sha256: vector_sha256(&PARAMETERS).to_vec(),
     }
 }
 
 #[derive(Clone)]
 struct Service {
     script: Arc<Script>,
-    damaged_pulls: Arc<std::sync::atomic::AtomicU32>,
+    damaged_pulls: Faults,
+    foreign_pulls: Faults,
+    stalled_pushes: Faults,
     tell: mpsc::UnboundedSender<Seen>,
 }
 
@@ -216,6 +254,7 @@ impl Lockstep for Service {
                 let seen = match message.kind.expect("a message has a kind") {
                     v1::worker_message::Kind::Result(result) => Seen::Result(result),
                     v1::worker_message::Kind::Declined(declined) => Seen::Declined(declined),
+                    v1::worker_message::Kind::Kept(kept) => Seen::Kept(kept),
                     v1::worker_message::Kind::Heartbeat(v1::Heartbeat { sent_unix_nanos, .. }) => {
                         let ack = v1::HeartbeatAck { sent_unix_nanos, received_unix_nanos: sent_unix_nanos };
                         let kind = Some(v1::coordinator_message::Kind::HeartbeatAck(ack));
@@ -238,6 +277,10 @@ impl Lockstep for Service {
         let mut messages = request.into_inner();
         let mut next = async || messages.message().await.map(|message| message.and_then(|message| message.kind));
         let Some(v1::push_message::Kind::Header(header)) = next().await? else { panic!("a header comes first") };
+        if self.stalled_pushes.strikes() {
+            self.tell(Seen::StalledPush(header));
+            return std::future::pending().await;
+        }
         let mut vector = Assembler::new(header.total_bytes as usize / 4);
         while let Some(v1::push_message::Kind::Chunk(chunk)) = next().await? {
             vector.push(&chunk).unwrap();
@@ -247,11 +290,12 @@ impl Lockstep for Service {
     }
 
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<Self::PullStream>, Status> {
-        use std::sync::atomic::Ordering::SeqCst;
         self.tell(Seen::Pull(request.into_inner()));
-        let damaged = self.damaged_pulls.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok();
+        let damaged = self.damaged_pulls.strikes();
+        let foreign = !damaged && self.foreign_pulls.strikes();
         let damage = |chunk: v1::Chunk| v1::Chunk { crc32: chunk.crc32 ^ u32::from(damaged), ..chunk };
-        let chunks: Vec<_> = chunk::split(chunk::to_bytes(&PARAMETERS)).map(damage).map(Ok).collect();
+        let vector = PARAMETERS.map(|parameter| parameter + if foreign { 1.0 } else { 0.0 });
+        let chunks: Vec<_> = chunk::split(chunk::to_bytes(&vector)).map(damage).map(Ok).collect();
         Ok(Response::new(tokio_stream::iter(chunks)))
     }
 

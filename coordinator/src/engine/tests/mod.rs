@@ -1,8 +1,10 @@
 //! Each rule by the exact commands it leads to; then any course of events at all.
 
+mod leasing;
 mod membership;
 mod property;
 mod step;
+mod verdict;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -126,6 +128,32 @@ impl Run {
         self.send(Event::BlockDone(done))
     }
 
+    /// `worker` answers its newest lease wrongly.
+    fn lie(&mut self, worker: u64) -> String {
+        let done = BlockDone { digest: Some([9; 32]), ..self.answer_of(worker) };
+        self.send(Event::BlockDone(done))
+    }
+
+    /// `worker` answers its newest lease with a gradient of this norm.
+    fn done_with_norm(&mut self, worker: u64, norm: f64) -> String {
+        let done = BlockDone { norm: Some(norm), ..self.answer_of(worker) };
+        self.send(Event::BlockDone(done))
+    }
+
+    /// The first worker that holds a lease.
+    fn holder(&self) -> u64 {
+        let status = self.engine.status();
+        let holder = status.members.iter().find(|member| !member.leases.is_empty());
+        holder.expect("somebody holds a lease").worker.0
+    }
+
+    /// Everybody says that it lives.
+    fn hear_all(&mut self) {
+        for member in self.engine.status().members {
+            self.send(Event::Heartbeat { worker: member.worker });
+        }
+    }
+
     fn decline(&mut self, worker: u64) -> String {
         let worker = WorkerId(worker);
         let lease = self.leases[&worker].id;
@@ -150,6 +178,13 @@ impl Run {
 
     fn pass(&mut self, secs: u64) {
         self.now = self.now + Duration::from_secs(secs);
+    }
+
+    /// Time passes, in which everybody says that it lives.
+    fn pass_and_tick(&mut self, secs: u64) -> String {
+        self.pass(secs);
+        self.hear_all();
+        self.tick()
     }
 
     fn waiting_for(&self) -> String {
