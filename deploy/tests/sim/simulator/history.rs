@@ -1,0 +1,254 @@
+//! A run as it looks from outside the engine: what invariants are checked against.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use lockstep_coordinator::engine::command::{Lease, Outcome, ReleaseReason, Task};
+use lockstep_coordinator::engine::event::BlockDone;
+use lockstep_coordinator::engine::{Command, EngineConfig, Event, LeaseId, Start, Ticket, Trust, WorkerId};
+use lockstep_model::batch::Sums;
+use lockstep_model::tree::Block;
+
+use super::numbers::{Numbers, Params, Quiet, Vector};
+
+/// Something that invariants speak of.
+#[derive(Debug)]
+pub enum Seen<'a> {
+    /// The engine is about to hear this; of what comes from a worker, for which start of the coordinator it was meant.
+    Heard { event: &'a Event, meant_for: Option<u64> },
+    /// The engine decided this, and it is about to be carried out.
+    Decided(&'a Command),
+    /// An accepted gradient enters the sum.
+    Added { block: Block, vector: Option<Vector> },
+    /// The optimizer applied a step, and the new version is published.
+    Applied { step: u64, params: Params, skipped: bool },
+    /// A coordinator starts, or the run goes back: to a checkpoint, or to the beginning. `newest` is the newest that it
+    /// could have been.
+    Restored { step: u64, params: Params, newest: u64 },
+    /// A validation loss is written down, and whether it was there already.
+    Validated { step: u64, sums: Sums, already: bool },
+    /// Everything that follows from an event is done. How many vectors wait.
+    Settled { staged: usize },
+    /// The run is over for good, with these validation losses.
+    Over { outcome: &'a Outcome, validations: &'a [(u64, Sums)] },
+}
+
+/// A member.
+#[derive(Clone, Debug)]
+pub struct Member {
+    pub name: String,
+    pub connected: bool,
+}
+
+/// An open lease.
+#[derive(Clone, Copy, Debug)]
+pub struct Open {
+    pub lease: Lease,
+    /// Whether its result has come.
+    pub answered: bool,
+}
+
+/// What is known of a run under one coordinator.
+#[derive(Debug)]
+pub struct History {
+    pub config: EngineConfig,
+    pub numbers: Numbers,
+    pub quiet: Rc<Quiet>,
+    /// Names of workers that may compute wrong.
+    pub wrong: Rc<BTreeSet<String>>,
+    pub incarnation: u64,
+    /// What is published.
+    pub version: u64,
+    pub params: Params,
+    /// Whether the optimizer works, or an earlier version is being restored.
+    pub changing: bool,
+    pub finished: bool,
+    pub stop_requested: bool,
+    pub joining: BTreeMap<Ticket, String>,
+    pub members: BTreeMap<WorkerId, Member>,
+    pub open: BTreeMap<(WorkerId, LeaseId), Open>,
+    /// What the last result came under.
+    pub answering: Option<(WorkerId, LeaseId)>,
+    /// Blocks that count in the work under way.
+    pub counted: Vec<Block>,
+    /// Results that came in time for the work under way, with the name of who computed them.
+    pub results: Vec<(String, BlockDone)>,
+    pub quarantined: BTreeSet<String>,
+    /// By name, the first step in which a gradient counts that no other worker confirmed.
+    pub unchecked_since: BTreeMap<String, u64>,
+    /// The checkpoint being written.
+    pub writing: Option<u64>,
+}
+
+impl History {
+    pub fn new(
+        config: EngineConfig,
+        numbers: Numbers,
+        quiet: Rc<Quiet>,
+        wrong: Rc<BTreeSet<String>>,
+        incarnation: u64,
+    ) -> Self {
+        let Trust { unchecked_since, quarantined } = match &config.start {
+            Start::Fresh => Trust::default(),
+            Start::Resumed { trust, .. } => trust.clone(),
+        };
+        Self {
+            config,
+            numbers,
+            params: numbers.initial(),
+            quiet,
+            wrong,
+            incarnation,
+            version: 0,
+            changing: false,
+            finished: false,
+            stop_requested: false,
+            joining: BTreeMap::new(),
+            members: BTreeMap::new(),
+            open: BTreeMap::new(),
+            answering: None,
+            counted: Vec::new(),
+            results: Vec::new(),
+            quarantined,
+            unchecked_since,
+            writing: None,
+        }
+    }
+
+    /// How many members have their control stream open.
+    pub fn connected(&self) -> usize {
+        self.members.values().filter(|member| member.connected).count()
+    }
+
+    /// The result that came under a lease.
+    pub fn result(&self, worker: WorkerId, lease: LeaseId) -> Option<&BlockDone> {
+        let mut results = self.results.iter().map(|(_, done)| done);
+        results.find(|done| (done.worker, done.lease) == (worker, lease))
+    }
+
+    /// The names of those whose result equals the one that came under a lease, its own among them; twice the one who
+    /// gave it twice.
+    pub fn opinions(&self, worker: WorkerId, lease: LeaseId) -> Vec<&str> {
+        let Some(counted) = self.result(worker, lease) else { return Vec::new() };
+        let equal = self.results.iter().filter(|(_, done)| same(done, counted));
+        equal.map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// Whether another worker confirmed the result that came under a lease.
+    pub fn is_confirmed(&self, worker: WorkerId, lease: LeaseId) -> bool {
+        self.opinions(worker, lease).windows(2).any(|pair| pair[0] != pair[1])
+    }
+
+    /// Takes note of what was seen.
+    pub fn note(&mut self, seen: &Seen<'_>) {
+        match seen {
+            Seen::Heard { event, .. } => self.note_event(event),
+            Seen::Decided(command) => self.note_command(command),
+            Seen::Applied { step, params, .. } => {
+                self.version = *step;
+                self.params = *params;
+                self.changing = false;
+            }
+            Seen::Restored { step, params, .. } => {
+                self.version = *step;
+                self.params = *params;
+                self.changing = false;
+                self.begin_work();
+                self.unchecked_since.retain(|_, since| *since <= *step);
+            }
+            Seen::Added { .. } | Seen::Validated { .. } | Seen::Settled { .. } | Seen::Over { .. } => {}
+        }
+    }
+
+    fn begin_work(&mut self) {
+        self.counted.clear();
+        self.results.clear();
+    }
+
+    fn note_event(&mut self, event: &Event) {
+        self.answering = None;
+        match event {
+            Event::JoinRequested { ticket, name, .. } => drop(self.joining.insert(*ticket, name.clone())),
+            Event::ControlOpened { worker } => {
+                if let Some(member) = self.members.get_mut(worker) {
+                    member.connected = true;
+                }
+            }
+            Event::ControlClosed { worker } => self.forget(*worker),
+            Event::BlockDone(done) => {
+                self.answering = Some((done.worker, done.lease));
+                let Some(open) = self.open.get_mut(&(done.worker, done.lease)) else { return };
+                let Lease { step, version, task, block, .. } = open.lease;
+                let fits = (done.step, done.version, done.task, done.block) == (step, version, task, block);
+                if let (false, true, Some(member)) = (open.answered, fits, self.members.get(&done.worker)) {
+                    self.results.push((member.name.clone(), done.clone()));
+                }
+                open.answered = true;
+            }
+            Event::CheckpointWritten { .. } | Event::CheckpointFailed { .. } => self.writing = None,
+            Event::StopRequested { .. } => self.stop_requested = true,
+            _ => {}
+        }
+    }
+
+    fn note_command(&mut self, command: &Command) {
+        match command {
+            Command::Admit { ticket, worker, .. } => {
+                let name = self.joining.remove(ticket).unwrap_or_default();
+                self.members.insert(*worker, Member { name, connected: false });
+            }
+            Command::Refuse { ticket, .. } => drop(self.joining.remove(ticket)),
+            Command::Lease { worker, lease } => {
+                self.open.insert((*worker, lease.id), Open { lease: *lease, answered: false });
+            }
+            Command::Accept { worker, lease, step, block } => {
+                let confirmed = self.is_confirmed(*worker, *lease);
+                let open = self.open.remove(&(*worker, *lease));
+                if let (false, Some(Open { lease: Lease { task: Task::Gradient, .. }, .. }), Some(member)) =
+                    (confirmed, open, self.members.get(worker))
+                {
+                    self.unchecked_since.entry(member.name.clone()).or_insert(*step);
+                }
+                self.counted.push(*block);
+            }
+            Command::Discard { worker, lease, .. } => drop(self.open.remove(&(*worker, *lease))),
+            Command::ApplyStep { .. } => {
+                self.changing = true;
+                self.begin_work();
+            }
+            Command::RecordValidation { .. } => self.begin_work(),
+            Command::RestartStep { step } => {
+                self.begin_work();
+                self.unchecked_since.retain(|_, since| *since < *step);
+            }
+            Command::RollBack { .. } => {
+                self.changing = true;
+                self.begin_work();
+            }
+            Command::Checkpoint { step } => self.writing = Some(*step),
+            Command::Release { worker, reason } => {
+                if let (ReleaseReason::Quarantined { .. }, Some(member)) = (reason, self.members.get(worker)) {
+                    self.quarantined.insert(member.name.clone());
+                }
+                self.forget(*worker);
+            }
+            Command::Disconnect { worker, .. } => self.forget(*worker),
+            Command::Finish { .. } => self.finished = true,
+            Command::Sample { .. } | Command::Report(_) => {}
+        }
+    }
+
+    fn forget(&mut self, worker: WorkerId) {
+        self.members.remove(&worker);
+        self.results.retain(|(_, done)| done.worker != worker);
+    }
+}
+
+/// Whether two results are equal to the bit and for the same block.
+fn same(one: &BlockDone, other: &BlockDone) -> bool {
+    let bits = |sums: &Sums| (sums.loss.to_bits(), sums.weight.to_bits());
+    let slots = |done: &BlockDone| done.slot_sums.iter().map(bits).collect::<Vec<_>>();
+    (one.task, one.block, one.digest) == (other.task, other.block, other.digest)
+        && bits(&one.sums) == bits(&other.sums)
+        && slots(one) == slots(other)
+}
