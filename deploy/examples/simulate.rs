@@ -3,6 +3,7 @@
 //! `--first N` begins at another seed than 0, `--seed N` runs one alone, `--verbose` prints all that happens in it,
 //! `--mutation NAME` breaks a rule on purpose, `--threads N` uses so many cores. It stops at the first seed in which
 //! something does not hold, prints what led to it, and exits with 1; with `--all` it goes on, and prints a line for each.
+//! `--quiet` runs one worker, and nothing fails.
 
 #[path = "../tests/sim/simulator/mod.rs"]
 mod simulator;
@@ -13,7 +14,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use simulator::{Course, Failure, Mutation};
+use simulator::{Course, Failure, Mutation, Scenario};
 
 struct Arguments {
     first: u64,
@@ -21,12 +22,13 @@ struct Arguments {
     threads: usize,
     verbose: bool,
     all: bool,
+    quiet: bool,
     mutation: Mutation,
 }
 
 fn arguments() -> Result<Arguments, String> {
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
-    let mut parsed = Arguments { first: 0, seeds: 1000, threads, verbose: false, all: false, mutation: Mutation::None };
+    let mut parsed = Arguments { first: 0, seeds: 1000, threads, verbose: false, all: false, quiet: false, mutation: Mutation::None };
     let mut given = std::env::args().skip(1);
     while let Some(name) = given.next() {
         let mut value = || given.next().ok_or(format!("{name} needs a value"));
@@ -38,12 +40,13 @@ fn arguments() -> Result<Arguments, String> {
             "--threads" => parsed.threads = number(value()?)?.max(1) as usize,
             "--verbose" => parsed.verbose = true,
             "--all" => parsed.all = true,
+            "--quiet" => parsed.quiet = true,
             "--mutation" => {
                 let name = value()?;
                 let known = || format!("no mutation is called {name:?}; there are {:?}", simulator::MUTATIONS);
                 parsed.mutation = Mutation::named(&name).ok_or_else(known)?;
             }
-            _ => return Err(format!("{name}: there are --seeds, --first, --seed, --threads, --verbose, --all, --mutation")),
+            _ => return Err(format!("{name}: there are --seeds, --first, --seed, --threads, --verbose, --all, --quiet, --mutation")),
         }
     }
     Ok(parsed)
@@ -64,7 +67,10 @@ fn simulate(arguments: &Arguments) -> (Vec<Course>, BTreeMap<u64, Box<Failure>>)
                     }
                     let ran = match arguments.mutation {
                         Mutation::OutsideChance => simulator::run_twice(seed, arguments.mutation),
-                        mutation => simulator::run(seed, mutation, arguments.verbose),
+                        mutation => {
+                            let scenario = if arguments.quiet { Scenario::quiet(seed) } else { Scenario::draw(seed) };
+                            simulator::run_scenario(scenario, mutation, arguments.verbose)
+                        }
                     };
                     let mut results = results.lock().expect("a thread that panics ends the program");
                     match ran {

@@ -52,6 +52,8 @@ struct Plane {
     version: u64,
     params: Params,
     sum: TreeSum<Vector>,
+    /// The sum in the order in which blocks came: what it must not be.
+    sum_as_it_comes: f64,
     skipped_in_a_row: u32,
     validated_at: Option<u64>,
 }
@@ -80,7 +82,6 @@ impl World {
         self.disk.incarnation += 1;
         self.coordinator_stalled_until = Duration::ZERO;
         let incarnation = self.disk.incarnation;
-        let trustworthy = self.disk.newest(u64::MAX, false).map_or(0, |checkpoint| checkpoint.step);
         let checkpoint = self.disk.newest(u64::MAX, self.mutation == Mutation::ResumeFromTorn);
         let mut config = self.scenario.engine.clone();
         config.audit_seed ^= incarnation;
@@ -91,7 +92,7 @@ impl World {
         self.history = History::new(config.clone(), numbers, quiet, wrong, incarnation);
         self.mutation_state = Default::default();
         self.note(|| format!("start {incarnation} of the coordinator, at step {}", plane.version));
-        self.see(&Seen::Restored { step: plane.version, params: plane.params, newest: trustworthy })?;
+        self.see(&Seen::Restored { step: plane.version, params: plane.params, newest: self.promised })?;
         self.mutation.configure(&mut config);
         self.coordinator = Some(Coordinator {
             incarnation,
@@ -117,6 +118,7 @@ impl World {
             version,
             params,
             sum: TreeSum::new(self.scenario.numbers.slots),
+            sum_as_it_comes: 0.0,
             skipped_in_a_row: checkpoint.map_or(0, |checkpoint| checkpoint.skipped_in_a_row),
             validated_at: checkpoint.filter(|checkpoint| checkpoint.validated).map(|checkpoint| checkpoint.step),
         }
@@ -315,7 +317,10 @@ impl World {
                 let wait = self.chance.secs(self.scenario.apply_secs / 10.0, self.scenario.apply_secs);
                 self.report_after(wait, Report::Applied { step, sums });
             }
-            Command::RestartStep { .. } => coordinator.plane.sum = TreeSum::new(self.scenario.numbers.slots),
+            Command::RestartStep { .. } => {
+                coordinator.plane.sum = TreeSum::new(self.scenario.numbers.slots);
+                coordinator.plane.sum_as_it_comes = 0.0;
+            }
             Command::RollBack { at_most } => {
                 let busy = coordinator.archive_busy_until.saturating_sub(self.now);
                 let wait = busy + self.chance.secs(self.scenario.checkpoint_secs / 10.0, self.scenario.checkpoint_secs);
@@ -359,13 +364,8 @@ impl World {
     fn add(&mut self, block: Block, vector: Option<Vector>) -> Result<(), Violation> {
         self.see(&Seen::Added { block, vector })?;
         let (Some(coordinator), Some(vector)) = (&mut self.coordinator, vector) else { return Ok(()) };
-        let added = match self.mutation {
-            Mutation::SumAsItComes => {
-                let swapped = |left, right| add(right, left);
-                coordinator.plane.sum.insert(block, vector, swapped)
-            }
-            _ => coordinator.plane.sum.insert(block, vector, add),
-        };
+        coordinator.plane.sum_as_it_comes += vector.value;
+        let added = coordinator.plane.sum.insert(block, vector, add);
         added.map_err(|_| Violation { invariant: "every_slot_counts_once", what: format!("{block} is there already") })
     }
 
@@ -379,7 +379,9 @@ impl World {
                 let numbers = self.scenario.numbers;
                 let sum = std::mem::replace(&mut coordinator.plane.sum, TreeSum::new(numbers.slots));
                 let incomplete = || Violation { invariant: "every_slot_counts_once", what: "a sum has holes".into() };
-                let gradient = sum.into_root().ok_or_else(incomplete)?.value;
+                let in_order = sum.into_root().ok_or_else(incomplete)?.value;
+                let as_it_came = std::mem::take(&mut coordinator.plane.sum_as_it_comes);
+                let gradient = if self.mutation == Mutation::SumAsItComes { as_it_came } else { in_order };
                 let plane = &mut coordinator.plane;
                 let (params, skipped) = numbers.apply(plane.params, step, gradient, sums);
                 plane.version = step;
@@ -395,12 +397,15 @@ impl World {
             Report::Written(checkpoint) => {
                 self.writing = None;
                 let step = checkpoint.step;
+                self.promised = step;
                 if self.mutation != Mutation::LoseCheckpoints {
                     self.disk.write(checkpoint, self.scenario.keep_last);
                 }
                 self.decide(Event::CheckpointWritten { step }, None)
             }
             Report::RolledBack { at_most } => {
+                let newest = self.disk.newest(at_most, false).map_or(0, |checkpoint| checkpoint.step);
+                self.promised = newest;
                 let at_most = if self.mutation == Mutation::RollBackTooLittle { u64::MAX } else { at_most };
                 self.disk.remove_after(at_most);
                 let checkpoint = self.disk.newest(at_most, false);
@@ -408,7 +413,7 @@ impl World {
                 let (step, skipped_in_a_row) = (plane.version, plane.skipped_in_a_row);
                 let validated = checkpoint.as_ref().map_or(self.disk.is_validated(0), |checkpoint| checkpoint.validated);
                 self.disk.cut(step, validated);
-                let seen = Seen::Restored { step, params: plane.params, newest: step };
+                let seen = Seen::Restored { step, params: plane.params, newest };
                 if let Some(coordinator) = &mut self.coordinator {
                     coordinator.plane = plane;
                 }

@@ -168,7 +168,7 @@ impl History {
     fn note_event(&mut self, event: &Event) {
         self.answering = None;
         match event {
-            Event::JoinRequested { ticket, name, .. } => drop(self.joining.insert(*ticket, name.clone())),
+            Event::JoinRequested { ticket, name, .. } => drop(self.joining.insert(*ticket, own_name(name))),
             Event::ControlOpened { worker } => {
                 if let Some(member) = self.members.get_mut(worker) {
                     member.connected = true;
@@ -242,6 +242,11 @@ impl History {
         self.members.remove(&worker);
         self.results.retain(|(_, done)| done.worker != worker);
     }
+}
+
+/// The name of a worker, whatever it calls itself by now: see [`Mutation::rename`](super::Mutation::rename).
+fn own_name(name: &str) -> String {
+    name.split('/').next().unwrap_or_default().to_owned()
 }
 
 /// Whether two results are equal to the bit and for the same block.

@@ -52,6 +52,11 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// In which seed.
+    pub fn seed(&self) -> u64 {
+        self.scenario.seed
+    }
+
     /// What does not hold.
     pub fn invariant(&self) -> &'static str {
         self.violation.invariant

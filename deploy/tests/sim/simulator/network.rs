@@ -163,7 +163,7 @@ impl Network {
         id
     }
 
-    /// A connection that is not forgotten.
+    /// A connection.
     pub fn get(&self, id: ConnectionId) -> Option<&Connection> {
         self.connections.get(&id)
     }
@@ -173,17 +173,7 @@ impl Network {
         self.connections.get_mut(&id)
     }
 
-    /// Forgets a connection that nobody uses any more.
-    pub fn forget(&mut self, id: ConnectionId) {
-        self.connections.remove(&id);
-    }
-
-    /// The connections that are there, in the order in which they were opened.
-    pub fn all(&self) -> Vec<ConnectionId> {
-        self.connections.keys().copied().collect()
-    }
-
-    /// Those that work.
+    /// The connections that work, in the order in which they were opened.
     pub fn working(&self) -> Vec<ConnectionId> {
         let working = self.connections.iter().filter(|(_, connection)| connection.broken_at.is_none());
         working.map(|(id, _)| *id).collect()
@@ -209,7 +199,7 @@ impl Network {
         self.chance.secs(self.latency_secs.0, self.latency_secs.1 * 1.001)
     }
 
-    /// When a message sent now arrives; `None` if the connection is forgotten.
+    /// When a message sent now arrives; `None` if there is no such connection.
     pub fn send_up(&mut self, id: ConnectionId, message: &Up, now: Duration) -> Option<Duration> {
         let latency = self.latency();
         let connection = self.connections.get_mut(&id)?;

@@ -60,6 +60,8 @@ pub struct World {
     pub network: Network,
     pub disk: Disk,
     pub disk_full: bool,
+    /// The step of the newest checkpoint that is said to be on the disk; 0: there is none.
+    pub promised: u64,
     /// The checkpoint that is being written.
     pub writing: Option<Checkpoint>,
     pub coordinator: Option<Coordinator>,
@@ -94,6 +96,7 @@ impl World {
             network: Network::new(scenario.seed, workers.len(), scenario.latency_secs),
             disk: Disk::default(),
             disk_full: false,
+            promised: 0,
             writing: None,
             coordinator: None,
             coordinator_stalled_until: Duration::ZERO,
