@@ -9,6 +9,8 @@ mod background;
 pub mod config;
 mod dataplane;
 pub mod engine;
+pub mod journal;
+pub mod ledger;
 pub mod metrics;
 pub mod observe;
 mod plot;

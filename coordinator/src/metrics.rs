@@ -1,12 +1,11 @@
 //! `metrics.jsonl`: one line for each committed step and each validation, each step once even after a resume.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::Context as _;
 use lockstep_model::number::or_nan;
 use serde::{Deserialize, Serialize};
+
+use crate::journal::{self, Entry, Journal};
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,7 +62,8 @@ pub struct ValidationLine {
 }
 
 impl Line {
-    fn step(&self) -> u64 {
+    /// The step it is about.
+    pub fn step(&self) -> u64 {
         match self {
             Self::Step(line) => line.step,
             Self::Validation(line) => line.step,
@@ -73,9 +73,8 @@ impl Line {
 
 /// The open file and what it holds.
 #[derive(Debug)]
-pub struct Metrics {
-    path: PathBuf,
-    file: File,
+pub(crate) struct Metrics {
+    journal: Journal<Line>,
     lines: Vec<Line>,
 }
 
@@ -85,45 +84,47 @@ impl Metrics {
     ///
     /// # Errors
     /// If the file cannot be read or rewritten, or holds something else.
-    pub fn open(path: &Path, step: u64, validated: bool) -> anyhow::Result<Self> {
-        let mut lines = read(path)?;
-        lines.retain(|line| match line {
-            Line::Step(line) => line.step <= step,
-            Line::Validation(line) => line.step < step || (line.step == step && validated),
-        });
-        let rewritten = path.with_extension("jsonl.partial");
-        let mut text = String::new();
-        for line in &lines {
-            text.push_str(&serde_json::to_string(line)?);
-            text.push('\n');
-        }
-        fs::write(&rewritten, text).with_context(|| format!("{}: cannot write", rewritten.display()))?;
-        fs::rename(&rewritten, path).with_context(|| format!("{}: cannot replace", path.display()))?;
-        let file = OpenOptions::new().append(true).open(path);
-        let file = file.with_context(|| format!("{}: cannot open for appending", path.display()))?;
-        Ok(Self { path: path.into(), file, lines })
+    pub(crate) fn open(path: &Path, step: u64, validated: bool) -> anyhow::Result<Self> {
+        let (journal, lines) = Journal::open(path, up_to(step, validated))?;
+        Ok(Self { journal, lines })
+    }
+
+    /// Goes back to step `step`, as [`Self::open`] does.
+    ///
+    /// # Errors
+    /// If the file cannot be read or rewritten.
+    pub(crate) fn truncate_after(&mut self, step: u64, validated: bool) -> anyhow::Result<()> {
+        self.lines = self.journal.truncate(up_to(step, validated))?;
+        Ok(())
     }
 
     /// Appends a line.
     ///
     /// # Errors
     /// If the system refuses.
-    pub fn append(&mut self, line: Line) -> anyhow::Result<()> {
+    pub(crate) fn append(&mut self, line: Line) -> anyhow::Result<()> {
         debug_assert!(self.lines.last().is_none_or(|last| last.step() <= line.step()), "steps are committed in order");
-        let mut text = serde_json::to_string(&line)?;
-        text.push('\n');
-        // One write a line, so that a reader never sees half of one from a live run.
-        let written = self.file.write_all(text.as_bytes());
-        written.with_context(|| {
-            format!("{}: cannot append. Free space, then continue with --resume", self.path.display())
-        })?;
+        self.journal.append(&line)?;
         self.lines.push(line);
         Ok(())
     }
 
     /// All lines, in order.
-    pub fn lines(&self) -> &[Line] {
+    pub(crate) fn lines(&self) -> &[Line] {
         &self.lines
+    }
+
+    /// The file that holds them.
+    pub(crate) fn journal(&self) -> &Journal<Line> {
+        &self.journal
+    }
+}
+
+/// Whether a line belongs to the part of a run up to step `step`, with the validation of that step if it is `validated`.
+pub fn up_to(step: u64, validated: bool) -> impl Fn(&Line) -> bool {
+    move |line| match line {
+        Line::Step(line) => line.step <= step,
+        Line::Validation(line) => line.step < step || (line.step == step && validated),
     }
 }
 
@@ -132,25 +133,17 @@ impl Metrics {
 /// # Errors
 /// If the file cannot be read or another line is malformed.
 pub fn read(path: &Path) -> anyhow::Result<Vec<Line>> {
-    let file = match File::open(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        file => file.with_context(|| format!("{}: cannot read", path.display()))?,
-    };
-    let texts = BufReader::new(file).lines().collect::<Result<Vec<_>, _>>();
-    let texts = texts.with_context(|| format!("{}: cannot read", path.display()))?;
-    let mut lines = Vec::with_capacity(texts.len());
-    for (index, text) in texts.iter().enumerate() {
-        match serde_json::from_str(text) {
-            Ok(line) => lines.push(line),
-            Err(_) if index + 1 == texts.len() => {}
-            Err(error) => anyhow::bail!("{}: line {}: {error}", path.display(), index + 1),
-        }
-    }
-    Ok(lines)
+    let lines = (1..).zip(journal::read(path)?).map(|(number, Entry { line, .. })| {
+        line.map_err(|problem| anyhow::anyhow!("{}: line {number}: {problem}", path.display()))
+    });
+    lines.collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::io::Write as _;
+
     use super::*;
 
     fn step(step: u64) -> Line {
@@ -192,7 +185,9 @@ mod tests {
         let mut metrics = Metrics::open(&path, 2, true).unwrap();
         metrics.append(step(3)).unwrap();
         assert_eq!(read(&path).unwrap(), [validation(0), step(1), step(2), validation(2), step(3)]);
-        assert_eq!(Metrics::open(&path, 2, false).unwrap().lines(), [validation(0), step(1), step(2)]);
+        metrics.truncate_after(2, false).unwrap();
+        assert_eq!(metrics.lines(), [validation(0), step(1), step(2)]);
+        assert_eq!(read(&path).unwrap(), metrics.lines());
     }
 
     #[test]

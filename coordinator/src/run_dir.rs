@@ -6,6 +6,7 @@
 //! RUN/recipe.toml      the recipe in full
 //! RUN/checkpoints/     step-000000123/ and so on
 //! RUN/metrics.jsonl    one line a step
+//! RUN/ledger.jsonl     what each step was trained on
 //! RUN/loss.svg         the same as a picture
 //! RUN/samples.txt      text sampled while training
 //! RUN/reports/         steps whose gradient was of no use: slots and text
@@ -13,6 +14,7 @@
 //! ```
 
 use std::fs::{self, File, TryLockError};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -56,7 +58,7 @@ impl RunDir {
             ),
             Err(TryLockError::Error(error)) => return Err(error).with_context(|| format!("{shown}: cannot lock")),
         }
-        let path = root.join("run.json");
+        let path = identity_file(root);
         let identity = match fs::read_to_string(&path) {
             Ok(_) if !resume => {
                 bail!("{shown}: holds a run already; continue it with --resume, or choose another --run")
@@ -74,13 +76,18 @@ impl RunDir {
             }
             Err(error) => return Err(error).with_context(|| format!("{}: cannot read", path.display())),
         };
-        write_atomically(&path, &serde_json::to_string_pretty(&identity)?)?;
+        replace(&path, &serde_json::to_string_pretty(&identity)?)?;
         Ok(Self { root: root.into(), identity, _lock: lock })
     }
 
     /// Which run, and which start of it.
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// What tells this start of the run from later ones.
+    pub fn fence(&self) -> Fence {
+        Fence { root: self.root.clone(), identity: self.identity.clone() }
     }
 
     /// Where the run's files lie.
@@ -95,7 +102,12 @@ impl RunDir {
 
     /// The metrics file.
     pub fn metrics(&self) -> PathBuf {
-        self.root.join("metrics.jsonl")
+        metrics(&self.root)
+    }
+
+    /// The ledger file.
+    pub fn ledger(&self) -> PathBuf {
+        ledger(&self.root)
     }
 
     /// The picture of the losses.
@@ -118,8 +130,62 @@ impl RunDir {
     /// # Errors
     /// If the system refuses.
     pub fn write_recipe(&self, recipe_toml: &str) -> anyhow::Result<()> {
-        write_atomically(&recipe(&self.root), recipe_toml)
+        replace(&recipe(&self.root), recipe_toml)
     }
+}
+
+/// Keeps two coordinators from advancing one run, on file systems whose locks do not work or where the lock was removed: a
+/// later start counts itself in `run.json`, and the earlier one finds that before it changes anything for good.
+#[derive(Clone, Debug)]
+pub struct Fence {
+    root: PathBuf,
+    identity: Identity,
+}
+
+impl Fence {
+    /// Whether the newest start of the run is still this one.
+    ///
+    /// # Errors
+    /// If it is not, or that cannot be found out.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let Identity { run_id, incarnation } = identity(&self.root)?;
+        if run_id != self.identity.run_id {
+            bail!("{}: holds another run now ({run_id}); this coordinator stops", self.root.display());
+        }
+        if incarnation != self.identity.incarnation {
+            bail!(
+                "{}: start {incarnation} of this run has taken over from start {}, which ends here. A run has one coordinator \
+                 at a time",
+                self.root.display(),
+                self.identity.incarnation
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The identity of the run in `root`.
+///
+/// # Errors
+/// If there is no run, or its identity cannot be read.
+pub fn identity(root: &Path) -> anyhow::Result<Identity> {
+    let path = identity_file(root);
+    let text = fs::read_to_string(&path).with_context(|| format!("{}: cannot read", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{}: is no run identity", path.display()))
+}
+
+fn identity_file(root: &Path) -> PathBuf {
+    root.join("run.json")
+}
+
+/// Where the metrics of the run in `root` lie.
+pub fn metrics(root: &Path) -> PathBuf {
+    root.join("metrics.jsonl")
+}
+
+/// Where the ledger of the run in `root` lies.
+pub fn ledger(root: &Path) -> PathBuf {
+    root.join("ledger.jsonl")
 }
 
 /// Where the checkpoints of the run in `root` lie.
@@ -132,10 +198,22 @@ pub fn recipe(root: &Path) -> PathBuf {
     root.join("recipe.toml")
 }
 
-fn write_atomically(path: &Path, text: &str) -> anyhow::Result<()> {
+/// Gives a file this text, whole and on the disk, or leaves it as it is.
+pub(crate) fn replace(path: &Path, text: &str) -> anyhow::Result<()> {
     let partial = path.with_extension("partial");
-    fs::write(&partial, text).with_context(|| format!("{}: cannot write", partial.display()))?;
-    fs::rename(&partial, path).with_context(|| format!("{}: cannot replace", path.display()))
+    let written = File::create(&partial).and_then(|mut file| {
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
+    });
+    written.with_context(|| format!("{}: cannot write", partial.display()))?;
+    fs::rename(&partial, path).with_context(|| format!("{}: cannot replace", path.display()))?;
+    match path.parent() {
+        // Only Unix can open a directory, which makes the rename durable.
+        Some(parent) if cfg!(unix) => File::open(parent)
+            .and_then(|directory| directory.sync_all())
+            .with_context(|| format!("{}: cannot flush to the disk", parent.display())),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -151,6 +229,18 @@ mod tests {
         drop(first);
         let resumed = RunDir::open(dir.path(), true, "b").unwrap();
         assert_eq!(*resumed.identity(), Identity { run_id: "a".into(), incarnation: 2 });
+    }
+
+    #[test]
+    fn a_later_start_fences_off_an_earlier_one_whose_lock_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = RunDir::open(dir.path(), false, "a").unwrap();
+        first.fence().check().unwrap();
+        fs::remove_file(dir.path().join("lock")).unwrap();
+        let second = RunDir::open(dir.path(), true, "b").unwrap();
+        second.fence().check().unwrap();
+        let said = first.fence().check().unwrap_err().to_string();
+        assert!(said.contains("start 2") && said.contains("start 1"), "{said}");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use lockstep_model::batch::Sums;
 use lockstep_model::checkpoint::{self, Checkpoint, Manifest, Validation};
 use lockstep_model::digest::hex;
 use lockstep_model::layout::Layout;
+use lockstep_model::ledger::slot_sha256;
 use lockstep_model::schedule::learning_rate;
 use lockstep_proto::v1;
 use lockstep_proto::v1::coordinator_message::Kind as Message;
@@ -21,6 +22,7 @@ use crate::dataplane::{Applied, DataPlane, Publication, Staging, State};
 use crate::engine::command::{DiscardReason, Finding, Lease, Outcome, ReleaseReason, Task};
 use crate::engine::event::BlockDone;
 use crate::engine::{Command, Engine, Event, Ticket, Time, Trust, WorkerId};
+use crate::ledger::LedgerFile;
 use crate::metrics::{Line, Metrics, StepLine, ValidationLine};
 use crate::observe::{Observer, RunEvent, Sample};
 use crate::plot;
@@ -61,6 +63,7 @@ pub(crate) struct Runtime {
     archive: Background<archive::Job>,
     sampler: Option<Background<sampler::Job>>,
     metrics: Metrics,
+    ledger: LedgerFile,
     observer: Observer,
     members: BTreeMap<WorkerId, Member>,
     /// Requests to join that the engine has not answered.
@@ -86,7 +89,7 @@ impl Runtime {
         inputs: mpsc::UnboundedSender<Input>,
         observer: Observer,
     ) -> anyhow::Result<Self> {
-        let Start { run_dir, state, manifest, metrics, resumed } = start;
+        let Start { run_dir, state, manifest, metrics, ledger, resumed } = start;
         let (layout, optimizer) = (Layout::of(&config.model), config.optimizer.clone());
         let news = inputs.clone();
         let slots = config.batch.slots;
@@ -94,7 +97,8 @@ impl Runtime {
             drop(news.send(Input::Applied(applied)));
         })?;
         let news = inputs.clone();
-        let archive = archive::start(run_dir.checkpoints(), config.checkpoint.keep_last, move |input| {
+        let keep_last = config.checkpoint.keep_last;
+        let archive = archive::start(run_dir.checkpoints(), keep_last, run_dir.fence(), move |input| {
             drop(news.send(input));
         })?;
         let sampler = match config.sampling.prompts.is_empty() {
@@ -119,6 +123,7 @@ impl Runtime {
             archive,
             sampler,
             metrics,
+            ledger,
             observer,
             members: BTreeMap::new(),
             joining: HashMap::new(),
@@ -212,7 +217,10 @@ impl Runtime {
             }
             Input::Result { worker, result } => self.judge(worker, result),
             Input::Declined { worker, lease, reason } => {
-                tracing::warn!(worker = worker.0, lease = lease.0, "lease declined: {reason}");
+                // One that was taken back meanwhile may well come to nothing.
+                if self.engine.holds(worker, lease) {
+                    tracing::warn!(worker = worker.0, lease = lease.0, "lease declined: {reason}");
+                }
                 self.decide(Event::Declined { worker, lease, reason })
             }
             Input::Applied(applied) => self.commit(applied?),
@@ -221,7 +229,10 @@ impl Runtime {
                 self.draw();
                 self.decide(Event::CheckpointWritten { step })
             }
-            Input::Archived { step, written: Err(reason) } => self.decide(Event::CheckpointFailed { step, reason }),
+            Input::Archived { step, written: Err(reason) } => {
+                self.run_dir.fence().check()?;
+                self.decide(Event::CheckpointFailed { step, reason })
+            }
             Input::Kept { worker, blocks } => self.decide(Event::Kept { worker, blocks }),
             Input::RolledBack(checkpoint) => self.roll_back(checkpoint?),
             Input::Sampled(sample) => {
@@ -279,10 +290,11 @@ impl Runtime {
                 if lease.task == Task::Gradient {
                     self.staging.open(worker, lease.id);
                 }
-                let message = self.lease_message(&lease);
+                let message = self.lease_message(worker, &lease);
                 self.send(worker, Message::Lease(message));
             }
             Command::Accept { worker, lease, block, .. } => {
+                self.ledger.accept(lease)?;
                 if let Some(result) = self.judging.take() {
                     self.step.compute += result.compute;
                     self.step.upload += result.upload;
@@ -292,12 +304,16 @@ impl Runtime {
                 }
             }
             Command::Discard { worker, lease, reason } => {
+                self.ledger.discard(lease);
                 drop(self.staging.take(worker, lease));
                 if matches!(reason, DiscardReason::Overtaken | DiscardReason::StartedOver | DiscardReason::RunEnds) {
                     self.send(worker, Message::Revoke(v1::Revoke { lease_id: lease.0 }));
                 }
             }
-            Command::RestartStep { .. } => self.plane.restart(),
+            Command::RestartStep { .. } => {
+                self.ledger.restart();
+                self.plane.restart();
+            }
             Command::RollBack { at_most } => {
                 if let Some(archive) = self.archive.sender() {
                     // By way of the data plane, so that checkpoints of versions before are written first.
@@ -328,11 +344,15 @@ impl Runtime {
             Command::Checkpoint { .. } => {
                 let Trust { unchecked_since, quarantined } = self.engine.trust().clone();
                 self.manifest.trust = checkpoint::Trust { unchecked_since, quarantined };
+                self.manifest.ledger = self.ledger.ledger();
+                self.manifest.ledger_seal = self.ledger.seal().into();
+                self.manifest.metrics_seal = self.metrics.journal().seal().into();
                 let mut manifest = Box::new(self.manifest.clone());
+                let sealed = vec![self.ledger.handle()?, self.metrics.journal().handle()?];
                 if let Some(archive) = self.archive.sender() {
                     self.plane.snapshot(move |state| {
                         manifest.filter = state.filter.clone();
-                        let _ = archive.send(archive::Job::Write { manifest, state });
+                        let _ = archive.send(archive::Job::Write { manifest, state, sealed });
                     });
                 }
             }
@@ -363,7 +383,8 @@ impl Runtime {
         }
     }
 
-    fn lease_message(&self, lease: &Lease) -> v1::Lease {
+    /// The lease with its rows, of which the ledger keeps the digests.
+    fn lease_message(&mut self, worker: WorkerId, lease: &Lease) -> v1::Lease {
         let source = &self.config.source;
         let (slots, task) = match lease.task {
             Task::Gradient => (self.config.batch.slots, v1::lease::Task::Gradient(v1::GradientTask {})),
@@ -373,13 +394,18 @@ impl Runtime {
             Task::Gradient => source.training_slot(lease.step, slot),
             Task::Evaluate => source.validation_slot(slot),
         };
+        let numbers = lease.block.slots(slots);
+        let rows: Vec<_> = numbers.clone().map(|slot| (slot, batch(slot))).collect();
+        let digests = rows.iter().map(|(slot, batch)| slot_sha256(*slot, batch)).collect();
+        let name = self.members.get(&worker).map_or("", |member| &member.name);
+        self.ledger.lend(lease, name, numbers, digests);
         v1::Lease {
             lease_id: lease.id.0,
             step: lease.step,
             version: lease.version,
             block: Some(translate::block(lease.block)),
             task: Some(task),
-            slots: lease.block.slots(slots).map(|slot| translate::slot(slot, &batch(slot))).collect(),
+            slots: rows.iter().map(|(slot, batch)| translate::slot(*slot, batch)).collect(),
             seed: self.config.seed,
             traceparent: traceparent(&self.manifest.run_id, lease.step),
             parameters_sha256: self.plane.published_sha256().to_vec(),
@@ -395,6 +421,10 @@ impl Runtime {
                 clock_offset_nanos: member.clock_offset_nanos,
                 spans: std::mem::take(&mut result.spans),
             });
+        }
+        if let Err(reason) = self.ledger.check(result.lease, result.batch_sha256) {
+            tracing::warn!(worker = worker.0, "{reason}");
+            return self.decide(Event::Declined { worker, lease: result.lease, reason });
         }
         let done = BlockDone {
             worker,
@@ -418,6 +448,8 @@ impl Runtime {
     /// A step was applied and published: it is committed.
     fn commit(&mut self, applied: Applied) -> anyhow::Result<()> {
         let step = applied.step;
+        self.run_dir.fence().check()?;
+        self.ledger.commit(step)?;
         let (sums, lr) = self.applying.take().context("the data plane applied a step that nobody asked for")?;
         let (loss, step_secs) = (sums.mean(), self.step.since.elapsed().as_secs_f64());
         let tokens_per_sec = self.tokens_per_step as f64 / step_secs;
@@ -458,12 +490,13 @@ impl Runtime {
         let skipped_in_a_row = manifest.filter.skipped_in_a_row;
         let step = manifest.step;
         let validated = match saved {
-            true => start::is_validated(&manifest),
+            true => manifest.is_validated(),
             // The beginning is validated once, and that stands.
             false => self.metrics.lines().iter().any(|line| matches!(line, Line::Validation(line) if line.step == 0)),
         };
         self.manifest = Manifest { device_classes, ..manifest };
-        self.metrics = Metrics::open(&self.run_dir.metrics(), step, validated)?;
+        self.metrics.truncate_after(step, validated)?;
+        self.ledger.truncate(self.manifest.ledger)?;
         self.step = StepTimes::none();
         self.applying = None;
         self.plane.restore(step, state);

@@ -70,6 +70,8 @@ pub(crate) struct Finished {
     pub(crate) sha256: Option<[u8; 32]>,
     /// L2 norm of the vector that was pushed for it; `None` if there is no such vector.
     pub(crate) norm: Option<f64>,
+    /// Digest of the rows that were computed.
+    pub(crate) batch_sha256: [u8; 32],
     pub(crate) compute: Duration,
     pub(crate) upload: Duration,
     pub(crate) spans: Vec<v1::SpanTiming>,
@@ -264,7 +266,6 @@ impl Listener {
                     Ok(result) => Input::Result { worker: self.worker, result },
                     Err(reason) => break reason,
                 },
-                Some(worker_message::Kind::Kept(_)) => continue,
                 None => break "it sent a control message of an unknown kind".to_string(),
             };
             if self.inputs.send(input).is_err() {
@@ -285,6 +286,7 @@ impl Listener {
             true => None,
             false => Some(digest(&result.vector_sha256, "vector_sha256").map_err(|s| s.message().to_string())?),
         };
+        let batch_sha256 = digest(&result.batch_sha256, "batch_sha256").map_err(|s| s.message().to_string())?;
         // The vector of a lease that was taken back is gone: then the engine says what becomes of the result.
         let staged = self.staging.look(self.worker, lease);
         let norm = staged.filter(|(staged, _)| Some(*staged) == sha256).map(|(_, norm)| norm);
@@ -298,6 +300,7 @@ impl Listener {
             slot_sums: slot_sums.map(|(&loss, &weight)| Sums { loss, weight }).collect(),
             sha256,
             norm,
+            batch_sha256,
             compute: Duration::from_nanos(result.compute_nanos),
             upload: Duration::from_nanos(result.upload_nanos),
             spans: result.spans,

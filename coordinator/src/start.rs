@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::hash::BuildHasher as _;
 
 use anyhow::{Context as _, bail};
-use lockstep_model::checkpoint::{self, FORMAT_VERSION, Manifest};
+use lockstep_model::checkpoint::{self, CheckpointError, FORMAT_VERSION, Manifest};
 use lockstep_model::config::ModelConfig;
-use lockstep_model::digest::{bytes_sha256, hex};
+use lockstep_model::digest::{bytes_sha256, hex, parse_hex};
 use lockstep_model::layout::{Layout, initial_parameters};
+use lockstep_model::ledger::Ledger;
 use lockstep_model::optimizer::OptimizerState;
 use lockstep_model::step_filter::StepFilter;
 use lockstep_model::tree::Block;
@@ -16,6 +17,7 @@ use lockstep_proto::{MAX_LEASE_BYTES, v1};
 use crate::config::RunConfig;
 use crate::dataplane::State;
 use crate::engine::{self, DeviceClass, EngineConfig, Trust};
+use crate::ledger::LedgerFile;
 use crate::metrics::Metrics;
 use crate::run_dir::{Identity, RunDir};
 use crate::service::unix_nanos;
@@ -28,6 +30,7 @@ pub(crate) struct Start {
     pub(crate) state: State,
     pub(crate) manifest: Manifest,
     pub(crate) metrics: Metrics,
+    pub(crate) ledger: LedgerFile,
     /// Whether all this comes from a checkpoint.
     pub(crate) resumed: bool,
 }
@@ -39,6 +42,9 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
     let mut manifest = new_manifest(config, &run_dir.identity().run_id);
     let (newest, damaged) = checkpoint::newest(&run_dir.checkpoints())?;
     for error in damaged {
+        if let (None, CheckpointError::OtherVersion { .. }) = (&newest, &error) {
+            return Err(error.into());
+        }
         tracing::warn!("{error}; going back to an older checkpoint");
     }
     let resumed = newest.is_some();
@@ -76,9 +82,20 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
         );
     }
     run_dir.write_recipe(&config.recipe_toml)?;
-    let metrics = Metrics::open(&run_dir.metrics(), manifest.step, is_validated(&manifest))
+    let metrics = Metrics::open(&run_dir.metrics(), manifest.step, manifest.is_validated())
         .context("the metrics of the run cannot be opened")?;
-    Ok(Start { run_dir, state, manifest, metrics, resumed })
+    if metrics.journal().seal() != manifest.metrics_seal {
+        tracing::warn!(
+            "{}: does not agree with the checkpoint of step {}; the run goes on, and `lockstep verify` says what is wrong \
+             with the file",
+            run_dir.metrics().display(),
+            manifest.step
+        );
+    }
+    let rows_per_step = u64::from(config.batch.slots) * u64::from(config.batch.sequences_per_slot);
+    let ledger = LedgerFile::open(&run_dir.ledger(), manifest.ledger, config.batch.slots, rows_per_step)
+        .context("the ledger of the run cannot be opened")?;
+    Ok(Start { run_dir, state, manifest, metrics, ledger, resumed })
 }
 
 /// Where every run begins.
@@ -105,19 +122,19 @@ pub(crate) fn new_manifest(config: &RunConfig, run_id: &str) -> Manifest {
         filter: StepFilter::default(),
         trust: checkpoint::Trust::default(),
         tokens: 0,
+        ledger: Ledger::default(),
+        ledger_seal: String::new(),
+        metrics_seal: String::new(),
         params_sha256: String::new(),
         optimizer_sha256: String::new(),
         files: BTreeMap::new(),
+        seal: String::new(),
     }
 }
 
 /// Whether parameters of one fit the other; where the line starts does not matter once it has started.
 fn same_network(saved: &ModelConfig, asked: &ModelConfig) -> bool {
     saved == asked || matches!((saved, asked), (ModelConfig::Line(_), ModelConfig::Line(_)))
-}
-
-pub(crate) fn is_validated(manifest: &Manifest) -> bool {
-    manifest.validation.is_some_and(|validation| validation.step == manifest.step)
 }
 
 /// What the engine must know.
@@ -128,8 +145,8 @@ pub(crate) fn engine_config(config: &RunConfig, manifest: &Manifest, resumed: bo
         false => engine::Start::Fresh,
         true => engine::Start::Resumed {
             step: manifest.step,
-            validated: is_validated(manifest),
-            classes: manifest.device_classes.iter().filter_map(|class| parse_class(class)).collect(),
+            validated: manifest.is_validated(),
+            classes: manifest.device_classes.iter().filter_map(|class| parse_hex(class).map(DeviceClass)).collect(),
             skipped_in_a_row: manifest.filter.skipped_in_a_row,
             trust: Trust {
                 unchecked_since: manifest.trust.unchecked_since.clone(),
@@ -164,11 +181,6 @@ fn secret() -> u64 {
     std::collections::hash_map::RandomState::new().hash_one(unix_nanos())
 }
 
-fn parse_class(text: &str) -> Option<DeviceClass> {
-    let bytes: Option<Vec<u8>> = (0..32).map(|i| u8::from_str_radix(text.get(i * 2..i * 2 + 2)?, 16).ok()).collect();
-    Some(DeviceClass(bytes?.try_into().ok()?))
-}
-
 /// What every joiner is told: the model, and a gradient and an evaluation of the run's own shapes as the probe.
 pub(crate) fn invitation(config: &RunConfig, identity: &Identity) -> v1::Invitation {
     let probe = |task, batch| v1::Lease {
@@ -196,17 +208,5 @@ pub(crate) fn invitation(config: &RunConfig, identity: &Identity) -> v1::Invitat
         probe: probes,
         heartbeat_interval_ms: config.cluster.heartbeat_interval.as_millis() as u32,
         liveness_timeout_ms: config.cluster.liveness_timeout.as_millis() as u32,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_device_class_survives_the_manifest() {
-        let class = DeviceClass(std::array::from_fn(|i| i as u8));
-        assert_eq!(parse_class(&hex(&class.0)), Some(class));
-        assert_eq!(parse_class("00"), None);
     }
 }

@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Prepare(Prepare),
     /// Show what a live run is doing.
     Status(Status),
+    /// Check that nothing of a run is damaged, and that it was trained on what its recipe says.
+    Verify(Verify),
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
@@ -217,6 +219,27 @@ pub(crate) struct Prepare {
 pub(crate) struct Status {
     /// The coordinator, as HOST:PORT.
     pub(crate) address: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Nothing is trained: the sampler is replayed over all committed steps and compared with the run's ledger, and
+checkpoints, metrics and corpus with their digests. Exit status 1 if anything differs.
+
+Examples:
+  lockstep verify runs/quickstart-1
+  lockstep verify runs/lab --set data.input=/mnt/corpus"
+)]
+pub(crate) struct Verify {
+    /// Directory of the run.
+    pub(crate) run: PathBuf,
+    /// Override a key of the run's recipe, such as data.input where the corpus lies elsewhere now; may be given several
+    /// times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,

@@ -2,7 +2,7 @@
 //!
 //! A checkpoint is a directory `step-000000123` of three files. It is written beside its final name, flushed to the
 //! disk, and renamed: a name that looks right is whole, whatever happened in between. The manifest holds the SHA-256 of
-//! each file, and reading checks them.
+//! each file and its own, and reading checks them.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,20 +15,23 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::config::ModelConfig;
-use crate::digest::{hex, vector_sha256, vectors_sha256};
+use crate::digest::{bytes_sha256, hex, vector_sha256, vectors_sha256};
 use crate::layout::{Layout, TensorSpec};
+use crate::ledger::Ledger;
 use crate::optimizer::OptimizerState;
 use crate::step_filter::StepFilter;
 use crate::tokenizer::Tokenizer;
 
 /// Version of the manifest's form.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 const MANIFEST: &str = "manifest.json";
 const PARAMETERS: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const FIRST_MOMENT: &str = "first_moment.";
 const SECOND_MOMENT: &str = "second_moment.";
+/// What a manifest's text ends with while its seal is empty.
+const UNSEALED_END: &str = "\"seal\": \"\"\n}";
 
 /// What a checkpoint says of itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -61,12 +64,33 @@ pub struct Manifest {
     pub trust: Trust,
     /// Tokens (or rows) trained on so far.
     pub tokens: u64,
+    /// Which ones they were.
+    pub ledger: Ledger,
+    /// Seal of the last line of the run's ledger file; empty before the first.
+    pub ledger_seal: String,
+    /// Seal of the last line of the run's metrics; empty before the first.
+    pub metrics_seal: String,
     /// SHA-256 of the parameters as little-endian f32 in layout order, hexadecimal.
     pub params_sha256: String,
     /// SHA-256 of first and second moments likewise, one after the other.
     pub optimizer_sha256: String,
     /// The other files.
     pub files: BTreeMap<String, FileSeal>,
+    /// SHA-256 of the manifest's own text, with this still empty, hexadecimal.
+    pub seal: String,
+}
+
+impl Manifest {
+    /// Whether the validation loss of these very parameters is known.
+    pub fn is_validated(&self) -> bool {
+        self.validation.is_some_and(|validation| validation.step == self.step)
+    }
+}
+
+/// The part of a manifest that every format version has.
+#[derive(Deserialize)]
+struct Versioned {
+    format_version: u32,
 }
 
 /// What is known of workers by their names, since they may join again. Parameters do not depend on it.
@@ -140,6 +164,18 @@ pub enum CheckpointError {
         /// What is wrong.
         reason: String,
     },
+    /// Another release of the program wrote it.
+    #[error(
+        "{path}: the checkpoint has format version {found}, and this program reads {FORMAT_VERSION}; use the release \
+         that wrote it",
+        path = path.display()
+    )]
+    OtherVersion {
+        /// The manifest.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
     /// There is none.
     #[error("{path}: no checkpoint here; give the directory of a run or of a checkpoint", path = path.display())]
     NotFound {
@@ -169,8 +205,45 @@ pub fn step_of(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
-/// Writes a checkpoint into `directory` (of all checkpoints of a run), whole or not at all, and returns its path.
-/// Fills in the manifest's digests and seals.
+/// A checkpoint that is whole on the disk, beside its final name. Dropping it removes it.
+#[derive(Debug)]
+pub struct Staged {
+    directory: PathBuf,
+    partial: PathBuf,
+    target: PathBuf,
+}
+
+impl Staged {
+    /// Gives the checkpoint its name, in the place of an earlier one of the same step, and returns its path.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn publish(self) -> Result<PathBuf, CheckpointError> {
+        let Self { directory, partial, target } = &self;
+        if target.exists() {
+            fs::remove_dir_all(target).map_err(CheckpointError::io(target, "replace"))?;
+        }
+        fs::rename(partial, target).map_err(CheckpointError::io(target, "rename into place"))?;
+        sync_directory(directory)?;
+        Ok(target.clone())
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // Gone already where it was published. Elsewhere the error that led here says what went wrong; that the remains of
+        // an attempt cannot be removed either adds nothing.
+        let _ = fs::remove_dir_all(&self.partial);
+    }
+}
+
+/// Where a checkpoint lies while it is not, or no longer, whole.
+fn partial(directory: &Path, name: &str) -> PathBuf {
+    directory.join(format!(".{name}.partial"))
+}
+
+/// Writes a checkpoint into `directory` (of all checkpoints of a run), whole or not at all, to be published. Fills in the
+/// manifest's digests and seals.
 ///
 /// # Errors
 /// If the system refuses, for example because the disk is full; nothing is then left behind.
@@ -179,32 +252,20 @@ pub fn write(
     mut manifest: Manifest,
     parameters: &[f32],
     optimizer: &OptimizerState,
-) -> Result<PathBuf, CheckpointError> {
-    let target = directory.join(directory_name(manifest.step));
-    let partial = directory.join(format!(".{}.partial", directory_name(manifest.step)));
-    let layout = Layout::of(&manifest.model);
+) -> Result<Staged, CheckpointError> {
+    let name = directory_name(manifest.step);
     manifest.params_sha256 = hex(&vector_sha256(parameters));
     manifest.optimizer_sha256 = hex(&vectors_sha256(&[&optimizer.first_moment, &optimizer.second_moment]));
-
     fs::create_dir_all(directory).map_err(CheckpointError::io(directory, "create the directory"))?;
-    let written = write_files(&partial, manifest, &layout, parameters, optimizer).and_then(|()| {
-        if target.exists() {
-            fs::remove_dir_all(&target).map_err(CheckpointError::io(&target, "replace"))?;
-        }
-        fs::rename(&partial, &target).map_err(CheckpointError::io(&target, "rename into place"))?;
-        sync_directory(directory)
-    });
-    if written.is_err() {
-        // The error says what went wrong; that the remains of an attempt cannot be removed either adds nothing.
-        let _ = fs::remove_dir_all(&partial);
-    }
-    written.map(|()| target)
+    let staged =
+        Staged { directory: directory.into(), partial: partial(directory, &name), target: directory.join(name) };
+    write_files(&staged.partial, manifest, parameters, optimizer)?;
+    Ok(staged)
 }
 
 fn write_files(
     partial: &Path,
     mut manifest: Manifest,
-    layout: &Layout,
     parameters: &[f32],
     optimizer: &OptimizerState,
 ) -> Result<(), CheckpointError> {
@@ -212,7 +273,8 @@ fn write_files(
         fs::remove_dir_all(partial).map_err(CheckpointError::io(partial, "remove an unfinished checkpoint"))?;
     }
     fs::create_dir_all(partial).map_err(CheckpointError::io(partial, "create the directory"))?;
-    let tensors = |prefix: &str, vector| Tensors { prefix: prefix.into(), layout, vector };
+    let layout = Layout::of(&manifest.model);
+    let tensors = |prefix: &str, vector| Tensors { prefix: prefix.into(), layout: &layout, vector };
     let moments = [(FIRST_MOMENT, &optimizer.first_moment), (SECOND_MOMENT, &optimizer.second_moment)];
     let moments = moments.into_iter().filter(|(_, vector)| !vector.is_empty());
     let moments: Vec<_> = moments.map(|(prefix, vector)| tensors(prefix, vector.as_slice())).collect();
@@ -226,9 +288,12 @@ fn write_files(
         manifest.files.insert(name.into(), seal(&path)?);
     }
     let path = partial.join(MANIFEST);
+    manifest.seal.clear();
     let text = serde_json::to_string_pretty(&manifest)
         .map_err(|error| CheckpointError::io(&path, "write")(std::io::Error::other(error)))?;
-    fs::write(&path, text).map_err(CheckpointError::io(&path, "write"))?;
+    let sealed_end = UNSEALED_END.replace("\"\"", &format!("\"{}\"", hex(&bytes_sha256(text.as_bytes()))));
+    let body = text.strip_suffix(UNSEALED_END).unwrap_or(&text);
+    fs::write(&path, format!("{body}{sealed_end}")).map_err(CheckpointError::io(&path, "write"))?;
     sync_file(&path)?;
     sync_directory(partial)
 }
@@ -243,11 +308,9 @@ pub fn read(path: &Path) -> Result<Checkpoint, CheckpointError> {
     let file = |name: &str| {
         let (path, sealed) = (path.join(name), manifest.files.get(name));
         let bytes = fs::read(&path).map_err(CheckpointError::io(&path, "read"))?;
-        let found = FileSeal { bytes: bytes.len() as u64, sha256: hex(&Sha256::digest(&bytes)) };
-        match sealed == Some(&found) {
-            true => Ok((path, bytes)),
-            false => Err(CheckpointError::damaged(&path, "its size or SHA-256 is not the manifest's")),
-        }
+        let found = FileSeal { bytes: bytes.len() as u64, sha256: hex(&bytes_sha256(&bytes)) };
+        check_seal(&path, sealed, &found)?;
+        Ok((path, bytes))
     };
     let (parameters_path, parameters) = file(PARAMETERS)?;
     let parameters = flatten(&parameters_path, &parameters, "", &layout)?;
@@ -268,10 +331,29 @@ pub fn read(path: &Path) -> Result<Checkpoint, CheckpointError> {
     Ok(Checkpoint { manifest, parameters, optimizer })
 }
 
+/// Checks the digests of a checkpoint's manifest and files, in little memory.
+///
+/// # Errors
+/// If it is not there, unreadable or damaged.
+pub fn check(path: &Path) -> Result<(), CheckpointError> {
+    let manifest = read_manifest(path)?;
+    [PARAMETERS, OPTIMIZER].into_iter().try_for_each(|name| {
+        let path = path.join(name);
+        check_seal(&path, manifest.files.get(name), &seal(&path)?)
+    })
+}
+
+fn check_seal(path: &Path, sealed: Option<&FileSeal>, found: &FileSeal) -> Result<(), CheckpointError> {
+    match sealed == Some(found) {
+        true => Ok(()),
+        false => Err(CheckpointError::damaged(path, "its size or SHA-256 is not the manifest's")),
+    }
+}
+
 /// Reads a checkpoint's manifest alone.
 ///
 /// # Errors
-/// If it is not there, unreadable, or of another format version.
+/// If it is not there, unreadable, of another format version, or not what was written.
 pub fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
     let file = path.join(MANIFEST);
     let text = match fs::read_to_string(&file) {
@@ -281,11 +363,16 @@ pub fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
         }
         Err(error) => return Err(CheckpointError::io(&file, "read")(error)),
     };
-    let manifest: Manifest =
-        serde_json::from_str(&text).map_err(|error| CheckpointError::damaged(&file, error.to_string()))?;
-    if manifest.format_version != FORMAT_VERSION {
-        let reason = format!("format version {}, this program reads {FORMAT_VERSION}", manifest.format_version);
-        return Err(CheckpointError::damaged(&file, reason));
+    let malformed = |error: serde_json::Error| CheckpointError::damaged(&file, error.to_string());
+    let Versioned { format_version } = serde_json::from_str(&text).map_err(malformed)?;
+    if format_version != FORMAT_VERSION {
+        return Err(CheckpointError::OtherVersion { path: file, found: format_version });
+    }
+    let manifest: Manifest = serde_json::from_str(&text).map_err(malformed)?;
+    let sealed_end = UNSEALED_END.replace("\"\"", &format!("\"{}\"", manifest.seal));
+    let unsealed = text.strip_suffix(&sealed_end).map(|body| format!("{body}{UNSEALED_END}"));
+    if unsealed.is_none_or(|unsealed| hex(&bytes_sha256(unsealed.as_bytes())) != manifest.seal) {
+        return Err(CheckpointError::damaged(&file, "it is not what was written: its seal is another"));
     }
     Ok(manifest)
 }
@@ -327,7 +414,8 @@ pub fn newest(directory: &Path) -> Result<(Option<(PathBuf, Checkpoint)>, Vec<Ch
     Ok((None, damaged))
 }
 
-/// Removes all but the `keep_last` newest checkpoints and the one of the least validation loss.
+/// Removes what is older than the `keep_last` newest checkpoints that are whole, but for the one of the least validation
+/// loss. Where there are not so many whole ones, nothing is removed.
 ///
 /// # Errors
 /// If the directory cannot be read or a checkpoint not be removed.
@@ -335,15 +423,42 @@ pub fn prune(directory: &Path, keep_last: usize) -> Result<(), CheckpointError> 
     let all = list(directory)?;
     let loss = |path: &PathBuf| {
         let manifest = read_manifest(path).ok()?;
-        manifest.validation.filter(|validation| validation.step == manifest.step).map(|validation| validation.loss)
+        manifest.validation.filter(|_| manifest.is_validated()).map(|validation| validation.loss)
     };
     let best = all.iter().filter_map(|path| Some((loss(path)?, path))).min_by(|a, b| a.0.total_cmp(&b.0));
     let best = best.map(|(_, path)| path);
-    let old = all.len().saturating_sub(keep_last.max(1));
-    for path in all[..old].iter().filter(|path| Some(*path) != best) {
-        fs::remove_dir_all(path).map_err(CheckpointError::io(path, "remove an old checkpoint"))?;
+    let mut whole = 0;
+    let oldest_kept = all.iter().rposition(|path| {
+        whole += usize::from(check(path).is_ok());
+        whole == keep_last.max(1)
+    });
+    for path in all[..oldest_kept.unwrap_or(0)].iter().filter(|path| Some(*path) != best) {
+        remove(directory, path).map_err(CheckpointError::io(path, "remove an old checkpoint"))?;
     }
     Ok(())
+}
+
+/// Removes the checkpoints of later steps than `step`.
+///
+/// # Errors
+/// If the directory cannot be read or a checkpoint not be removed.
+pub fn remove_after(directory: &Path, step: u64) -> Result<(), CheckpointError> {
+    for path in list(directory)?.iter().filter(|path| step_of(path).is_none_or(|later| later > step)) {
+        remove(directory, path)
+            .map_err(CheckpointError::io(path, "remove a checkpoint that the run goes back behind"))?;
+    }
+    Ok(())
+}
+
+/// Removes a checkpoint in `directory`, its name first, so that nobody finds a part of it.
+fn remove(directory: &Path, path: &Path) -> std::io::Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let hidden = partial(directory, &name);
+    if hidden.exists() {
+        fs::remove_dir_all(&hidden)?;
+    }
+    fs::rename(path, &hidden)?;
+    fs::remove_dir_all(hidden)
 }
 
 /// One vector's tensors under a name prefix, as safetensors writes them.
@@ -449,10 +564,18 @@ mod tests {
             filter: StepFilter::default(),
             trust: Trust::default(),
             tokens: 0,
+            ledger: Ledger::default(),
+            ledger_seal: String::new(),
+            metrics_seal: String::new(),
             params_sha256: String::new(),
             optimizer_sha256: String::new(),
             files: BTreeMap::new(),
+            seal: String::new(),
         }
+    }
+
+    fn publish(directory: &Path, manifest: Manifest, parameters: &[f32], optimizer: &OptimizerState) -> PathBuf {
+        write(directory, manifest, parameters, optimizer).and_then(Staged::publish).unwrap()
     }
 
     fn moments() -> OptimizerState {
@@ -463,7 +586,7 @@ mod tests {
     fn what_is_written_is_read_back() {
         let dir = tempfile::tempdir().unwrap();
         for optimizer in [moments(), OptimizerState::default()] {
-            let path = write(dir.path(), manifest(7, None), &[1.5, -0.0], &optimizer).unwrap();
+            let path = publish(dir.path(), manifest(7, None), &[1.5, -0.0], &optimizer);
             let back = read(&path).unwrap();
             assert_eq!(path, dir.path().join("step-000000007"));
             assert_eq!(back.parameters.iter().map(|p| p.to_bits()).collect::<Vec<_>>(), [0x3fc0_0000, 0x8000_0000]);
@@ -473,30 +596,46 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_cut_or_changed_anywhere_is_passed_over_for_an_older_one() {
+    fn a_checkpoint_cut_at_any_byte_or_changed_in_any_is_passed_over_for_an_older_one() {
         let dir = tempfile::tempdir().unwrap();
-        let old = write(dir.path(), manifest(1, None), &[1.0, 2.0], &moments()).unwrap();
+        let old = publish(dir.path(), manifest(1, None), &[1.0, 2.0], &moments());
+        let new = publish(dir.path(), manifest(2, Some(1.5)), &[3.0, 4.0], &moments());
+        let passed_over = |damage: &dyn Fn() -> String| {
+            let (found, damaged) = newest(dir.path()).unwrap();
+            assert_eq!((found.unwrap().0, damaged.len()), (old.clone(), 1), "{}", damage());
+            assert!(check(&new).is_err(), "{}", damage());
+        };
         for name in [MANIFEST, PARAMETERS, OPTIMIZER] {
-            let new = write(dir.path(), manifest(2, None), &[3.0, 4.0], &moments()).unwrap();
-            let whole = fs::read(new.join(name)).unwrap();
-            for cut in [0, 1, whole.len() / 2, whole.len() - 1] {
-                fs::write(new.join(name), &whole[..cut]).unwrap();
-                let (found, damaged) = newest(dir.path()).unwrap();
-                assert_eq!(found.unwrap().0, old, "{name} cut to {cut} bytes");
-                assert_eq!(damaged.len(), 1);
+            let file = new.join(name);
+            let whole = fs::read(&file).unwrap();
+            fs::remove_file(&file).unwrap();
+            passed_over(&|| format!("{name} missing"));
+            for at in 0..whole.len() {
+                fs::write(&file, &whole[..at]).unwrap();
+                passed_over(&|| format!("{name} cut to {at} bytes"));
+                let mut changed = whole.clone();
+                changed[at] ^= 1 << (at % 8);
+                fs::write(&file, &changed).unwrap();
+                passed_over(&|| format!("{name} changed at byte {at}"));
             }
-            let mut changed = whole.clone();
-            *changed.last_mut().unwrap() ^= 1;
-            fs::write(new.join(name), &changed).unwrap();
-            assert_eq!(newest(dir.path()).unwrap().0.unwrap().0, old, "{name} changed");
+            fs::write(&file, &whole).unwrap();
         }
+        assert_eq!(newest(dir.path()).unwrap().0.unwrap().0, new, "restored, it is whole again");
+    }
+
+    #[test]
+    fn another_release_s_checkpoint_is_told_from_a_damaged_one() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(MANIFEST), r#"{"format_version": 1, "run_id": "r"}"#).unwrap();
+        let said = read(dir.path()).unwrap_err().to_string();
+        assert!(said.contains("format version 1") && said.contains("reads 2"), "{said}");
     }
 
     #[test]
     fn a_diverged_run_is_read_back() {
         let dir = tempfile::tempdir().unwrap();
         let diverged = Manifest { train_loss: Some(f64::NAN), ..manifest(3, Some(f64::NAN)) };
-        let path = write(dir.path(), diverged, &[f32::NAN, 2.0], &moments()).unwrap();
+        let path = publish(dir.path(), diverged, &[f32::NAN, 2.0], &moments());
         assert!(read(&path).unwrap().manifest.validation.unwrap().loss.is_nan());
     }
 
@@ -520,13 +659,53 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_published_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(write(dir.path(), manifest(1, None), &[1.0, 2.0], &moments()).unwrap());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    /// A device cannot be flushed; neither can a file on a disk that fails.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_disk_that_does_not_flush_is_named() {
+        let said = sync_file(Path::new("/dev/null")).unwrap_err().to_string();
+        assert!(said.starts_with("/dev/null: cannot flush to the disk: "), "{said}");
+    }
+
+    #[test]
     fn the_newest_and_the_best_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         for (step, loss) in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.2)] {
-            write(dir.path(), manifest(step, Some(loss)), &[1.0, 2.0], &moments()).unwrap();
+            publish(dir.path(), manifest(step, Some(loss)), &[1.0, 2.0], &moments());
         }
+        fs::create_dir_all(dir.path().join(".step-000000001.partial/remains")).unwrap();
         prune(dir.path(), 2).unwrap();
-        let kept: Vec<u64> = list(dir.path()).unwrap().iter().map(|path| read_manifest(path).unwrap().step).collect();
-        assert_eq!(kept, [2, 4, 5]);
+        assert_eq!(kept(dir.path()), [2, 4, 5]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "nothing is left of the others");
+    }
+
+    #[test]
+    fn no_damaged_checkpoint_takes_the_place_of_a_whole_one() {
+        let dir = tempfile::tempdir().unwrap();
+        for step in 1..=5 {
+            publish(dir.path(), manifest(step, None), &[1.0, 2.0], &moments());
+        }
+        let damage = |step, name| fs::write(dir.path().join(directory_name(step)).join(name), "").unwrap();
+        damage(5, PARAMETERS);
+        damage(3, MANIFEST);
+        prune(dir.path(), 2).unwrap();
+        assert_eq!(kept(dir.path()), [2, 3, 4, 5], "4 and 2 are the newest whole ones");
+        damage(2, OPTIMIZER);
+        damage(4, OPTIMIZER);
+        prune(dir.path(), 1).unwrap();
+        assert_eq!(kept(dir.path()), [2, 3, 4, 5], "there is no whole one");
+        remove_after(dir.path(), 3).unwrap();
+        assert_eq!(kept(dir.path()), [2, 3]);
+    }
+
+    /// The steps of what is there.
+    fn kept(directory: &Path) -> Vec<u64> {
+        list(directory).unwrap().iter().map(|path| step_of(path).unwrap()).collect()
     }
 }

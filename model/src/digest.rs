@@ -1,5 +1,6 @@
 //! SHA-256 over vectors, the identity of parameters and gradients.
 
+use serde::{Deserialize as _, Deserializer, Serializer};
 use sha2::{Digest as _, Sha256};
 
 /// Elements converted at a time.
@@ -33,6 +34,31 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// The digest that 64 hexadecimal digits write.
+pub fn parse_hex(text: &str) -> Option<[u8; 32]> {
+    let digits = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let byte = |i: usize| u8::from_str_radix(text.get(i * 2..i * 2 + 2)?, 16).ok();
+    let bytes: Option<Vec<u8>> = (0..32).filter(|_| digits).map(byte).collect();
+    bytes?.try_into().ok()
+}
+
+/// Writes a digest as text; for `#[serde(with)]`, whose other half is [`deserialize`].
+///
+/// # Errors
+/// The format's own.
+pub fn serialize<S: Serializer>(digest: &[u8; 32], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&hex(digest))
+}
+
+/// Reads what [`serialize`] wrote.
+///
+/// # Errors
+/// If it is no text of 64 hexadecimal digits.
+pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[u8; 32], D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse_hex(&text).ok_or_else(|| serde::de::Error::custom(format!("{text:?} is no SHA-256 in hexadecimal digits")))
+}
+
 /// Feeds a vector's little-endian bytes to `hasher`.
 pub(crate) fn update(hasher: &mut Sha256, vector: &[f32]) {
     let mut bytes = [0u8; BLOCK * 4];
@@ -60,5 +86,9 @@ mod tests {
     fn hex_of_the_empty_digest() {
         let known = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(hex(&bytes_sha256(b"")), known);
+        assert_eq!(parse_hex(known), Some(bytes_sha256(b"")));
+        for wrong in ["", "00", &known[1..], &known.replace('e', "+")] {
+            assert_eq!(parse_hex(wrong), None);
+        }
     }
 }

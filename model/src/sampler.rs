@@ -68,6 +68,28 @@ impl Source {
 }
 
 impl Source {
+    /// How many windows an epoch has; `None` unless they are drawn in epoch order.
+    pub fn windows_per_epoch(&self) -> Option<u64> {
+        match self {
+            Self::Tokens(tokens) if tokens.order == WindowOrder::Epoch => {
+                Some(tokens.windows(&tokens.corpora[0].training))
+            }
+            _ => None,
+        }
+    }
+
+    /// In epoch order the windows of the rows of training slot `slot` of step `step`, numbered in the order of the text; none
+    /// in another order.
+    pub fn training_windows(&self, step: u64, slot: u32) -> Vec<u64> {
+        match self {
+            Self::Tokens(tokens) if tokens.order == WindowOrder::Epoch => {
+                let start = |row| tokens.training_window(step, slot, row).1;
+                (0..tokens.batch.sequences_per_slot).map(|row| (start(row) / tokens.context) as u64).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// SHA-256 of all that is drawn from: of each corpus training tokens, then validation tokens, as little-endian u32;
     /// nothing for the line.
     pub fn sha256(&self) -> [u8; 32] {
@@ -90,6 +112,11 @@ impl Source {
 type Window<'a> = (&'a Tokens, usize);
 
 impl TokenSource {
+    /// How many windows of an epoch there are in `tokens`.
+    fn windows(&self, tokens: &Tokens) -> u64 {
+        ((tokens.len() - 1) / self.context) as u64
+    }
+
     /// Where row `row` of training slot `slot` of step `step` begins.
     fn training_window(&self, step: u64, slot: u32, row: u32) -> Window<'_> {
         let (slots, rows) = (u64::from(self.batch.slots), u64::from(self.batch.sequences_per_slot));
@@ -101,7 +128,7 @@ impl TokenSource {
                 Draws::new(self.seed, Stream::TrainingWindows).below(step, draw, starts) as usize
             }
             WindowOrder::Epoch => {
-                let windows = ((training.len() - 1) / self.context) as u64;
+                let windows = self.windows(training);
                 let permutation = Permutation::new(self.seed, draw / windows, windows);
                 permutation.at(draw % windows) as usize * self.context
             }
@@ -265,6 +292,11 @@ mod tests {
         assert_ne!(first, second);
         assert_eq!(sorted(first), (0..10).map(|w| w * 4).collect::<Vec<_>>());
         assert_eq!(sorted(second), (0..10).map(|w| w * 4).collect::<Vec<_>>());
+
+        let starts = [0, 1].map(|slot| source.training_window(3, slot, 0).1 as u64);
+        let source = Source::Tokens(source);
+        assert_eq!(source.windows_per_epoch(), Some(10));
+        assert_eq!([0, 1].map(|slot| source.training_windows(3, slot)[0] * 4), starts);
     }
 
     #[test]

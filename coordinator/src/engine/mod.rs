@@ -199,6 +199,11 @@ impl Engine {
         }
     }
 
+    /// Whether a worker holds a lease.
+    pub fn holds(&self, worker: WorkerId, lease: LeaseId) -> bool {
+        matches!(&self.phase, Phase::Work(work) if work.holding(worker, lease).is_some())
+    }
+
     /// What is known of whom to trust, for those who come after this coordinator.
     pub fn trust(&self) -> &Trust {
         &self.trust

@@ -9,6 +9,7 @@ mod inspect;
 mod prepare;
 mod status;
 mod train;
+mod verify;
 mod worker;
 
 use clap::CommandFactory as _;
@@ -32,6 +33,7 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Prepare(args) => prepare::run(&args),
         Command::Status(args) => status::run(args),
+        Command::Verify(args) => verify::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "lockstep", &mut std::io::stdout());
             Ok(())

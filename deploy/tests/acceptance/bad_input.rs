@@ -43,7 +43,8 @@ fn a_diverged_run_still_has_whole_files() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("run");
     let train = ["train", "line", "--device", "cpu", "--run", path(&run)];
-    succeed(lockstep(&train, &["optimizer.lr=1e30", "checkpoint.stop_after=20"]));
+    let diverging = ["optimizer.lr=1e30", "optimizer.max_bad_steps=0", "checkpoint.stop_after=20"];
+    succeed(lockstep(&train, &diverging));
     succeed(lockstep(&["train", "--device", "cpu", "--run", path(&run), "--resume"], &["checkpoint.stop_after=30"]));
     let shown = inspect(&run);
     assert_eq!((&shown["step"], &shown["train_loss"]), (&30.into(), &serde_json::Value::Null));
@@ -149,4 +150,32 @@ fn a_full_disk_ends_the_run_and_breaks_nothing() {
     assert_eq!(status, Some(1), "{}", coordinator.said);
     assert!(coordinator.said.contains("Free space"), "{}", coordinator.said);
     assert!(kept["step"].as_u64().unwrap() >= 4, "the checkpoints before are whole");
+}
+
+/// A disk that can be read alone.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_read_only_run_is_verified_and_not_resumed() {
+    use std::process::Command;
+
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    fs::create_dir(&disk).unwrap();
+    let mount =
+        |options: &str| Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs", path(&disk)]).output();
+    if !mount("size=4m").is_ok_and(|output| output.status.success()) {
+        skip("a_read_only_run_is_verified_and_not_resumed", "this user may not mount a file system");
+        return;
+    }
+    let _mounted = Mounted(&disk);
+    let run = disk.join("run");
+    let overrides = [SMALL, &["checkpoint.stop_after=8"]].concat();
+    let (mut coordinator, address) = coordinator("quickstart", &run, &[], &overrides);
+    let _worker = worker(&address, "only");
+    assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
+    let remounted = mount("remount,ro").unwrap();
+    assert!(remounted.status.success(), "{}", String::from_utf8_lossy(&remounted.stderr));
+    let said = fail(lockstep(&["train", "--run", path(&run), "--resume"], &overrides), 1);
+    assert!(said.contains(path(&run)) && said.contains("Read-only"), "{said}");
+    succeed(lockstep(&["verify", path(&run)], &[]));
 }

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod cluster;
+mod distrust;
 mod equal_runs;
 mod gpu;
 mod line;
@@ -14,3 +15,4 @@ mod quickstart;
 mod scale_out;
 mod tidy;
 mod tracing;
+mod verify;

@@ -1,10 +1,11 @@
 """A worker in another language: trains `line` over gRPC, written from the comments of proto/lockstep.proto alone.
 
-    python line_worker.py HOST:PORT
+    python line_worker.py HOST:PORT [--wrong-from STEP]
 
 It shares no code with Lockstep but the contract, from which its stubs are generated at start. All arithmetic is plain
 Python, each operation rounded to f32. Exits with 0 when the coordinator releases it, and with 1, in words, when it is
-refused or when there has been no coordinator for a while.
+refused or when there has been no coordinator for a while. With --wrong-from it plays a broken machine: from that step on its
+gradients are off.
 """
 
 import argparse
@@ -181,8 +182,9 @@ def probe_digest(invitation: Any) -> bytes:
 class Membership:
     """From being admitted to being released, or to the stream's end."""
 
-    def __init__(self, stub: Any, invitation: Any, worker_id: int) -> None:
+    def __init__(self, stub: Any, invitation: Any, worker_id: int, wrong_from: int | None) -> None:
         self.stub = stub
+        self.wrong_from = wrong_from
         self.invitation = invitation
         self.worker_id = worker_id
         self.version: tuple[int, bytes] | None = None
@@ -286,8 +288,11 @@ class Membership:
         result.spans.append(span("compute", lease, start, result.compute_nanos))
         result.loss_sum, result.weight_sum = total.loss, total.weight
         if lease.WhichOneof("task") == "gradient":
+            gradient = total.gradient
+            if self.wrong_from is not None and lease.step >= self.wrong_from:
+                gradient = [-element for element in gradient]
             start = time.time_ns()
-            result.vector_sha256 = self.push(lease, to_bytes(total.gradient))
+            result.vector_sha256 = self.push(lease, to_bytes(gradient))
             result.upload_nanos = time.time_ns() - start
             result.spans.append(span("upload", lease, start, result.upload_nanos))
         else:
@@ -371,7 +376,7 @@ def span(name: str, lease: Any, start_unix_nanos: int, duration_nanos: int) -> A
 # ---------------------------------------------------------------------------------------------------- joining
 
 
-def join(stub: Any) -> Membership:
+def join(stub: Any, wrong_from: int | None) -> Membership:
     """Asks what is trained, computes the probe, and becomes a member. Exits where there is no use in trying again."""
     name = f"{os.uname().nodename[:48]}:{os.getpid()}"
     request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, name=name, device=DEVICE)
@@ -398,10 +403,10 @@ def join(stub: Any) -> Membership:
     if reply.WhichOneof("verdict") == "refusal":
         sys.exit(f"line_worker: refused: {reply.refusal}")
     say(f"member {reply.worker_id} of run {invitation.run_id}, start {invitation.incarnation}")
-    return Membership(stub, invitation, reply.worker_id)
+    return Membership(stub, invitation, reply.worker_id, wrong_from)
 
 
-def serve(address: str) -> None:
+def serve(address: str, wrong_from: int | None) -> None:
     """Joins, works, and joins again when the connection is lost, until released."""
     options = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("send", "receive")]
     delay_secs = 0.1
@@ -409,7 +414,7 @@ def serve(address: str) -> None:
     while True:
         with grpc.insecure_channel(address, options=options) as channel:
             try:
-                membership = join(pb_grpc.LockstepStub(channel))
+                membership = join(pb_grpc.LockstepStub(channel), wrong_from)
                 if (reason := membership.run()) is not None:
                     say(f"released: {reason}")
                     return
@@ -426,8 +431,10 @@ def main() -> None:
     """Reads the command line and works."""
     parser = argparse.ArgumentParser(description="A worker for `line` in plain Python.")
     parser.add_argument("address", metavar="HOST:PORT", help="where the coordinator listens")
+    parser.add_argument("--wrong-from", type=int, metavar="STEP", help="compute wrong gradients from this step on")
+    arguments = parser.parse_args()
     try:
-        serve(parser.parse_args().address)
+        serve(arguments.address, arguments.wrong_from)
     except KeyboardInterrupt:
         sys.exit("line_worker: interrupted")
 
