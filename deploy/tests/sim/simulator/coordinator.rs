@@ -92,7 +92,8 @@ impl World {
         self.history = History::new(config.clone(), numbers, quiet, wrong, incarnation);
         self.mutation_state = Default::default();
         self.note(|| format!("start {incarnation} of the coordinator, at step {}", plane.version));
-        self.see(&Seen::Restored { step: plane.version, params: plane.params, newest: self.promised })?;
+        let saved = checkpoint.is_some();
+        self.see(&Seen::Restored { step: plane.version, params: plane.params, saved, newest: self.promised })?;
         self.mutation.configure(&mut config);
         self.coordinator = Some(Coordinator {
             incarnation,
@@ -413,12 +414,12 @@ impl World {
                 let (step, skipped_in_a_row) = (plane.version, plane.skipped_in_a_row);
                 let validated = checkpoint.as_ref().map_or(self.disk.is_validated(0), |checkpoint| checkpoint.validated);
                 self.disk.cut(step, validated);
-                let seen = Seen::Restored { step, params: plane.params, newest };
+                let saved = checkpoint.is_some();
+                let seen = Seen::Restored { step, params: plane.params, saved, newest };
                 if let Some(coordinator) = &mut self.coordinator {
                     coordinator.plane = plane;
                 }
                 self.see(&seen)?;
-                let saved = checkpoint.is_some();
                 self.decide(Event::RolledBack { step, validated, saved, skipped_in_a_row }, None)
             }
             Report::Tick => {

@@ -22,9 +22,9 @@ pub enum Seen<'a> {
     Added { block: Block, vector: Option<Vector> },
     /// The optimizer applied a step, and the new version is published.
     Applied { step: u64, params: Params, skipped: bool },
-    /// A coordinator starts, or the run goes back: to a checkpoint, or to the beginning. `newest` is the newest that it
-    /// could have been.
-    Restored { step: u64, params: Params, newest: u64 },
+    /// A coordinator starts, or the run goes back: to a checkpoint (`saved`), or to the beginning. `newest` is the newest
+    /// that it could have been.
+    Restored { step: u64, params: Params, saved: bool, newest: u64 },
     /// A validation loss is written down, and whether it was there already.
     Validated { step: u64, sums: Sums, already: bool },
     /// Everything that follows from an event is done. How many vectors wait.
@@ -73,11 +73,14 @@ pub struct History {
     pub counted: Vec<Block>,
     /// Results that came in time for the work under way, with the name of who computed them.
     pub results: Vec<(String, BlockDone)>,
+    /// Names of those whose result for a block that counts is not what two others computed.
+    pub outvoted: BTreeSet<String>,
     pub quarantined: BTreeSet<String>,
     /// By name, the first step in which a gradient counts that no other worker confirmed.
     pub unchecked_since: BTreeMap<String, u64>,
-    /// The checkpoint being written.
+    /// The checkpoint being written, and the newest on disk.
     pub writing: Option<u64>,
+    pub saved: Option<u64>,
 }
 
 impl History {
@@ -109,9 +112,11 @@ impl History {
             answering: None,
             counted: Vec::new(),
             results: Vec::new(),
+            outvoted: BTreeSet::new(),
             quarantined,
             unchecked_since,
             writing: None,
+            saved: None,
         }
     }
 
@@ -134,6 +139,13 @@ impl History {
         equal.map(|(name, _)| name.as_str()).collect()
     }
 
+    /// The names of those whose result for the same block is another.
+    fn contradictions(&self, worker: WorkerId, lease: LeaseId) -> Vec<String> {
+        let Some(counted) = self.result(worker, lease) else { return Vec::new() };
+        let others = self.results.iter().filter(|(_, done)| done.block == counted.block && !same(done, counted));
+        others.map(|(name, _)| name.clone()).collect()
+    }
+
     /// Whether another worker confirmed the result that came under a lease.
     pub fn is_confirmed(&self, worker: WorkerId, lease: LeaseId) -> bool {
         self.opinions(worker, lease).windows(2).any(|pair| pair[0] != pair[1])
@@ -149,10 +161,11 @@ impl History {
                 self.params = *params;
                 self.changing = false;
             }
-            Seen::Restored { step, params, .. } => {
+            Seen::Restored { step, params, saved, .. } => {
                 self.version = *step;
                 self.params = *params;
                 self.changing = false;
+                self.saved = saved.then_some(*step);
                 self.begin_work();
                 self.unchecked_since.retain(|_, since| *since <= *step);
             }
@@ -185,7 +198,11 @@ impl History {
                 }
                 open.answered = true;
             }
-            Event::CheckpointWritten { .. } | Event::CheckpointFailed { .. } => self.writing = None,
+            Event::CheckpointWritten { step } => {
+                self.writing = None;
+                self.saved = Some(*step);
+            }
+            Event::CheckpointFailed { .. } => self.writing = None,
             Event::StopRequested { .. } => self.stop_requested = true,
             _ => {}
         }
@@ -203,6 +220,9 @@ impl History {
             }
             Command::Accept { worker, lease, step, block } => {
                 let confirmed = self.is_confirmed(*worker, *lease);
+                if confirmed {
+                    self.outvoted.extend(self.contradictions(*worker, *lease));
+                }
                 let open = self.open.remove(&(*worker, *lease));
                 if let (false, Some(Open { lease: Lease { task: Task::Gradient, .. }, .. }), Some(member)) =
                     (confirmed, open, self.members.get(worker))

@@ -35,11 +35,13 @@ const INVARIANTS: &[(&str, Invariant)] = invariants![
     audited_blocks_count_when_two_agree,
     wrong_looking_gradients_count_when_computed_twice,
     only_wrong_workers_are_quarantined,
+    the_outvoted_are_quarantined,
     the_quarantined_stay_out,
     nothing_unchecked_of_the_quarantined_remains,
     earlier_incarnations_are_not_heard,
     a_checkpoint_holds_the_present_version,
     vectors_do_not_pile_up,
+    a_run_ends_on_disk,
     nothing_follows_the_end,
     a_run_ends_as_the_quiet_run,
 ];
@@ -263,6 +265,12 @@ fn only_wrong_workers_are_quarantined(history: &History, seen: &Seen<'_>) -> Res
     ensure(member.is_some_and(|member| history.wrong.contains(&member.name)), || format!("{member:?} is quarantined"))
 }
 
+fn the_outvoted_are_quarantined(history: &History, seen: &Seen<'_>) -> Result<(), String> {
+    let Seen::Settled { .. } = seen else { return Ok(()) };
+    let free = history.outvoted.iter().find(|name| !history.quarantined.contains(*name));
+    ensure(free.is_none(), || format!("{free:?} computed something else than two others, and goes on"))
+}
+
 fn the_quarantined_stay_out(history: &History, seen: &Seen<'_>) -> Result<(), String> {
     match seen {
         Seen::Decided(Command::Admit { ticket, .. }) => {
@@ -305,6 +313,16 @@ fn vectors_do_not_pile_up(history: &History, seen: &Seen<'_>) -> Result<(), Stri
     // Beside what is leased: what was on its way when its lease ended.
     let most = history.open.len() + 2 * history.members.len() + 2;
     ensure(*staged <= most, || format!("{staged} vectors wait, of {} open leases", history.open.len()))
+}
+
+fn a_run_ends_on_disk(history: &History, seen: &Seen<'_>) -> Result<(), String> {
+    match seen {
+        Seen::Decided(Command::Finish { step, outcome: Outcome::Completed | Outcome::Stopped { .. } }) => {
+            let saved = history.saved == Some(*step);
+            ensure(saved, || format!("at step {step}, with a checkpoint of {:?}", history.saved))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn nothing_follows_the_end(history: &History, seen: &Seen<'_>) -> Result<(), String> {
