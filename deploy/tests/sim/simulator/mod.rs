@@ -22,6 +22,7 @@ mod world;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub use self::mutation::{MUTATIONS, Mutation};
 pub use self::scenario::Scenario;
@@ -97,7 +98,10 @@ pub fn run(seed: u64, mutation: Mutation, verbose: bool) -> Result<Course, Box<F
 /// The first invariant that does not hold.
 pub fn run_scenario(scenario: Scenario, mutation: Mutation, verbose: bool) -> Result<Course, Box<Failure>> {
     let mut world = World::new(scenario, mutation, verbose);
-    match world.run() {
+    // A panic leaves the world as it was, to be looked at and nothing else.
+    let ran = catch_unwind(AssertUnwindSafe(|| world.run()));
+    let panicked = |_| Err(Violation { invariant: "nothing_panics", what: "see above for where it did".into() });
+    match ran.unwrap_or_else(panicked) {
         Ok(()) => Ok(Course {
             hash: world.trace.hash(),
             entries: world.trace.entries(),

@@ -59,6 +59,8 @@ pub enum Fault {
     Break,
     /// A worker's next computation fails.
     ComputeFails,
+    /// A vector arrives damaged.
+    Damage,
     /// A result arrives twice.
     Duplicate,
     /// The coordinator dies.
@@ -74,7 +76,7 @@ pub enum Fault {
 }
 
 /// All of them.
-const FAULTS: [Fault; 14] = [
+const FAULTS: [Fault; 15] = [
     Fault::WorkerCrash,
     Fault::WorkerVanishes,
     Fault::ManyCrash,
@@ -83,6 +85,7 @@ const FAULTS: [Fault; 14] = [
     Fault::Partition,
     Fault::Break,
     Fault::ComputeFails,
+    Fault::Damage,
     Fault::Duplicate,
     Fault::CoordinatorCrash,
     Fault::CoordinatorCrashTorn,
@@ -197,6 +200,8 @@ impl Scenario {
             true => Vec::new(),
             false => FAULTS.into_iter().filter(|_| chance.happens(0.5)).collect(),
         };
+        // While a run is to stop nobody comes in: where only a hanging device is left, a person has to end its worker.
+        let faults: Vec<Fault> = faults.into_iter().filter(|fault| !hanging || *fault != Fault::Stop).collect();
         let secs_between_faults = (quiet_secs / chance.scale(1.0, 40.0)).max(0.05);
         let faults_secs = (quiet_secs * chance.scale(1.0, 5.0)).clamp(1.0, 400.0);
         let alone_secs = slowest * f64::from(slots + eval_slots);

@@ -48,6 +48,7 @@ pub struct Worker {
     pub stalled_until: Duration,
     pub slow_until: Duration,
     pub fails_next: bool,
+    pub damages_next: bool,
     pub repeats_next: bool,
 }
 
@@ -131,6 +132,7 @@ impl Worker {
             stalled_until: zero,
             slow_until: zero,
             fails_next: false,
+            damages_next: false,
             repeats_next: false,
         }
     }
@@ -292,6 +294,9 @@ impl World {
             }
             Down::Release { reason } => Event::Released { reason },
             Down::Close => return self.set_back(number, "the control stream is closed"),
+            Down::Pushed { lease, result: Ok(()) } if std::mem::take(&mut worker.damages_next) => {
+                Event::PushFailed { lease, failure: TransferFailure::Damaged("bytes changed on the way".into()) }
+            }
             Down::Pushed { lease, result: Ok(()) } => Event::Pushed { lease },
             Down::Pushed { lease, result: Err(refused) } => {
                 Event::PushFailed { lease, failure: transfer_failure(refused) }
@@ -302,6 +307,10 @@ impl World {
                 };
                 membership.pulling = None;
                 match result {
+                    Ok(_) if std::mem::take(&mut worker.damages_next) => {
+                        let failure = TransferFailure::Damaged("bytes changed on the way".into());
+                        Event::PullFailed { parameters, failure }
+                    }
                     Ok(params) if parameters.sha256.is_none_or(|sha256| sha256 == digest(params)) => {
                         worker.device.params = Some(params);
                         Event::ParametersArrived { parameters }
