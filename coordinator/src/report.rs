@@ -29,8 +29,8 @@ pub(crate) fn write(
         "Step {step} was skipped, as {in_a_row} in a row by now: its loss or its gradient is not finite, or its gradient is \
          beyond optimizer.skip_above_median.\n"
     );
-    let everything = [0..config.batch.slots];
-    let shown = if suspects.is_empty() { &everything[..] } else { suspects };
+    let everything = 0..config.batch.slots;
+    let shown = if suspects.is_empty() { std::slice::from_ref(&everything) } else { suspects };
     text.push_str(match suspects.is_empty() {
         true => "No block looked wrong by itself. These are all slots:\n",
         false => "These slots looked wrong by themselves, and were confirmed by a second computation:\n",

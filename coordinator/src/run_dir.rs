@@ -198,6 +198,11 @@ pub fn recipe(root: &Path) -> PathBuf {
     root.join("recipe.toml")
 }
 
+/// Whether `root` holds a run, so that there is one to resume.
+pub fn holds_run(root: &Path) -> bool {
+    identity_file(root).exists()
+}
+
 /// Gives a file this text, whole and on the disk, or leaves it as it is.
 pub(crate) fn replace(path: &Path, text: &str) -> anyhow::Result<()> {
     let partial = path.with_extension("partial");

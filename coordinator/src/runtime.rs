@@ -19,7 +19,7 @@ use crate::archive;
 use crate::background::Background;
 use crate::config::RunConfig;
 use crate::dataplane::{Applied, DataPlane, Publication, Staging, State};
-use crate::engine::command::{DiscardReason, Finding, Lease, Outcome, ReleaseReason, Task};
+use crate::engine::command::{DiscardReason, Finding, Lease, Outcome, Refusal, ReleaseReason, Task};
 use crate::engine::event::BlockDone;
 use crate::engine::{Command, Engine, Event, Ticket, Time, Trust, WorkerId};
 use crate::ledger::LedgerFile;
@@ -49,7 +49,7 @@ struct Member {
 struct Applicant {
     name: String,
     device: String,
-    reply: oneshot::Sender<Result<WorkerId, String>>,
+    reply: oneshot::Sender<Result<WorkerId, Refusal>>,
 }
 
 /// All that changes while a run goes on.
@@ -279,8 +279,7 @@ impl Runtime {
             }
             Command::Refuse { ticket, reason } => {
                 let Some(Applicant { name, reply, .. }) = self.joining.remove(&ticket) else { return Ok(()) };
-                let reason = reason.to_string();
-                self.tell(&RunEvent::WorkerRefused { name, reason: reason.clone() });
+                self.tell(&RunEvent::WorkerRefused { name, reason: reason.to_string() });
                 let _ = reply.send(Err(reason));
             }
             Command::Lease { worker, lease } => {

@@ -20,6 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 
 use crate::dataplane::{Applied, Publication, Staged, Staging};
+use crate::engine::command::Refusal;
 use crate::engine::event::KeptBlock;
 use crate::engine::{DeviceClass, LeaseId, WorkerId};
 use crate::observe::Sample;
@@ -38,7 +39,7 @@ pub(crate) enum Input {
     /// The sampler has a text.
     Sampled(Sample),
     /// A worker wants to join.
-    Join { name: String, device: String, class: DeviceClass, reply: oneshot::Sender<Result<WorkerId, String>> },
+    Join { name: String, device: String, class: DeviceClass, reply: oneshot::Sender<Result<WorkerId, Refusal>> },
     /// A member opened its control stream; what is sent here reaches it. Dropping the sender closes the stream.
     Opened { worker: WorkerId, out: mpsc::UnboundedSender<coordinator_message::Kind> },
     /// A member's control stream ended.
@@ -148,7 +149,8 @@ impl v1::lockstep_server::Lockstep for Service {
         let verdict = verdict.await.map_err(|_| Status::unavailable("the run is over"))?;
         let verdict = match verdict {
             Ok(worker) => v1::admit_reply::Verdict::WorkerId(worker.0),
-            Err(refusal) => v1::admit_reply::Verdict::Refusal(refusal),
+            Err(ending @ Refusal::Ending { .. }) => v1::admit_reply::Verdict::Release(ending.to_string()),
+            Err(refusal) => v1::admit_reply::Verdict::Refusal(refusal.to_string()),
         };
         Ok(Response::new(v1::AdmitReply { verdict: Some(verdict) }))
     }

@@ -71,7 +71,8 @@ pub(crate) struct Outputs {
   lockstep train
   lockstep train --workers 4 --set schedule.steps=2000
   lockstep train shakespeare-char-cpu --set data.input=input.txt --run runs/shakespeare
-  lockstep train --run runs/shakespeare --resume")]
+  lockstep train --run runs/shakespeare --resume
+  lockstep train --workers 3 --chaos 1")]
 pub(crate) struct Train {
     #[command(flatten)]
     pub(crate) recipe: RecipeArgs,
@@ -87,8 +88,19 @@ pub(crate) struct Train {
     /// Directory of the run [default: runs/RECIPE-N, the first N that is free].
     #[arg(long, value_name = "DIR")]
     pub(crate) run: Option<PathBuf>,
+    /// Kill and stop processes of this cluster at moments drawn from a seed, and say at the end what it cost.
+    #[arg(long, value_name = "SEED")]
+    pub(crate) chaos: Option<u64>,
+    /// Seconds between two faults, on average.
+    #[arg(long, value_name = "SECS", default_value_t = 5.0, requires = "chaos", value_parser = positive)]
+    pub(crate) chaos_every: f64,
     #[command(flatten)]
     pub(crate) outputs: Outputs,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number > 0.0);
+    number.ok_or_else(|| "a number above 0, for example 2.5".into())
 }
 
 #[derive(Args, Debug)]
@@ -107,6 +119,10 @@ pub(crate) struct Coordinator {
     /// Listen beyond this machine although traffic is neither encrypted nor authenticated.
     #[arg(long)]
     pub(crate) insecure: bool,
+    /// Run under `train`: announce address and step on standard output, take requests to stop from standard input, and end
+    /// with it.
+    #[arg(long, hide = true)]
+    pub(crate) child: bool,
     #[command(flatten)]
     pub(crate) outputs: Outputs,
 }

@@ -1,21 +1,19 @@
-//! The local cluster of `train`: worker processes of this very program, which do not outlive it.
+//! The workers of `train`: processes of their own, which do not outlive it.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use lockstep_model::device::DeviceChoice;
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 use tokio::task::JoinSet;
 
-/// A worker that ends sooner than this after its start counts as failed to start.
-const STARTED: Duration = Duration::from_secs(5);
-/// Failed starts in a row after which a worker is not started again.
-const ATTEMPTS: u32 = 3;
+use crate::child::{self, ATTEMPTS, Watched};
+
 /// Exit statuses with which a worker says that it cannot work as it is: no such device, no memory for the model, refused.
 const CANNOT_WORK: [i32; 2] = [1, 2];
 /// Pause before a worker is started again.
@@ -28,8 +26,6 @@ const LOG_LINES: usize = 12;
 pub(crate) struct Launch {
     /// Where the coordinator listens.
     pub(crate) address: SocketAddr,
-    /// How many workers.
-    pub(crate) workers: u32,
     /// What they compute on.
     pub(crate) device: DeviceChoice,
     /// CPU threads of each.
@@ -40,12 +36,12 @@ pub(crate) struct Launch {
 
 /// Keeps the workers running until dropped; then their standard input closes and they end. Completes only with an error:
 /// when a worker cannot be started.
-pub(crate) async fn supervise(launch: Launch) -> anyhow::Error {
-    let mut workers = JoinSet::new();
-    for number in 1..=launch.workers {
-        workers.spawn(keep_running(launch.clone(), number));
+pub(crate) async fn supervise(launch: Launch, workers: Vec<Watched>) -> anyhow::Error {
+    let mut running = JoinSet::new();
+    for (number, worker) in (1..).zip(workers) {
+        running.spawn(keep_running(launch.clone(), number, worker));
     }
-    match workers.join_next().await {
+    match running.join_next().await {
         Some(Ok(error)) => error,
         Some(Err(panic)) => anyhow::Error::new(panic).context("the supervisor of a worker failed"),
         None => anyhow::anyhow!("there are no workers to supervise"),
@@ -53,16 +49,15 @@ pub(crate) async fn supervise(launch: Launch) -> anyhow::Error {
 }
 
 /// Starts worker `number`, and starts it again whenever it ends without having been released.
-async fn keep_running(launch: Launch, number: u32) -> anyhow::Error {
+async fn keep_running(launch: Launch, number: u32, mut worker: Watched) -> anyhow::Error {
     let log = launch.log_dir.join(format!("worker-{number}.log"));
-    let mut failures = 0;
     loop {
-        let started = Instant::now();
+        worker.started();
         let ended = match start(&launch, number, &log) {
             Ok(mut child) => {
                 // Taken out, or waiting would close it and so end the worker.
                 let _lifeline = child.stdin.take();
-                child.wait().await.context("a worker cannot be waited for")
+                worker.end(&mut child).await.context("a worker cannot be waited for")
             }
             Err(error) => Err(error),
         };
@@ -75,8 +70,7 @@ async fn keep_running(launch: Launch, number: u32) -> anyhow::Error {
         if status.code().is_some_and(|code| CANNOT_WORK.contains(&code)) {
             return anyhow::anyhow!("worker {number} cannot work; it said:\n{}", last_lines(&log));
         }
-        failures = if started.elapsed() < STARTED { failures + 1 } else { 0 };
-        if failures == ATTEMPTS {
+        if worker.ended() {
             let said = last_lines(&log);
             return anyhow::anyhow!("worker {number} ended {ATTEMPTS} times right after its start ({status}):\n{said}");
         }
@@ -92,20 +86,13 @@ fn start(launch: &Launch, number: u32, log: &Path) -> anyhow::Result<Child> {
     }
     let log = File::options().create(true).append(true).open(log);
     let log = log.with_context(|| format!("{shown}: cannot write the worker's log"))?;
-    let program = std::env::current_exe().context("the program's own file cannot be found")?;
-    let mut command = Command::new(&program);
-    // Ctrl-C in a terminal reaches every process of the group: it is for the coordinator to decide what follows.
-    #[cfg(unix)]
-    command.process_group(0);
-    command
-        .args(["worker", "--join", &launch.address.to_string(), "--device", &launch.device.to_string()])
+    child::command("worker")?
+        .args(["--join", &launch.address.to_string(), "--device", &launch.device.to_string()])
         .args(["--threads", &launch.threads.to_string(), "--name", &format!("local-{number}"), "--end-with-stdin"])
-        .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(log)
-        .kill_on_drop(true)
         .spawn()
-        .with_context(|| format!("{}: cannot start a worker", program.display()))
+        .context("a worker cannot be started")
 }
 
 fn last_lines(log: &Path) -> String {

@@ -1,14 +1,18 @@
 //! The `lockstep` program.
 
 mod builtin;
+mod chaos;
+mod child;
 mod cli;
 mod commands;
 mod data;
 mod launcher;
+mod lifeline;
 mod plan;
 mod progress;
 mod recipe;
 mod stop;
+mod supervisor;
 mod telemetry;
 mod trace;
 
@@ -27,6 +31,9 @@ fn main() -> ExitCode {
     match commands::dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            if let Some(commands::Said(status)) = error.downcast_ref() {
+                return ExitCode::from(*status);
+            }
             eprintln!("error: {error:#}");
             let usage = error.is::<RecipeError>() || error.is::<commands::Usage>();
             if usage { ExitCode::from(BAD_USAGE) } else { ExitCode::FAILURE }

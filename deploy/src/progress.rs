@@ -139,6 +139,20 @@ impl Shown {
     }
 }
 
+/// Prints a line on a terminal where another process may be drawing a bar: it takes the bar's place, and the bar comes back
+/// below.
+pub(crate) fn say(text: &str) {
+    clear_line();
+    eprintln!("{text}");
+}
+
+/// Clears what a bar of another process left on the terminal.
+pub(crate) fn clear_line() {
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[2K");
+    }
+}
+
 fn sample_text(sample: &Sample) -> String {
     let text = match &sample.text {
         Ok(text) => format!("{}{text}", sample.prompt),

@@ -24,6 +24,8 @@ pub enum Stream {
     Mixture = 7,
     /// Which blocks are computed twice. Drawn from a seed of its own, and of no consequence for what is computed.
     Audit = 8,
+    /// Faults done on purpose, which no parameter depends on.
+    Faults = 9,
 }
 
 /// Philox4x32 with 10 rounds.

@@ -37,6 +37,9 @@ pub(crate) enum CallError {
     /// The coordinator cannot be reached now; it may be later.
     #[error("{0}")]
     Lost(String),
+    /// The run is over, or about to be.
+    #[error("{0}")]
+    Released(String),
     /// The coordinator says no, or is no coordinator that this build can work for.
     #[error("{0}")]
     Final(String),
@@ -115,6 +118,7 @@ impl Client {
         };
         match in_time("Admit", self.rpc.admit(request)).await?.into_inner().verdict {
             Some(v1::admit_reply::Verdict::WorkerId(id)) => Ok(id),
+            Some(v1::admit_reply::Verdict::Release(reason)) => Err(CallError::Released(reason)),
             Some(v1::admit_reply::Verdict::Refusal(reason)) => Err(CallError::Final(reason)),
             None => Err(CallError::Final("the coordinator neither admitted nor refused this worker".into())),
         }

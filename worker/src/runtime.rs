@@ -110,6 +110,8 @@ struct Worker {
 enum Setback {
     /// Worth another attempt.
     Lost(String),
+    /// Not needed: the run is over.
+    Released(String),
     /// Not worth one.
     Final(WorkerError),
 }
@@ -135,7 +137,7 @@ impl Worker {
         );
         loop {
             let reason = match self.join_and_serve().await {
-                Ok(reason) => {
+                Ok(reason) | Err(Setback::Released(reason)) => {
                     info!("released by the coordinator: {reason}");
                     return Ok(Ended::Released(reason));
                 }
@@ -184,6 +186,7 @@ impl Worker {
     fn setback(&self, error: CallError) -> Setback {
         match error {
             CallError::Lost(reason) => Setback::Lost(reason),
+            CallError::Released(reason) => Setback::Released(reason),
             CallError::Final(reason) => Setback::Final(WorkerError::Refused { address: self.address.clone(), reason }),
         }
     }

@@ -279,6 +279,14 @@ async fn leases_that_cannot_be_computed_are_declined_and_the_worker_goes_on() {
 }
 
 #[tokio::test]
+async fn a_run_that_ends_while_a_worker_joins_releases_it() {
+    let over = v1::admit_reply::Verdict::Release("the run is complete".into());
+    let coordinator = Scripted::start(Script { verdict: over, ..Script::default() }, 0).await;
+    let ended = worker(&coordinator.address, no_spans()).await.unwrap().unwrap();
+    assert_eq!(ended, Ended::Released("the run is complete".into()));
+}
+
+#[tokio::test]
 async fn a_refusal_is_final_and_said_in_words() {
     async fn error_of(script: Script) -> String {
         let coordinator = Scripted::start(script, 0).await;

@@ -8,7 +8,7 @@ use lockstep_model::tree::Block;
 
 use super::command::{Command, Finding, Task};
 use super::id::{LeaseId, WorkerId};
-use super::members::Members;
+use super::members::{Member, Members};
 use super::review::Review;
 use super::time::Time;
 use super::work::{Holding, Work};
@@ -26,29 +26,34 @@ impl Engine {
     /// Gives every idle worker something to compute, if there is anything for it.
     pub(super) fn lease_out(&mut self) {
         let needed = self.workers_needed() as usize;
+        let here = self.members.connected_count();
         let Phase::Work(work) = &mut self.phase else { return };
-        let here: BTreeSet<WorkerId> = self.members.connected().map(|(worker, _)| worker).collect();
-        if here.len() < needed {
-            return self.pause(needed - here.len());
+        if here < needed {
+            return self.pause(needed - here);
         }
         if std::mem::take(&mut self.paused) && self.stop.is_none() {
             self.commands.push(Command::Report(Finding::Resumed));
         }
-        let idle: BTreeSet<WorkerId> =
-            here.iter().copied().filter(|worker| work.held_by(*worker).next().is_none()).collect();
-        if idle.is_empty() {
+        // Nobody holds more than one.
+        if work.lease_count() == here {
             return;
         }
+        let here: BTreeSet<WorkerId> = self.members.connected().map(|(worker, _)| worker).collect();
         let shares = self.members.shares(work.free_count().max(1));
         let mut twins = Twins::of(work, &self.members, self.now);
-        for (worker, share) in shares.into_iter().filter(|(worker, _)| idle.contains(worker)) {
+        let mut unconfirmed: BTreeSet<Block> = work.unconfirmed().collect();
+        for (worker, share) in shares {
+            if work.held_by(worker).next().is_some() {
+                continue;
+            }
             let max_slots = share.min(self.config.max_slots_per_lease);
-            let market = Market { work, members: &self.members, here: &here };
+            let market = Market { work, members: &self.members, here: &here, unconfirmed: &unconfirmed };
             let alone = market.block_for(worker, max_slots);
             let twin = || twins.block_for(worker, &market);
             let Some((block, is_twin)) = alone.map(|block| (block, false)).or_else(|| Some((twin()?, true))) else {
                 continue;
             };
+            unconfirmed.remove(&block);
             twins.remove(block);
             self.leases_granted += 1;
             let (lease, again) = work.lease(worker, LeaseId(self.leases_granted), block, self.now);
@@ -65,11 +70,17 @@ impl Engine {
         }
     }
 
-    /// When the next lease is late, if somebody is idle who could help.
+    /// Whether every lease under way is late; so it is where there is none.
+    pub(super) fn all_are_late(&self) -> bool {
+        let Phase::Work(work) = &self.phase else { return true };
+        let pace = Pace::of(work, &self.members);
+        work.leases().all(|(worker, _, holding)| pace.due(worker, holding) <= self.now)
+    }
+
+    /// When the next lease is late, if somebody is idle who could help, or a stop waits for it.
     pub(super) fn next_late(&self) -> Option<Time> {
         let Phase::Work(work) = &self.phase else { return None };
-        let idle = self.members.connected().any(|(worker, _)| work.held_by(worker).next().is_none());
-        if !idle {
+        if work.lease_count() == self.members.connected_count() && self.stop.is_none() {
             return None;
         }
         let pace = Pace::of(work, &self.members);
@@ -116,6 +127,8 @@ struct Market<'a> {
     work: &'a Work,
     members: &'a Members,
     here: &'a BTreeSet<WorkerId>,
+    /// Blocks that wait for another result, and that nobody computes.
+    unconfirmed: &'a BTreeSet<Block>,
 }
 
 impl Market<'_> {
@@ -130,28 +143,23 @@ impl Market<'_> {
 
     /// A block that waits for this worker's result.
     fn review_for(&self, worker: WorkerId) -> Option<Block> {
-        let mut reviews = self.work.reviews().iter();
-        let waits = |(block, review): &(&Block, &Review)| {
-            self.may_confirm(worker, **block, review) && self.work.holders(**block).next().is_none()
-        };
-        reviews.find(waits).map(|(block, _)| *block)
+        let mut waiting = self.unconfirmed.iter().copied();
+        waiting
+            .find(|block| self.work.reviews().get(block).is_some_and(|review| self.may_confirm(worker, *block, review)))
     }
 
     /// Whether a result of this worker would help to decide about a block.
     fn may_confirm(&self, worker: WorkerId, block: Block, review: &Review) -> bool {
-        let fits = |worker: WorkerId| {
-            self.members.get(worker).is_some_and(|member| {
-                member.class == review.class
-                    && !review.has_result_of(&member.name)
-                    && !self.work.left_to_others(worker, block, self.here)
-            })
-        };
+        let Some(member) = self.members.get(worker) else { return false };
+        let fits = |member: &Member| member.class == review.class && !review.has_result_of(&member.name);
+        let others = || self.here.iter().filter(|other| **other != worker);
+        let fitting = || others().filter(|other| self.members.get(**other).is_some_and(fits));
+        if fits(member) {
+            return !self.work.has_declined(worker, block)
+                || fitting().all(|other| self.work.has_declined(*other, block));
+        }
         // One who is alone is asked again; an audit, and a dispute between two, wait for another.
-        let asked_again = || {
-            let gave_all = self.members.get(worker).is_some_and(|member| review.has_result_of(&member.name));
-            gave_all && review.is_single() && !review.audited && !self.here.iter().any(|other| fits(*other))
-        };
-        fits(worker) || asked_again()
+        review.has_result_of(&member.name) && review.is_single() && !review.audited && fitting().next().is_none()
     }
 
     /// A free block of which this worker has the gradient.

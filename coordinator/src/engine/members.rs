@@ -76,6 +76,7 @@ fn smoothed(known: Option<f64>, newest: f64) -> f64 {
 pub(super) struct Members {
     members: BTreeMap<WorkerId, Member>,
     admitted: u64,
+    connected: usize,
 }
 
 impl Members {
@@ -109,9 +110,23 @@ impl Members {
         self.members.get_mut(&worker)
     }
 
+    /// Takes note that a member's control stream is open; whether it is a member.
+    pub(super) fn connect(&mut self, worker: WorkerId) -> bool {
+        let Some(member) = self.members.get_mut(&worker) else { return false };
+        self.connected += usize::from(!std::mem::replace(&mut member.connected, true));
+        true
+    }
+
     /// Ends a membership.
     pub(super) fn remove(&mut self, worker: WorkerId) -> Option<Member> {
-        self.members.remove(&worker)
+        let member = self.members.remove(&worker)?;
+        self.connected -= usize::from(member.connected);
+        Some(member)
+    }
+
+    /// How many members' control streams are open.
+    pub(super) fn connected_count(&self) -> usize {
+        self.connected
     }
 
     /// All members, in the order in which they were admitted.

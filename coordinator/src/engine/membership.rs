@@ -30,9 +30,10 @@ impl Engine {
     /// A control stream is open: its worker can be leased work, unless it has no business here.
     pub(super) fn connect(&mut self, worker: WorkerId) {
         self.hear(worker);
-        if let Some(member) = self.members.get_mut(worker) {
-            member.connected = true;
-        } else if let Phase::Finished(outcome) = &self.phase {
+        if self.members.connect(worker) {
+            return;
+        }
+        if let Phase::Finished(outcome) = &self.phase {
             let reason = ReleaseReason::RunOver(outcome.clone());
             self.command(Command::Release { worker, reason });
         } else {

@@ -105,7 +105,7 @@ impl Engine {
         let named = leases.iter().take(WORKERS_NAMED);
         let named =
             named.map(|(worker, slots)| format!("{} to finish {} of {of}", self.name(*worker), in_words(slots)));
-        let unconfirmed = work.reviews().iter().filter(|(block, _)| work.holders(**block).next().is_none());
+        let unconfirmed = work.reviews().iter().filter(|(block, _)| !work.is_held(**block));
         let unconfirmed = unconfirmed.map(|(block, review)| {
             let (slots, names) = (in_words(&work.range(*block)), review.names().join(" and "));
             match review.is_disputed() {

@@ -131,13 +131,13 @@ impl Engine {
         self.enter_boundary();
     }
 
-    /// Where a stop is requested and nobody who is here can go on with the step, or the evaluation, gives it up and ends at
-    /// the last boundary.
+    /// Where a stop is requested and nobody who is here can go on with the step, or the evaluation, or is in time with it,
+    /// gives it up and ends at the last boundary.
     pub(super) fn abandon_work_nobody_does(&mut self) {
-        if let (Phase::Work(work), Some(reason)) = (&self.phase, &self.stop)
-            && work.leases().next().is_none()
+        if let (Phase::Work(_), Some(reason)) = (&self.phase, self.stop.clone())
+            && self.all_are_late()
         {
-            self.end(Outcome::Stopped { reason: reason.clone() });
+            self.end(Outcome::Stopped { reason });
         }
     }
 

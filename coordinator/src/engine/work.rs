@@ -24,6 +24,8 @@ pub(super) struct Work {
     /// Slots that are free: those of `slots` for which [`Slot::is_free`] holds.
     free: u32,
     leases: BTreeMap<(WorkerId, LeaseId), Holding>,
+    /// The same by block: who computes it.
+    holders: BTreeMap<Block, Vec<(WorkerId, LeaseId)>>,
     /// Blocks that have results and need more of them before they count.
     reviews: BTreeMap<Block, Review>,
     /// Who declined what.
@@ -90,6 +92,7 @@ impl Work {
             slots: vec![Slot::Free; slots as usize],
             free: slots,
             leases: BTreeMap::new(),
+            holders: BTreeMap::new(),
             reviews: BTreeMap::new(),
             declined: Vec::new(),
             tally,
@@ -140,10 +143,20 @@ impl Work {
         free
     }
 
-    /// Whether `worker` has declined a block, or one that holds it, while one of `others` has not.
+    /// Whether `worker` has declined a block, or one that holds it.
+    pub(super) fn has_declined(&self, worker: WorkerId, block: Block) -> bool {
+        self.declined.iter().any(|(who, declined)| *who == worker && declined.contains(block))
+    }
+
+    /// The same, and one of `others` has not.
     pub(super) fn left_to_others(&self, worker: WorkerId, block: Block, others: &BTreeSet<WorkerId>) -> bool {
-        let declines = |worker| self.declined.iter().any(|(who, declined)| *who == worker && declined.contains(block));
-        declines(worker) && others.iter().any(|other| *other != worker && !declines(*other))
+        let mut others = others.iter().filter(|other| **other != worker);
+        self.has_declined(worker, block) && others.any(|other| !self.has_declined(*other, block))
+    }
+
+    /// Blocks that wait for another result, and that nobody computes.
+    pub(super) fn unconfirmed(&self) -> impl Iterator<Item = Block> {
+        self.reviews.keys().copied().filter(|block| !self.is_held(*block))
     }
 
     /// Whether all of a block is free.
@@ -157,6 +170,7 @@ impl Work {
         let again = self.cover(block).contains(&Slot::Returned);
         self.set(block, Slot::Taken);
         self.leases.insert((worker, id), Holding { block, since });
+        self.holders.entry(block).or_default().push((worker, id));
         (Lease { id, step: self.step, version: self.version(), task: self.task(), block }, again)
     }
 
@@ -176,9 +190,14 @@ impl Work {
         self.leases.iter().map(|((worker, lease), holding)| (*worker, *lease, *holding))
     }
 
-    /// Who computes a block, and since when.
-    pub(super) fn holders(&self, block: Block) -> impl Iterator<Item = (WorkerId, LeaseId, Holding)> {
-        self.leases().filter(move |(_, _, holding)| holding.block == block)
+    /// How many leases are under way.
+    pub(super) fn lease_count(&self) -> usize {
+        self.leases.len()
+    }
+
+    /// Whether somebody computes a block.
+    pub(super) fn is_held(&self, block: Block) -> bool {
+        self.holders.contains_key(&block)
     }
 
     /// Blocks whose results need confirmation.
@@ -206,7 +225,7 @@ impl Work {
 
     /// Ends the lease of a result that [`Self::judge`] let pass, and keeps it until others confirm it.
     pub(super) fn review(&mut self, review: impl FnOnce() -> Review, opinion: Opinion) -> &Review {
-        self.leases.remove(&(opinion.done.worker, opinion.done.lease));
+        self.end_lease(opinion.done.worker, opinion.done.lease);
         let review_of = self.reviews.entry(opinion.done.block).or_insert_with(review);
         review_of.add(opinion);
         review_of
@@ -226,7 +245,7 @@ impl Work {
     /// Counts a result that [`Self::judge`] let pass. Returns the leases under which the same block is still computed:
     /// they end, too.
     pub(super) fn accept(&mut self, done: &BlockDone) -> Vec<(WorkerId, LeaseId, Holding)> {
-        self.leases.remove(&(done.worker, done.lease));
+        self.end_lease(done.worker, done.lease);
         self.set(done.block, Slot::Counted);
         let slots = self.range(done.block);
         match &mut self.tally {
@@ -239,14 +258,13 @@ impl Work {
                 sums[slots.start as usize..slots.end as usize].copy_from_slice(&done.slot_sums);
             }
         }
-        let overtaken: Vec<_> = self.holders(done.block).collect();
-        self.leases.retain(|_, holding| holding.block != done.block);
-        overtaken
+        let others = self.holders.remove(&done.block).unwrap_or_default().into_iter();
+        others.filter_map(|(worker, lease)| Some((worker, lease, self.leases.remove(&(worker, lease))?))).collect()
     }
 
     /// Ends a lease without a result: its slots are free again, unless others have them.
     pub(super) fn take_back(&mut self, worker: WorkerId, lease: LeaseId) -> Option<Block> {
-        let Holding { block, .. } = self.leases.remove(&(worker, lease))?;
+        let Holding { block, .. } = self.end_lease(worker, lease)?;
         self.free_if_nobody_has(block);
         Some(block)
     }
@@ -295,8 +313,19 @@ impl Work {
         &self.norms
     }
 
+    fn end_lease(&mut self, worker: WorkerId, lease: LeaseId) -> Option<Holding> {
+        let holding = self.leases.remove(&(worker, lease))?;
+        if let Some(holders) = self.holders.get_mut(&holding.block) {
+            holders.retain(|holder| *holder != (worker, lease));
+            if holders.is_empty() {
+                self.holders.remove(&holding.block);
+            }
+        }
+        Some(holding)
+    }
+
     fn free_if_nobody_has(&mut self, block: Block) {
-        if self.holders(block).next().is_none() && !self.reviews.contains_key(&block) {
+        if !self.is_held(block) && !self.reviews.contains_key(&block) {
             self.set(block, Slot::Returned);
         }
     }

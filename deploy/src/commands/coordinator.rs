@@ -1,19 +1,23 @@
-//! `lockstep coordinator`, and what it shares with `train`: running a coordinator and showing the run.
+//! `lockstep coordinator`: coordinating a run and showing it.
 
+use std::io::Write as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
 use lockstep_coordinator::engine::command::Outcome;
 use lockstep_coordinator::observe::{Observer, RunEvent};
-use lockstep_coordinator::{RunConfig, Summary, run_dir};
+use lockstep_coordinator::{Summary, run_dir};
 use tokio::net::TcpListener;
 
 use super::{Usage, assemble, block_on};
 use crate::cli::Coordinator;
 use crate::progress::Progress;
+use crate::stop::Requests;
+use crate::supervisor::Announcement;
+use crate::telemetry;
 use crate::trace::{Process, Recorder, TraceFile};
-use crate::{stop, telemetry};
 
 /// Coordinates a run that others join.
 pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
@@ -26,54 +30,69 @@ pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
         ))
         .into());
     }
-    let recorder = telemetry::init("info", args.outputs.trace.is_some());
-    let recipe = assemble::recipe(&args.recipe, args.outputs.resume.then_some(args.run.as_path()))?;
-    let config = assemble::run_config(&recipe, args.run.clone(), args.outputs.resume)?;
+    let recorder = telemetry::init(if args.child { "warn" } else { "info" }, args.outputs.trace.is_some());
     block_on(async {
+        // First of all, so that this process ends with its parent while it reads a corpus, too.
+        let parent = args.child.then(Requests::by_parent).transpose()?;
+        let recipe = assemble::recipe(&args.recipe, args.outputs.resume.then_some(args.run.as_path()))?;
+        let config = assemble::run_config(&recipe, args.run.clone(), args.outputs.resume)?;
         let listener = bind(args.listen).await?;
-        eprintln!("listening on {}; workers join with: lockstep worker --join {0}", listener.local_addr()?);
-        let summary = coordinate(config, listener, recorder, args.outputs.trace, std::future::pending()).await?;
-        conclude(&summary, &args.run)
+        let address = listener.local_addr()?;
+        let shown = Shown::new(args.child.then_some(address), recorder, args.outputs.trace);
+        let requests = match parent {
+            Some(parent) => parent,
+            None => {
+                eprintln!("listening on {address}; workers join with: lockstep worker --join {address}");
+                Requests::by_signal()?
+            }
+        };
+        let summary = lockstep_coordinator::run(config, listener, requests.first(), shown.clone().observer()).await;
+        shown.finish()?;
+        conclude(&summary?, &args.run)
     })
 }
 
 /// Opens the port.
-pub(crate) async fn bind(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
+async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let listener = TcpListener::bind(address).await;
     listener.with_context(|| {
         format!("{address}: cannot listen; is another program using the port? Port 0 takes a free one")
     })
 }
 
-/// Coordinates a run, showing it, until it ends, a stop is requested, or `trouble` completes.
-pub(crate) async fn coordinate(
-    config: RunConfig,
-    listener: TcpListener,
-    recorder: Recorder,
-    trace: Option<PathBuf>,
-    trouble: impl Future<Output = anyhow::Error>,
-) -> anyhow::Result<Summary> {
-    let progress = Arc::new(Progress::new());
-    let tracing = Arc::new(Tracing { recorder, path: trace, file: Mutex::new(Ok(None)) });
-    let observer: Observer = {
-        let (progress, tracing) = (progress.clone(), tracing.clone());
+/// What becomes of a run's events.
+struct Shown {
+    progress: Progress,
+    tracing: Tracing,
+    /// Where a parent that waits for it is told that the run listens.
+    announced: Option<SocketAddr>,
+}
+
+impl Shown {
+    fn new(announced: Option<SocketAddr>, recorder: Recorder, trace: Option<PathBuf>) -> Arc<Self> {
+        let tracing = Tracing { recorder, path: trace, file: Mutex::new(Ok(None)) };
+        Arc::new(Self { progress: Progress::new(), tracing, announced })
+    }
+
+    fn observer(self: Arc<Self>) -> Observer {
         Arc::new(move |event: &RunEvent| {
-            progress.show(event);
-            tracing.keep(event);
+            if let (RunEvent::Started { step, .. }, Some(address)) = (event, self.announced) {
+                // A parent that is gone takes this process with it.
+                let _ = writeln!(std::io::stdout(), "{}", Announcement { address, step: *step });
+            }
+            self.progress.show(event);
+            self.tracing.keep(event);
         })
-    };
-    let running = lockstep_coordinator::run(config, listener, stop::requested(), observer);
-    let summary = tokio::select! {
-        summary = running => summary,
-        error = trouble => Err(error),
-    };
-    progress.finish();
-    tracing.finish()?;
-    summary
+    }
+
+    fn finish(&self) -> anyhow::Result<()> {
+        self.progress.finish();
+        self.tracing.finish()
+    }
 }
 
 /// Says how a run ended and what to do next; a failed run is an error.
-pub(crate) fn conclude(summary: &Summary, run: &Path) -> anyhow::Result<()> {
+fn conclude(summary: &Summary, run: &Path) -> anyhow::Result<()> {
     let shown = run.display();
     match &summary.outcome {
         Outcome::Failed { reason } => anyhow::bail!("{reason}"),

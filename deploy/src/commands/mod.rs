@@ -21,6 +21,11 @@ use crate::cli::{Cli, Command};
 #[error("{0}")]
 pub(crate) struct Usage(pub(crate) String);
 
+/// A failure that another process has put in words already; left is the exit status.
+#[derive(Debug, thiserror::Error)]
+#[error("exit status {0}")]
+pub(crate) struct Said(pub(crate) u8);
+
 /// Does what the command line asks.
 pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
     match cli.command {

@@ -1,33 +1,37 @@
-//! `lockstep train`: a whole cluster on this machine.
+//! `lockstep train`: a whole cluster on this machine, which goes on if any process of it dies.
 
 use std::path::{Path, PathBuf};
 
 use lockstep_coordinator::metrics::{self, Line};
+use tokio::sync::watch;
 
-use super::coordinator::{bind, conclude, coordinate};
 use super::worker::cores;
 use super::{Usage, assemble, block_on};
+use crate::chaos::{Chaos, Targets};
+use crate::child::Watched;
 use crate::cli::Train;
-use crate::launcher::{Launch, supervise};
-use crate::telemetry;
+use crate::{launcher, progress, supervisor, telemetry};
 
 /// Where runs go by default.
 const RUNS: &str = "runs";
 /// At how many evenly spaced steps the losses are listed in the end.
 const LISTED_LOSSES: u64 = 5;
 
-/// Trains with local workers.
+/// Trains with a local coordinator and local workers, all processes of their own.
 pub(crate) fn run(args: Train) -> anyhow::Result<()> {
-    let recorder = telemetry::init("warn", args.outputs.trace.is_some());
+    telemetry::init("warn", false);
     let resume = args.outputs.resume;
     if resume && args.run.is_none() {
         return Err(Usage("--resume needs the run to continue: add --run DIR".into()).into());
     }
+    if args.chaos.is_some() && !cfg!(unix) {
+        return Err(
+            Usage("--chaos stops and kills processes by signals, which this system does not have".into()).into()
+        );
+    }
     let recipe = assemble::recipe(&args.recipe, args.run.as_deref().filter(|_| resume))?;
     let run = args.run.unwrap_or_else(|| free_run_dir(&recipe.name));
     let threads = args.threads.unwrap_or_else(|| (cores() as u32 / args.workers).max(1));
-    let config = assemble::run_config(&recipe, run.clone(), resume)?;
-    let text = config.model.context().is_some();
     eprintln!(
         "training {} with {} {} of {threads} {}; everything goes to {}",
         recipe.name,
@@ -36,20 +40,49 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
         if threads == 1 { "thread" } else { "threads" },
         run.display()
     );
-    let summary = block_on(async {
-        let listener = bind(([127, 0, 0, 1], 0).into()).await?;
-        let workers = supervise(Launch {
-            address: listener.local_addr()?,
-            workers: args.workers,
-            device: args.device,
-            threads,
-            log_dir: run.join("logs"),
-        });
-        coordinate(config, listener, recorder, args.outputs.trace, workers).await
+    let coordinator = supervisor::Launch {
+        recipe: args.recipe,
+        recipe_toml: recipe.to_toml(),
+        run: run.clone(),
+        outputs: args.outputs,
+    };
+    let (coordinator_watched, coordinator_target) = Watched::new();
+    let (workers_watched, worker_targets): (Vec<_>, Vec<_>) = (0..args.workers).map(|_| Watched::new()).unzip();
+    let targets = Targets { coordinator: coordinator_target, workers: worker_targets };
+    let (listening, announcements) = watch::channel(None);
+
+    let mut first = announcements.clone();
+    let workers = async {
+        let Some(supervisor::Announcement { address, .. }) = supervisor::next(&mut first).await else {
+            return std::future::pending().await;
+        };
+        let launch = launcher::Launch { address, device: args.device, threads, log_dir: run.join("logs") };
+        launcher::supervise(launch, workers_watched).await
+    };
+    let mut chaos = args.chaos.map(|seed| Chaos::new(seed, args.chaos_every, targets, announcements));
+    let faults = async {
+        match &mut chaos {
+            Some(chaos) => chaos.reign().await,
+            None => std::future::pending().await,
+        }
+    };
+    block_on(async {
+        tokio::select! {
+            ended = supervisor::supervise(coordinator, coordinator_watched, listening) => ended,
+            trouble = workers => {
+                progress::clear_line();
+                Err(trouble)
+            }
+            trouble = faults => {
+                progress::clear_line();
+                Err(trouble)
+            }
+        }
     })?;
-    conclude(&summary, &run)?;
     list_losses(&run)?;
-    if text {
+    if let Some(tally) = chaos.map(Chaos::into_tally) {
+        println!("\n{}", tally.report(&run)?);
+    } else if recipe.model.context().is_some() {
         println!("\nTry it:\n  lockstep generate --run {} --prompt \"The \"", run.display());
     }
     Ok(())

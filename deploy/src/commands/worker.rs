@@ -1,16 +1,15 @@
 //! `lockstep worker`.
 
-use std::io::Read as _;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use lockstep_model::device::ComputeDevice;
 use lockstep_worker::{Ended, WorkerConfig};
-use tokio::sync::oneshot;
 
 use super::block_on;
 use crate::cli::Worker;
-use crate::{stop, telemetry};
+use crate::stop::Requests;
+use crate::{lifeline, telemetry};
 
 /// Joins a coordinator and computes for it until it is released.
 pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
@@ -27,14 +26,15 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
         spans: Arc::new(move || recorder.take()),
     };
     let ended = block_on(async {
-        let orphaned = args.end_with_stdin.then(end_of_stdin).transpose()?;
+        let orphaned = args.end_with_stdin.then(lifeline::end).transpose()?;
+        let requests = Requests::by_signal()?;
         let shutdown = async move {
             match orphaned {
                 Some(orphaned) => tokio::select! {
-                    reason = stop::requested() => drop(reason),
+                    reason = requests.first() => drop(reason),
                     _ = orphaned => {}
                 },
-                None => drop(stop::requested().await),
+                None => drop(requests.first().await),
             }
         };
         Ok(lockstep_worker::run(config, shutdown).await?)
@@ -49,17 +49,6 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
 /// Cores of this machine that the process may use.
 pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
-}
-
-/// Completes when standard input ends, which happens when the process that started this one is gone, however it went.
-fn end_of_stdin() -> anyhow::Result<oneshot::Receiver<()>> {
-    let (gone, orphaned) = oneshot::channel();
-    std::thread::Builder::new().name("stdin".into()).spawn(move || {
-        let mut ignored = [0; 256];
-        while std::io::stdin().read(&mut ignored).is_ok_and(|read| read > 0) {}
-        let _ = gone.send(());
-    })?;
-    Ok(orphaned)
 }
 
 fn host_name() -> String {

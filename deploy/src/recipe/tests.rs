@@ -80,6 +80,8 @@ fn the_whole_text_names_every_key_that_is_read() {
         kind = "sgd"
         lr = 0.01
         grad_clip = 0.0
+        max_bad_steps = 3
+        skip_above_median = 0.0
 
         [schedule]
         steps = 200
@@ -100,12 +102,15 @@ fn the_whole_text_names_every_key_that_is_read() {
 
         [checkpoint]
         every_steps = 0
+        every_secs = 30.0
         keep_last = 2
         stop_after = 0
 
         [cluster]
         min_workers = 1
         exact = true
+        audit = 0.0
+        on_dispute = "wait"
         heartbeat_interval_ms = 1000
         liveness_timeout_ms = 10000
     "#]]

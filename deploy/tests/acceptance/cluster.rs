@@ -67,6 +67,17 @@ pub(crate) fn fingerprint(run: &Path) -> Value {
     keys.iter().map(|key| (key.to_string(), shown[*key].clone())).collect()
 }
 
+/// The lines of a run's metrics.
+pub(crate) fn metrics(run: &Path) -> Vec<Value> {
+    let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The steps that have a line there.
+pub(crate) fn logged_steps(run: &Path) -> Vec<u64> {
+    metrics(run).iter().filter(|line| line.get("loss").is_some()).map(|line| line["step"].as_u64().unwrap()).collect()
+}
+
 /// A path that is text, as all of ours are.
 pub(crate) fn path(path: &Path) -> &str {
     path.to_str().expect("temporary paths are UTF-8")
@@ -117,8 +128,7 @@ impl Running {
 
     /// Sends a signal by name, as `kill` does.
     pub(crate) fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status();
-        assert!(sent.expect("kill is there").success());
+        send_signal(self.child.id(), name);
     }
 
     /// The process id.
@@ -143,6 +153,12 @@ impl Drop for Running {
     }
 }
 
+/// Sends a signal by name, as `kill` does; a process that has just ended gets none.
+pub(crate) fn send_signal(process: u32, name: &str) {
+    let sent = Command::new("kill").args([&format!("-{name}"), &process.to_string()]).stderr(Stdio::null()).status();
+    sent.expect("kill is there");
+}
+
 /// A coordinator that others join, and its address.
 pub(crate) fn coordinator(recipe: &str, run: &Path, more: &[&str], overrides: &[&str]) -> (Running, String) {
     let mut arguments = vec!["coordinator", recipe, "--listen", "127.0.0.1:0", "--run", path(run)];
@@ -157,6 +173,21 @@ pub(crate) fn coordinator(recipe: &str, run: &Path, more: &[&str], overrides: &[
 pub(crate) fn worker(address: &str, name: &str) -> Running {
     let arguments = ["worker", "--join", address, "--device", "cpu", "--threads", "1", "--name", name];
     Running::start(lockstep(&arguments, &[]))
+}
+
+/// Processes started by any thread of `id`.
+#[cfg(target_os = "linux")]
+pub(crate) fn children(id: u32) -> Vec<u32> {
+    let threads = std::fs::read_dir(format!("/proc/{id}/task")).unwrap().map(|thread| thread.unwrap().path());
+    let lists = threads.map(|thread| std::fs::read_to_string(thread.join("children")).unwrap_or_default());
+    lists.flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<u32>>()).collect()
+}
+
+/// Whether a process is there and no zombie.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_alive(id: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
 }
 
 /// A file or directory below `LOCKSTEP_DATA`, or `None` after saying that the test skips.

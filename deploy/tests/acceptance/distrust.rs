@@ -3,16 +3,21 @@
 use std::path::Path;
 use std::process::Command;
 
-use lockstep_model::digest::{hex, vector_sha256};
+use crate::cluster::{
+    Running, SMALL, coordinator, fail, fingerprint, lockstep, path, python, succeed, worker, workspace,
+};
 
-use crate::cluster::{Running, SMALL, coordinator, fail, inspect, lockstep, path, python, succeed, worker, workspace};
-use crate::line::plain_loop;
+/// The straight line in slots enough for three.
+const LINE: &[&str] = &["batch.slots=5", "batch.sequences_per_slot=2"];
 
-/// The straight line on two workers of ours and one in Python whose gradients are off from step 50 on. Once that one is
-/// found out, a fourth joins, since the run wants three. Returns what the coordinator said.
-fn line_with_a_broken_worker(python: &Path, run: &Path, audit: &str) -> String {
-    let overrides = [format!("cluster.audit={audit}"), "cluster.min_workers=3".into()];
-    let (mut coordinator, address) = coordinator("line", run, &[], &overrides.each_ref().map(String::as_str));
+/// [`LINE`] on two workers of ours and one in Python whose gradients are off from step 50 on. Once that one is found out, a
+/// fourth joins, since the run wants three. It ends as the quiet run in `dir` does. Returns what the coordinator said.
+fn line_with_a_broken_worker(python: &Path, dir: &Path, audit: &str) -> String {
+    let [quiet, run] = ["quiet", "distrustful"].map(|name| dir.join(name));
+    succeed(lockstep(&["train", "line", "--device", "cpu", "--workers", "1", "--run", path(&quiet)], LINE));
+    let audit = format!("cluster.audit={audit}");
+    let (mut coordinator, address) =
+        coordinator("line", &run, &[], &[LINE, &[audit.as_str(), "cluster.min_workers=3"]].concat());
     let mut command = Command::new(python);
     command.args([path(&workspace("deploy/tests/peer/line_worker.py")), &address, "--wrong-from", "50"]);
     let mut broken = Running::start(command);
@@ -25,7 +30,7 @@ fn line_with_a_broken_worker(python: &Path, run: &Path, audit: &str) -> String {
     for worker in ours.iter_mut().chain([&mut fourth]) {
         assert_eq!(worker.wait(), Some(0), "{}", worker.said);
     }
-    assert_eq!(inspect(run)["params_sha256"], hex(&vector_sha256(&plain_loop())).as_str(), "{}", coordinator.said);
+    assert_eq!(fingerprint(&run), fingerprint(&quiet), "{}", coordinator.said);
     std::mem::take(&mut coordinator.said)
 }
 
@@ -34,7 +39,7 @@ fn a_worker_that_computes_wrong_is_outvoted_before_its_results_count() {
     let test = "a_worker_that_computes_wrong_is_outvoted_before_its_results_count";
     let Some(python) = python(test, &["grpc", "grpc_tools"]) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let said = line_with_a_broken_worker(&python, &dir.path().join("run"), "1");
+    let said = line_with_a_broken_worker(&python, dir.path(), "1");
     assert!(!said.contains("goes back"), "{said}");
 }
 
@@ -43,7 +48,7 @@ fn what_a_broken_worker_did_before_it_was_found_out_is_done_again() {
     let test = "what_a_broken_worker_did_before_it_was_found_out_is_done_again";
     let Some(python) = python(test, &["grpc", "grpc_tools"]) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let said = line_with_a_broken_worker(&python, &dir.path().join("run"), "0.2");
+    let said = line_with_a_broken_worker(&python, dir.path(), "0.2");
     assert!(said.contains("the run goes back to step 0"), "{said}");
 }
 

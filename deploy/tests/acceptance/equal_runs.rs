@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::cluster::{SMALL, coordinator, fingerprint, lockstep, path, succeed, worker};
+use crate::cluster::{SMALL, coordinator, fingerprint, lockstep, logged_steps, metrics, path, succeed, worker};
 
 fn train(run: &Path, more: &[&str], overrides: &[&str]) {
     let mut arguments = vec!["train", "quickstart", "--device", "cpu", "--run", path(run)];
@@ -124,44 +124,19 @@ fn interrupted_once_it_saves_and_ends_well() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn no_worker_outlives_a_killed_train() {
-    use crate::cluster::Running;
+fn no_process_outlives_a_killed_train() {
+    use crate::cluster::{Running, children, is_alive};
 
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("orphans");
     let arguments = ["train", "quickstart", "--device", "cpu", "--run", path(&run)];
     let mut train = Running::start(lockstep(&arguments, &[SMALL, &["schedule.steps=100000"]].concat()));
     train.wait_for("step 5000/100000");
-    let workers = children(train.id());
-    assert_eq!(workers.len(), 2);
+    let children = children(train.id());
+    assert_eq!(children.len(), 3, "a coordinator and two workers");
     train.kill();
     // They notice that their standard input ended; nothing tells us when, so look until they are gone.
-    while workers.iter().any(|worker| is_alive(*worker)) {
+    while children.iter().any(|child| is_alive(*child)) {
         std::thread::yield_now();
     }
-}
-
-/// Processes started by any thread of `id`.
-#[cfg(target_os = "linux")]
-fn children(id: u32) -> Vec<u32> {
-    let threads = std::fs::read_dir(format!("/proc/{id}/task")).unwrap().map(|thread| thread.unwrap().path());
-    let lists = threads.map(|thread| std::fs::read_to_string(thread.join("children")).unwrap_or_default());
-    lists.flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<u32>>()).collect()
-}
-
-/// Whether a process is there and no zombie.
-#[cfg(target_os = "linux")]
-fn is_alive(id: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
-    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
-}
-
-/// The lines of a run's metrics.
-fn metrics(run: &Path) -> Vec<Value> {
-    let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-fn logged_steps(run: &Path) -> Vec<u64> {
-    metrics(run).iter().filter(|line| line.get("loss").is_some()).map(|line| line["step"].as_u64().unwrap()).collect()
 }

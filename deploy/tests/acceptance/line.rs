@@ -12,7 +12,7 @@ const KNOWN_LOSSES: [&str; 5] = ["0.1391", "0.0884", "0.0562", "0.0357", "0.0227
 
 /// Full-batch gradient descent without cluster, autodiff or framework, in the order of the slot tree: two slots of five
 /// rows, each summed row by row, then added.
-pub(crate) fn plain_loop() -> [f32; 2] {
+fn plain_loop() -> [f32; 2] {
     let [mut weight, mut bias] = [0.35f32, 0.01];
     for _ in 0..200 {
         let slot = |rows: std::ops::Range<u8>| {

@@ -402,6 +402,9 @@ def join(stub: Any, wrong_from: int | None) -> Membership:
     )
     if reply.WhichOneof("verdict") == "refusal":
         sys.exit(f"line_worker: refused: {reply.refusal}")
+    if reply.WhichOneof("verdict") == "release":
+        say(f"released: {reply.release}")
+        sys.exit()
     say(f"member {reply.worker_id} of run {invitation.run_id}, start {invitation.incarnation}")
     return Membership(stub, invitation, reply.worker_id, wrong_from)
 

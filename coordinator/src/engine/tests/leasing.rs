@@ -103,6 +103,23 @@ fn a_worker_that_joins_again_is_lent_what_it_has_kept() {
 }
 
 #[test]
+fn a_stop_does_not_wait_for_what_is_late() {
+    let mut run = Run::new(EngineConfig { total_steps: 3, ..config() });
+    run.join();
+    run.pass(4);
+    run.done_in(1, 4);
+    run.applied(1);
+    assert_eq!(run.stop(), "");
+    assert_eq!(run.pass_and_tick(8) + &run.pass_and_tick(4), "");
+    assert_eq!(run.engine.next_deadline(), Some(run.now + Duration::from_secs(1)));
+    expect![[r#"
+        discard lease 2 of worker 1: the run ends
+        checkpoint step 1
+    "#]]
+    .assert_eq(&run.pass_and_tick(1));
+}
+
+#[test]
 fn while_nothing_is_known_of_anybody_a_lease_may_take_minutes() {
     let mut run = Run::new(config());
     run.join();

@@ -108,6 +108,17 @@ fn a_stop_does_not_wait_for_a_confirmation_that_nobody_here_can_give() {
 }
 
 #[test]
+fn one_who_declined_to_confirm_is_asked_again_if_nobody_else_can() {
+    let mut run = audited(2);
+    run.done(1);
+    expect![[r#"
+        discard lease 2 of worker 2: the worker declined it
+        worker 2: lease 3: gradient of block 0/0 of step 1 with version 0
+    "#]]
+    .assert_eq(&run.decline(2));
+}
+
+#[test]
 fn an_audit_waits_for_another_worker() {
     let mut run = audited(2);
     run.close(2);
