@@ -28,7 +28,15 @@ struct Arguments {
 
 fn arguments() -> Result<Arguments, String> {
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
-    let mut parsed = Arguments { first: 0, seeds: 1000, threads, verbose: false, all: false, quiet: false, mutation: Mutation::None };
+    let mut parsed = Arguments {
+        first: 0,
+        seeds: 1000,
+        threads,
+        verbose: false,
+        all: false,
+        quiet: false,
+        mutation: Mutation::None,
+    };
     let mut given = std::env::args().skip(1);
     while let Some(name) = given.next() {
         let mut value = || given.next().ok_or(format!("{name} needs a value"));
@@ -46,7 +54,11 @@ fn arguments() -> Result<Arguments, String> {
                 let known = || format!("no mutation is called {name:?}; there are {:?}", simulator::MUTATIONS);
                 parsed.mutation = Mutation::named(&name).ok_or_else(known)?;
             }
-            _ => return Err(format!("{name}: there are --seeds, --first, --seed, --threads, --verbose, --all, --quiet, --mutation")),
+            _ => {
+                return Err(format!(
+                    "{name}: there are --seeds, --first, --seed, --threads, --verbose, --all, --quiet, --mutation"
+                ));
+            }
         }
     }
     Ok(parsed)

@@ -61,9 +61,14 @@ struct Plane {
 /// What the coordinator's threads report.
 #[derive(Clone, Debug)]
 pub enum Report {
-    Applied { step: u64, sums: Sums },
+    Applied {
+        step: u64,
+        sums: Sums,
+    },
     Written(Checkpoint),
-    RolledBack { at_most: u64 },
+    RolledBack {
+        at_most: u64,
+    },
     Tick,
     /// Everybody was released, and had time to go.
     Exit,
@@ -295,8 +300,7 @@ impl World {
                     Task::Gradient => lease::Task::Gradient,
                     Task::Evaluate => lease::Task::Evaluate,
                 };
-                let parameters =
-                    Parameters { version: lease.version, sha256: Some(digest(coordinator.plane.params)) };
+                let parameters = Parameters { version: lease.version, sha256: Some(digest(coordinator.plane.params)) };
                 let seed = self.scenario.numbers.seed;
                 let lease = Lease { id: lease.id.0, step: lease.step, parameters, block: lease.block, seed, task };
                 self.send_to(worker, Down::Lease(lease));
@@ -412,7 +416,8 @@ impl World {
                 let checkpoint = self.disk.newest(at_most, false);
                 let plane = self.restored(checkpoint.as_ref());
                 let (step, skipped_in_a_row) = (plane.version, plane.skipped_in_a_row);
-                let validated = checkpoint.as_ref().map_or(self.disk.is_validated(0), |checkpoint| checkpoint.validated);
+                let validated =
+                    checkpoint.as_ref().map_or(self.disk.is_validated(0), |checkpoint| checkpoint.validated);
                 self.disk.cut(step, validated);
                 let saved = checkpoint.is_some();
                 let seen = Seen::Restored { step, params: plane.params, saved, newest };

@@ -130,7 +130,10 @@ impl Mutation {
     pub fn distort(self, state: &mut MutationState, history: &History, command: Command) -> Vec<Command> {
         match (self, command) {
             (Self::KeepOvertaken, Command::Discard { reason: DiscardReason::Overtaken, .. }) => Vec::new(),
-            (Self::CountLate, Command::Discard { worker, lease, reason: DiscardReason::Stale | DiscardReason::LeaseNotHeld })
+            (
+                Self::CountLate,
+                Command::Discard { worker, lease, reason: DiscardReason::Stale | DiscardReason::LeaseNotHeld },
+            )
             | (Self::CountTwice, Command::Discard { worker, lease, reason: DiscardReason::AlreadyCounted }) => {
                 let result = state.result.as_ref().map(|result| (result.step, result.block));
                 result.map(|(step, block)| Command::Accept { worker, lease, step, block }).into_iter().collect()
@@ -142,7 +145,8 @@ impl Mutation {
             (Self::ApplyEarly, Command::Accept { worker, lease, step, block }) => {
                 let gradient = history.open.get(&(worker, lease)).is_some_and(|open| open.lease.task == Task::Gradient);
                 let slots = history.config.slots;
-                let counted = history.counted.iter().chain([&block]).map(|block| block.slots(slots).len()).sum::<usize>();
+                let counted =
+                    history.counted.iter().chain([&block]).map(|block| block.slots(slots).len()).sum::<usize>();
                 let accept = Command::Accept { worker, lease, step, block };
                 match gradient && counted + 1 == slots as usize {
                     true => vec![accept, Command::ApplyStep { step, sums: Sums::default() }],

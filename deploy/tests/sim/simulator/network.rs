@@ -24,20 +24,37 @@ pub enum Up {
     /// Asks what there is to do.
     Join,
     /// Asks to be admitted.
-    Admit { incarnation: u64, name: String },
+    Admit {
+        incarnation: u64,
+        name: String,
+    },
     /// Opens the control stream.
-    Open { incarnation: u64, worker: WorkerId },
+    Open {
+        incarnation: u64,
+        worker: WorkerId,
+    },
     /// On the control stream.
     Heartbeat,
     Kept(Vec<KeptBlock>),
     Result(ResultMessage),
-    Declined { lease: u64, reason: String },
+    Declined {
+        lease: u64,
+        reason: String,
+    },
     /// The worker closes its control stream.
     Close,
     /// A gradient.
-    Push { incarnation: u64, worker: WorkerId, lease: u64, vector: Vector },
+    Push {
+        incarnation: u64,
+        worker: WorkerId,
+        lease: u64,
+        vector: Vector,
+    },
     /// Asks for parameters.
-    Pull { incarnation: u64, version: u64 },
+    Pull {
+        incarnation: u64,
+        version: u64,
+    },
 }
 
 /// A lease done.

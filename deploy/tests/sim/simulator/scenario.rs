@@ -211,7 +211,11 @@ impl Scenario {
         let must_end_secs = faults_secs + recovery_secs + (total_steps + 1) as f64 * (20.0 + 12.0 * alone_secs);
         Self {
             seed,
-            workers: speeds.into_iter().zip(natures).map(|(secs, nature)| Traits { secs_per_slot: secs, nature }).collect(),
+            workers: speeds
+                .into_iter()
+                .zip(natures)
+                .map(|(secs, nature)| Traits { secs_per_slot: secs, nature })
+                .collect(),
             engine,
             numbers,
             timing,

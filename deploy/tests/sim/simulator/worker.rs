@@ -360,7 +360,8 @@ impl World {
         let connection = membership.connection;
         let message = match command {
             Command::SendKept(names) => {
-                let block = |name: &GradientName| KeptBlock { step: name.step, version: name.version, block: name.block };
+                let block =
+                    |name: &GradientName| KeptBlock { step: name.step, version: name.version, block: name.block };
                 Up::Kept(names.iter().map(block).collect())
             }
             Command::Pull { parameters, .. } => {
@@ -464,7 +465,8 @@ impl World {
             }
             return;
         }
-        if errs(worker.traits.nature, worker.computed, mix(mix(number as u64) ^ worker.life << 32 ^ job), &mut outcome) {
+        if errs(worker.traits.nature, worker.computed, mix(mix(number as u64) ^ worker.life << 32 ^ job), &mut outcome)
+        {
             self.note(|| format!("worker {number} errs in lease {id}"));
         }
         let worker = &mut self.workers[number];

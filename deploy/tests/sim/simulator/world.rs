@@ -29,14 +29,33 @@ pub enum Rank {
 /// Something that is going to happen.
 #[derive(Clone, Debug)]
 pub enum Happening {
-    Up { connection: ConnectionId, sent_at: Duration, message: Up },
-    Down { connection: ConnectionId, sent_at: Duration, message: Down },
+    Up {
+        connection: ConnectionId,
+        sent_at: Duration,
+        message: Up,
+    },
+    Down {
+        connection: ConnectionId,
+        sent_at: Duration,
+        message: Down,
+    },
     /// One side learns that a connection broke.
     CoordinatorLoses(ConnectionId),
     WorkerLoses(ConnectionId),
-    WorkerTimer { worker: usize, token: u64, timer: Timer },
-    Computed { worker: usize, life: u64, job: u64 },
-    Coordinator { incarnation: u64, report: Report },
+    WorkerTimer {
+        worker: usize,
+        token: u64,
+        timer: Timer,
+    },
+    Computed {
+        worker: usize,
+        life: u64,
+        job: u64,
+    },
+    Coordinator {
+        incarnation: u64,
+        report: Report,
+    },
     StartCoordinator,
     StartWorker(usize),
     Fault,
@@ -157,7 +176,9 @@ impl World {
                 let worker = worker_of(connection);
                 (worker.map_or(Whose::Nobodys, Whose::Worker), worker)
             }
-            Happening::WorkerTimer { worker, .. } | Happening::Computed { worker, .. } => (Whose::Worker(*worker), None),
+            Happening::WorkerTimer { worker, .. } | Happening::Computed { worker, .. } => {
+                (Whose::Worker(*worker), None)
+            }
             Happening::Coordinator { .. } => (Whose::Coordinator, None),
             Happening::StartCoordinator | Happening::StartWorker(_) | Happening::Fault | Happening::FaultsEnd => {
                 (Whose::Nobodys, None)
