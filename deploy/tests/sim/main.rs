@@ -68,7 +68,7 @@ fn noticed_by(mutation: Mutation) -> &'static [&'static str] {
         Mutation::NoAudit => &["audited_blocks_count_when_two_agree"],
         Mutation::AdmitQuarantined => &["the_quarantined_stay_out"],
         Mutation::LeaseBelowMinimum => &["nothing_is_leased_below_the_least_number_of_workers"],
-        Mutation::ResumeFromTorn => &["a_run_goes_back_to_the_newest_checkpoint"],
+        Mutation::ResumeFromTorn => &["every_version_is_the_quiet_runs", "a_run_goes_back_to_the_newest_checkpoint"],
         Mutation::LoseCheckpoints => &["a_run_goes_back_to_the_newest_checkpoint"],
         Mutation::ValidateAgain => &["a_validation_loss_is_recorded_once"],
         Mutation::IgnoreIncarnation => &["earlier_incarnations_are_not_heard"],

@@ -56,6 +56,7 @@ impl World {
             }
             Fault::ComputeFails => self.workers[victim].fails_next = true,
             Fault::Damage => self.workers[victim].damages_next = true,
+            Fault::Muddle => self.workers[victim].muddles_next = true,
             Fault::Duplicate => self.workers[victim].repeats_next = true,
             Fault::CoordinatorCrash => self.crash_coordinator(),
             Fault::CoordinatorCrashTorn => {
@@ -124,6 +125,7 @@ impl World {
             state.slow_until = Duration::ZERO;
             state.fails_next = false;
             state.damages_next = false;
+            state.muddles_next = false;
             if state.traits.nature.is_right() {
                 self.start_worker(worker);
             }

@@ -61,6 +61,8 @@ pub enum Fault {
     ComputeFails,
     /// A vector arrives damaged.
     Damage,
+    /// A result names another block than its lease.
+    Muddle,
     /// A result arrives twice.
     Duplicate,
     /// The coordinator dies.
@@ -76,7 +78,7 @@ pub enum Fault {
 }
 
 /// All of them.
-const FAULTS: [Fault; 15] = [
+const FAULTS: [Fault; 16] = [
     Fault::WorkerCrash,
     Fault::WorkerVanishes,
     Fault::ManyCrash,
@@ -86,6 +88,7 @@ const FAULTS: [Fault; 15] = [
     Fault::Break,
     Fault::ComputeFails,
     Fault::Damage,
+    Fault::Muddle,
     Fault::Duplicate,
     Fault::CoordinatorCrash,
     Fault::CoordinatorCrashTorn,
@@ -149,6 +152,7 @@ impl Scenario {
             _ if wrong => 1.0,
             0..=1 if checkable => 1.0,
             2..=4 if checkable => chance.unit(),
+            5..=8 if broken => chance.unit(),
             _ => 0.0,
         };
         let slots = if large { chance.between(1, 1500) } else { chance.scale(1.0, 64.0) as u64 } as u32;

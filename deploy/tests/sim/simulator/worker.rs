@@ -49,6 +49,7 @@ pub struct Worker {
     pub slow_until: Duration,
     pub fails_next: bool,
     pub damages_next: bool,
+    pub muddles_next: bool,
     pub repeats_next: bool,
 }
 
@@ -133,6 +134,7 @@ impl Worker {
             slow_until: zero,
             fails_next: false,
             damages_next: false,
+            muddles_next: false,
             repeats_next: false,
         }
     }
@@ -402,6 +404,7 @@ impl World {
                 };
                 let digest = vector.map(|vector| digest(vector.value.to_bits()));
                 let (step, version, block) = (lease.step, lease.parameters.version, lease.block);
+                let block = if std::mem::take(&mut worker.muddles_next) { block.sibling() } else { block };
                 let lease = lease.id;
                 let result =
                     ResultMessage { incarnation, lease, step, version, task, block, digest, sums, slot_sums, compute };
