@@ -27,6 +27,9 @@ pub struct Identity {
     pub run_id: String,
     /// Starts of the run's coordinator so far, this one included.
     pub incarnation: u64,
+    /// While the run goes back: checkpoints of later steps than this are not to be gone on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trusted_up_to: Option<u64>,
 }
 
 /// A run directory that this process alone may write.
@@ -72,7 +75,7 @@ impl RunDir {
                 bail!("{shown}: there is no run to resume here; leave --resume out to start one")
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                Identity { run_id: new_run_id.into(), incarnation: 1 }
+                Identity { run_id: new_run_id.into(), incarnation: 1, trusted_up_to: None }
             }
             Err(error) => return Err(error).with_context(|| format!("{}: cannot read", path.display())),
         };
@@ -83,6 +86,16 @@ impl RunDir {
     /// Which run, and which start of it.
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// Writes down up to which step checkpoints can be trusted, so that a coordinator that starts while the run goes back
+    /// goes back, too; `None` once it is back.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn trust_up_to(&mut self, step: Option<u64>) -> anyhow::Result<()> {
+        self.identity.trusted_up_to = step;
+        replace(&identity_file(&self.root), &serde_json::to_string_pretty(&self.identity)?)
     }
 
     /// What tells this start of the run from later ones.
@@ -148,7 +161,7 @@ impl Fence {
     /// # Errors
     /// If it is not, or that cannot be found out.
     pub fn check(&self) -> anyhow::Result<()> {
-        let Identity { run_id, incarnation } = identity(&self.root)?;
+        let Identity { run_id, incarnation, .. } = identity(&self.root)?;
         if run_id != self.identity.run_id {
             bail!("{}: holds another run now ({run_id}); this coordinator stops", self.root.display());
         }
@@ -233,7 +246,7 @@ mod tests {
         assert!(second.to_string().contains("another coordinator holds this run"), "{second}");
         drop(first);
         let resumed = RunDir::open(dir.path(), true, "b").unwrap();
-        assert_eq!(*resumed.identity(), Identity { run_id: "a".into(), incarnation: 2 });
+        assert_eq!(*resumed.identity(), Identity { run_id: "a".into(), incarnation: 2, trusted_up_to: None });
     }
 
     #[test]
@@ -246,6 +259,19 @@ mod tests {
         second.fence().check().unwrap();
         let said = first.fence().check().unwrap_err().to_string();
         assert!(said.contains("start 2") && said.contains("start 1"), "{said}");
+    }
+
+    #[test]
+    fn a_start_while_the_run_goes_back_knows_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut first = RunDir::open(dir.path(), false, "a").unwrap();
+        first.trust_up_to(Some(7)).unwrap();
+        drop(first);
+        let mut resumed = RunDir::open(dir.path(), true, "b").unwrap();
+        assert_eq!(resumed.identity().trusted_up_to, Some(7));
+        resumed.trust_up_to(None).unwrap();
+        drop(resumed);
+        assert_eq!(RunDir::open(dir.path(), true, "b").unwrap().identity().trusted_up_to, None);
     }
 
     #[test]

@@ -314,6 +314,7 @@ impl Runtime {
                 self.plane.restart();
             }
             Command::RollBack { at_most } => {
+                self.run_dir.trust_up_to(Some(at_most))?;
                 if let Some(archive) = self.archive.sender() {
                     // By way of the data plane, so that checkpoints of versions before are written first.
                     self.plane.then(move || drop(archive.send(archive::Job::RollBack { at_most })));
@@ -498,6 +499,7 @@ impl Runtime {
         self.ledger.truncate(self.manifest.ledger)?;
         self.step = StepTimes::none();
         self.applying = None;
+        self.run_dir.trust_up_to(None)?;
         self.plane.restore(step, state);
         self.tell(&RunEvent::RolledBack { step });
         self.decide(Event::RolledBack { step, validated, saved, skipped_in_a_row })

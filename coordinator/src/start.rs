@@ -38,8 +38,12 @@ pub(crate) struct Start {
 /// Takes hold of the run directory and loads the newest whole checkpoint, or starts at step 0 where there is none.
 pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
     let seed = format!("{}/{}/{}", config.run_dir.display(), std::process::id(), unix_nanos());
-    let run_dir = RunDir::open(&config.run_dir, config.resume, &hex(&bytes_sha256(seed.as_bytes())[..16]))?;
+    let mut run_dir = RunDir::open(&config.run_dir, config.resume, &hex(&bytes_sha256(seed.as_bytes())[..16]))?;
     let mut manifest = new_manifest(config, &run_dir.identity().run_id);
+    if let Some(step) = run_dir.identity().trusted_up_to {
+        checkpoint::remove_after(&run_dir.checkpoints(), step)?;
+        run_dir.trust_up_to(None)?;
+    }
     let (newest, damaged) = checkpoint::newest(&run_dir.checkpoints())?;
     for error in damaged {
         if let (None, CheckpointError::OtherVersion { .. }) = (&newest, &error) {
