@@ -74,6 +74,7 @@ fn noticed_by(mutation: Mutation) -> &'static [&'static str] {
         Mutation::IgnoreIncarnation => &["earlier_incarnations_are_not_heard"],
         Mutation::IgnoreRestart => &["leases_are_for_the_present_version", "every_slot_counts_once"],
         Mutation::RollBackTooLittle => &["a_run_goes_back_to_the_newest_checkpoint"],
+        Mutation::ForgetTheWayBack => &["a_run_goes_back_to_the_newest_checkpoint"],
         Mutation::DeafToLeaving => &["every_lease_ends_once", "leases_go_to_the_connected"],
         Mutation::DeafToTime => &["the_engine_rests"],
         Mutation::OutsideChance => &["the_same_seed_gives_the_same_run"],

@@ -17,6 +17,7 @@ use super::invariants::Violation;
 use super::mutation::Mutation;
 use super::network::{ConnectionId, Down, Refused, ResultMessage, Up};
 use super::numbers::{Params, Vector, digest};
+use super::scenario::Fault;
 use super::trace::Entry;
 use super::world::{Happening, Rank, World};
 
@@ -85,6 +86,9 @@ impl World {
             return Ok(());
         }
         self.disk.incarnation += 1;
+        if let Some(step) = self.disk.trusted_up_to.take().filter(|_| self.mutation != Mutation::ForgetTheWayBack) {
+            self.disk.remove_after(step);
+        }
         self.coordinator_stalled_until = Duration::ZERO;
         let incarnation = self.disk.incarnation;
         let checkpoint = self.disk.newest(u64::MAX, self.mutation == Mutation::ResumeFromTorn);
@@ -328,6 +332,13 @@ impl World {
             }
             Command::RollBack { at_most } => {
                 let busy = coordinator.archive_busy_until.saturating_sub(self.now);
+                self.disk.trusted_up_to = Some(at_most);
+                if self.scenario.faults.contains(&Fault::CoordinatorCrash) && self.now < self.scenario.faults_end {
+                    // Seldom, and the worst moment: so it is not left to chance alone.
+                    let wait = self.chance.secs(0.001, 1.0);
+                    self.after(wait, Rank::Message, Happening::CoordinatorDies);
+                }
+                self.promised = self.disk.newest(at_most, false).map_or(0, |checkpoint| checkpoint.step);
                 let wait = busy + self.chance.secs(self.scenario.checkpoint_secs / 10.0, self.scenario.checkpoint_secs);
                 self.report_after(wait, Report::RolledBack { at_most });
             }
@@ -402,13 +413,16 @@ impl World {
             Report::Written(checkpoint) => {
                 self.writing = None;
                 let step = checkpoint.step;
-                self.promised = step;
+                if self.disk.trusted_up_to.is_none_or(|trusted| step <= trusted) {
+                    self.promised = step;
+                }
                 if self.mutation != Mutation::LoseCheckpoints {
                     self.disk.write(checkpoint, self.scenario.keep_last);
                 }
                 self.decide(Event::CheckpointWritten { step }, None)
             }
             Report::RolledBack { at_most } => {
+                self.disk.trusted_up_to = None;
                 let newest = self.disk.newest(at_most, false).map_or(0, |checkpoint| checkpoint.step);
                 self.promised = newest;
                 let at_most = if self.mutation == Mutation::RollBackTooLittle { u64::MAX } else { at_most };

@@ -24,6 +24,8 @@ pub struct Disk {
     checkpoints: Vec<Checkpoint>,
     /// Boundary and loss.
     pub validations: Vec<(u64, Sums)>,
+    /// While the run goes back: checkpoints of later steps are not to be gone on from.
+    pub trusted_up_to: Option<u64>,
     /// How often a coordinator has started.
     pub incarnation: u64,
 }

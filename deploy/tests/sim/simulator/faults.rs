@@ -88,7 +88,8 @@ impl World {
         self.after(wait, Rank::Message, Happening::StartWorker(worker));
     }
 
-    fn crash_coordinator(&mut self) {
+    /// The coordinator dies, and is started again.
+    pub fn crash_coordinator(&mut self) {
         if self.coordinator.is_none() {
             return;
         }

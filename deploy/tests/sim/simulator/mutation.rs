@@ -47,6 +47,8 @@ pub enum Mutation {
     IgnoreRestart,
     /// A run that is to go back goes to its newest checkpoint.
     RollBackTooLittle,
+    /// A coordinator that starts while the run goes back does not know of it.
+    ForgetTheWayBack,
     /// That a worker left is not heard.
     DeafToLeaving,
     /// That time passes is not heard.
@@ -56,7 +58,7 @@ pub enum Mutation {
 }
 
 /// All that are to be noticed.
-pub const MUTATIONS: [Mutation; 19] = [
+pub const MUTATIONS: [Mutation; 20] = [
     Mutation::KeepOvertaken,
     Mutation::CountLate,
     Mutation::CountTwice,
@@ -73,6 +75,7 @@ pub const MUTATIONS: [Mutation; 19] = [
     Mutation::IgnoreIncarnation,
     Mutation::IgnoreRestart,
     Mutation::RollBackTooLittle,
+    Mutation::ForgetTheWayBack,
     Mutation::DeafToLeaving,
     Mutation::DeafToTime,
     Mutation::OutsideChance,

@@ -204,8 +204,10 @@ impl Scenario {
             true => Vec::new(),
             false => FAULTS.into_iter().filter(|_| chance.happens(0.5)).collect(),
         };
-        // While a run is to stop nobody comes in: where only a hanging device is left, a person has to end its worker.
-        let faults: Vec<Fault> = faults.into_iter().filter(|fault| !hanging || *fault != Fault::Stop).collect();
+        // Where only a hanging device is left, because nobody comes in while a run is to stop, or all others declined the
+        // block, a person has to end its worker.
+        let needs_a_person = |fault: &Fault| hanging && matches!(fault, Fault::Stop | Fault::ComputeFails);
+        let faults: Vec<Fault> = faults.into_iter().filter(|fault| !needs_a_person(fault)).collect();
         let secs_between_faults = (quiet_secs / chance.scale(1.0, 40.0)).max(0.05);
         let faults_secs = (quiet_secs * chance.scale(1.0, 5.0)).clamp(1.0, 400.0);
         let alone_secs = slowest * f64::from(slots + eval_slots);

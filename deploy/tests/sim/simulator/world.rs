@@ -56,6 +56,7 @@ pub enum Happening {
         incarnation: u64,
         report: Report,
     },
+    CoordinatorDies,
     StartCoordinator,
     StartWorker(usize),
     Fault,
@@ -180,9 +181,11 @@ impl World {
                 (Whose::Worker(*worker), None)
             }
             Happening::Coordinator { .. } => (Whose::Coordinator, None),
-            Happening::StartCoordinator | Happening::StartWorker(_) | Happening::Fault | Happening::FaultsEnd => {
-                (Whose::Nobodys, None)
-            }
+            Happening::CoordinatorDies
+            | Happening::StartCoordinator
+            | Happening::StartWorker(_)
+            | Happening::Fault
+            | Happening::FaultsEnd => (Whose::Nobodys, None),
         };
         let stalled = match whose {
             Whose::Coordinator => self.coordinator_stalled_until,
@@ -236,6 +239,10 @@ impl World {
                 Ok(())
             }
             Happening::Coordinator { incarnation, report } => self.coordinator_learns(incarnation, report),
+            Happening::CoordinatorDies => {
+                self.crash_coordinator();
+                Ok(())
+            }
             Happening::StartCoordinator => self.start_coordinator(),
             Happening::StartWorker(worker) => {
                 self.start_worker(worker);
