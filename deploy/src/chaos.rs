@@ -1,7 +1,7 @@
 //! `train --chaos`: faults done on purpose to the processes of a local cluster, for anyone to watch.
 //!
 //! A seed draws when and what: a worker killed, a worker that stands still for a while, the coordinator killed; each once
-//! in three faults, in drawn order. What happens in between is as in any run: `train` starts again what died.
+//! in three faults, in drawn order, or such of these as are wanted. What happens in between is as in any run: `train` starts again what died.
 
 mod tally;
 
@@ -9,6 +9,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use clap::ValueEnum;
 use lockstep_model::random::{Draws, Stream};
 use lockstep_proto::v1::lockstep_client::LockstepClient;
 use lockstep_proto::v1::{StatusReply, StatusRequest, WorkerStatus};
@@ -39,7 +40,7 @@ pub(crate) struct Targets {
 }
 
 /// A kind of fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Fault {
     /// `kill -9` of a worker.
     KillWorker,
@@ -62,6 +63,7 @@ enum Draw {
 #[derive(Debug)]
 pub(crate) struct Chaos {
     draws: Draws,
+    kinds: Vec<Fault>,
     every_secs: f64,
     targets: Targets,
     announcements: watch::Receiver<Option<Announcement>>,
@@ -71,15 +73,16 @@ pub(crate) struct Chaos {
 }
 
 impl Chaos {
-    /// Faults drawn from `seed`, one in `every_secs` seconds on average.
+    /// Faults of these kinds (at least one), drawn from `seed`, one in `every_secs` seconds on average.
     pub(crate) fn new(
         seed: u64,
+        kinds: Vec<Fault>,
         every_secs: f64,
         targets: Targets,
         announcements: watch::Receiver<Option<Announcement>>,
     ) -> Self {
         let draws = Draws::new(seed, Stream::Faults);
-        Self { draws, every_secs, targets, announcements, still: Vec::new(), tally: Tally::new(seed) }
+        Self { draws, kinds, every_secs, targets, announcements, still: Vec::new(), tally: Tally::new(seed) }
     }
 
     /// What was done, and what came of it.
@@ -159,15 +162,19 @@ impl Chaos {
         self.tally.struck(fault, matches!(moment, Moment::InStep(_)));
     }
 
-    /// The kind of fault `number`: in each three, each kind comes once.
+    /// The kind of fault `number`: in each so many faults as there are kinds, each comes once.
     fn fault(&self, number: u64) -> Fault {
-        let mut kinds = vec![Fault::KillWorker, Fault::StopWorker, Fault::KillCoordinator];
-        let (round, place) = (number / 3, number % 3);
-        let mut drawn = (0..3).map(|draw| {
-            let draw_number = round * 3 + draw;
-            kinds.remove(self.draws.below(draw_number, Draw::Order as u64, 3 - draw) as usize)
-        });
-        drawn.nth(place as usize).unwrap_or(Fault::KillWorker)
+        let mut left = self.kinds.clone();
+        let kinds = left.len() as u64;
+        let (round, place) = (number / kinds, number % kinds);
+        let mut draw = |place: u64| {
+            let drawn = self.draws.below(round * kinds + place, Draw::Order as u64, kinds - place);
+            left.remove(drawn as usize)
+        };
+        for earlier in 0..place {
+            draw(earlier);
+        }
+        draw(place)
     }
 
     /// A worker that is at work, or else one that could be; its index, and whether it holds a lease.
@@ -229,7 +236,8 @@ mod tests {
         let (coordinator, _) = mpsc::unbounded_channel();
         let workers = (0..3).map(|_| mpsc::unbounded_channel().0).collect();
         let (_, announcements) = watch::channel(None);
-        Chaos::new(seed, 2.0, Targets { coordinator, workers }, announcements)
+        let kinds = vec![Fault::KillWorker, Fault::StopWorker, Fault::KillCoordinator];
+        Chaos::new(seed, kinds, 2.0, Targets { coordinator, workers }, announcements)
     }
 
     #[test]

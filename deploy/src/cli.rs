@@ -7,6 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use lockstep_model::device::DeviceChoice;
 
+use crate::chaos::Fault;
+
 /// Train language models on whatever machines there are: every run is the same run.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100, after_help = "RUST_LOG filters what is logged, for example RUST_LOG=debug.")]
@@ -94,6 +96,10 @@ pub(crate) struct Train {
     /// Seconds between two faults, on average.
     #[arg(long, value_name = "SECS", default_value_t = 5.0, requires = "chaos", value_parser = positive)]
     pub(crate) chaos_every: f64,
+    /// What faults to do.
+    #[arg(long, value_enum, value_name = "KIND,…", value_delimiter = ',', requires = "chaos",
+        default_values = ["kill-worker", "stop-worker", "kill-coordinator"])]
+    pub(crate) chaos_faults: Vec<Fault>,
     #[command(flatten)]
     pub(crate) outputs: Outputs,
 }

@@ -53,16 +53,18 @@ impl Member {
         self.secs_per_slot.insert(task, smoothed(known, newest));
     }
 
-    /// Takes note that it has not computed `slots` slots in `turnaround`: it is slower than it was thought, if that is more
-    /// than it should have taken.
+    /// Takes note that it has not computed `slots` slots in `turnaround`: it is slower than it was thought to be, if that is
+    /// more than it should have taken.
     pub(super) fn measure_at_least(&mut self, task: Task, slots: usize, turnaround: Duration) {
         let least = turnaround.as_secs_f64() / slots as f64;
-        let known = self.secs_per_slot.get(&task).copied();
-        if known.is_some_and(|known| known < least) {
-            self.secs_per_slot.insert(task, smoothed(known, least));
-            if task == Task::Gradient {
-                self.slots_per_sec = self.slots_per_sec.map(|speed| smoothed(Some(speed), least.recip().min(speed)));
-            }
+        let known = self.secs_per_slot(task);
+        if least == 0.0 || known.is_some_and(|known| known >= least) {
+            return;
+        }
+        self.secs_per_slot.insert(task, smoothed(known, least));
+        if task == Task::Gradient {
+            let most = least.recip();
+            self.slots_per_sec = Some(self.slots_per_sec.map_or(most, |speed| smoothed(Some(speed), speed.min(most))));
         }
     }
 }

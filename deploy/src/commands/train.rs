@@ -59,7 +59,8 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
         let launch = launcher::Launch { address, device: args.device, threads, log_dir: run.join("logs") };
         launcher::supervise(launch, workers_watched).await
     };
-    let mut chaos = args.chaos.map(|seed| Chaos::new(seed, args.chaos_every, targets, announcements));
+    let mut chaos =
+        args.chaos.map(|seed| Chaos::new(seed, args.chaos_faults, args.chaos_every, targets, announcements));
     let faults = async {
         match &mut chaos {
             Some(chaos) => chaos.reign().await,

@@ -2,6 +2,7 @@
 
 mod leasing;
 mod membership;
+mod pace;
 mod property;
 mod step;
 mod verdict;
