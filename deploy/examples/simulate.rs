@@ -89,7 +89,9 @@ fn simulate(arguments: &Arguments) -> (Vec<Course>, BTreeMap<u64, Box<Failure>>)
                         Ok(course) => results.0.push(course),
                         Err(failure) => {
                             match arguments.all {
-                                true => println!("seed {seed}: {}: {}", failure.invariant(), failure.what()),
+                                true => {
+                                    println!("seed {}: {}: {}", failure.seed(), failure.invariant(), failure.what())
+                                }
                                 false => next.store(end, Ordering::Relaxed),
                             }
                             results.1.insert(seed, failure);
@@ -117,9 +119,9 @@ fn main() -> ExitCode {
     }
     let secs: f64 = courses.iter().map(|course| course.secs).sum();
     let entries: u64 = courses.iter().map(|course| course.entries).sum();
-    let mut faults: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut faults: BTreeMap<String, u64> = simulator::FAULTS.iter().map(|fault| (format!("{fault:?}"), 0)).collect();
     for (name, number) in courses.iter().flat_map(|course| &course.faults) {
-        *faults.entry(name).or_default() += number;
+        *faults.entry(name.clone()).or_default() += number;
     }
     let (seeds, took) = (courses.len(), began.elapsed().as_secs_f64());
     println!("{seeds} seeds clean: {secs:.0} virtual seconds, {entries} events and commands, in {took:.1} s");

@@ -34,9 +34,22 @@ fn first_failure(seeds: u64, run: impl Fn(u64) -> Result<(), Box<Failure>> + Syn
 
 #[test]
 fn a_thousand_clusters_end_as_the_quiet_run_whatever_fails() {
-    if let Some(failure) = first_failure(1000, |seed| simulator::run(seed, Mutation::None, false).map(drop)) {
+    let faults: Mutex<BTreeMap<String, u64>> = Mutex::default();
+    let failure = first_failure(1000, |seed| {
+        let course = simulator::run(seed, Mutation::None, false)?;
+        assert!(course.secs > 0.0, "seed {seed} took no time");
+        let mut faults = faults.lock().unwrap();
+        for (fault, number) in course.faults {
+            *faults.entry(fault).or_default() += number;
+        }
+        Ok(())
+    });
+    if let Some(failure) = failure {
         panic!("{failure}");
     }
+    let faults = faults.into_inner().unwrap();
+    assert_eq!(faults.len(), simulator::FAULTS.len(), "some kinds of fault were never drawn: {faults:?}");
+    assert!(faults.values().all(|number| *number > 500), "{faults:?}");
 }
 
 #[test]

@@ -28,9 +28,9 @@ const MOST_TICKS_AT_ONCE: u32 = 20;
 
 /// A coordinator process.
 #[derive(Debug)]
-pub struct Coordinator {
-    pub incarnation: u64,
-    pub engine: Engine,
+pub(crate) struct Coordinator {
+    pub(crate) incarnation: u64,
+    pub(crate) engine: Engine,
     /// Who may leave vectors, and for which leases.
     staging_members: BTreeSet<WorkerId>,
     open_leases: BTreeSet<(WorkerId, LeaseId)>,
@@ -61,7 +61,7 @@ struct Plane {
 
 /// What the coordinator's threads report.
 #[derive(Clone, Debug)]
-pub enum Report {
+pub(crate) enum Report {
     Applied {
         step: u64,
         sums: Sums,
@@ -81,7 +81,7 @@ fn add(left: Vector, right: Vector) -> Vector {
 
 impl World {
     /// Starts a coordinator on what lies on the disk.
-    pub fn start_coordinator(&mut self) -> Result<(), Violation> {
+    pub(crate) fn start_coordinator(&mut self) -> Result<(), Violation> {
         if self.coordinator.is_some() || self.over.is_some() {
             return Ok(());
         }
@@ -135,7 +135,7 @@ impl World {
     }
 
     /// The process dies, and with it every connection.
-    pub fn end_coordinator(&mut self) {
+    pub(crate) fn end_coordinator(&mut self) {
         self.coordinator = None;
         for connection in self.network.working() {
             self.break_connection(connection, true, false);
@@ -143,7 +143,7 @@ impl World {
     }
 
     /// A message reaches the coordinator.
-    pub fn coordinator_hears(&mut self, connection: ConnectionId, message: Up) -> Result<(), Violation> {
+    pub(crate) fn coordinator_hears(&mut self, connection: ConnectionId, message: Up) -> Result<(), Violation> {
         let Some(coordinator) = &mut self.coordinator else { return Ok(()) };
         let ours = coordinator.incarnation;
         let fenced = |theirs: u64| theirs == ours || self.mutation == Mutation::IgnoreIncarnation;
@@ -245,7 +245,7 @@ impl World {
     }
 
     /// A control stream ends.
-    pub fn close(&mut self, connection: ConnectionId) -> Result<(), Violation> {
+    pub(crate) fn close(&mut self, connection: ConnectionId) -> Result<(), Violation> {
         self.send_down(connection, Down::Close);
         let worker = self.network.get_mut(connection).and_then(|connection| connection.member.take());
         let (Some(worker), Some(coordinator)) = (worker, &mut self.coordinator) else { return Ok(()) };
@@ -254,7 +254,7 @@ impl World {
     }
 
     /// Lets the engine decide on an event, and carries out its commands.
-    pub fn decide(&mut self, event: Event, meant_for: Option<u64>) -> Result<(), Violation> {
+    pub(crate) fn decide(&mut self, event: Event, meant_for: Option<u64>) -> Result<(), Violation> {
         let Some(coordinator) = &mut self.coordinator else { return Ok(()) };
         let now = Time(self.now);
         self.trace.add(now, Entry::Event(event.clone()));
@@ -386,7 +386,7 @@ impl World {
     }
 
     /// Somebody who works for the coordinator is done.
-    pub fn coordinator_learns(&mut self, incarnation: u64, report: Report) -> Result<(), Violation> {
+    pub(crate) fn coordinator_learns(&mut self, incarnation: u64, report: Report) -> Result<(), Violation> {
         let Some(coordinator) = self.coordinator.as_mut().filter(|current| current.incarnation == incarnation) else {
             return Ok(());
         };

@@ -7,32 +7,32 @@ use super::numbers::Params;
 
 /// A checkpoint.
 #[derive(Clone, Debug)]
-pub struct Checkpoint {
-    pub step: u64,
-    pub params: Params,
-    pub validated: bool,
-    pub skipped_in_a_row: u32,
-    pub trust: Trust,
+pub(crate) struct Checkpoint {
+    pub(crate) step: u64,
+    pub(crate) params: Params,
+    pub(crate) validated: bool,
+    pub(crate) skipped_in_a_row: u32,
+    pub(crate) trust: Trust,
     /// Whether its digests are right; what was being written when the coordinator died may look like a checkpoint.
-    pub whole: bool,
+    pub(crate) whole: bool,
 }
 
 /// What lies in the directory.
 #[derive(Clone, Debug, Default)]
-pub struct Disk {
+pub(crate) struct Disk {
     /// By step.
     checkpoints: Vec<Checkpoint>,
     /// Boundary and loss.
-    pub validations: Vec<(u64, Sums)>,
+    pub(crate) validations: Vec<(u64, Sums)>,
     /// While the run goes back: checkpoints of later steps are not to be gone on from.
-    pub trusted_up_to: Option<u64>,
+    pub(crate) trusted_up_to: Option<u64>,
     /// How often a coordinator has started.
-    pub incarnation: u64,
+    pub(crate) incarnation: u64,
 }
 
 impl Disk {
     /// Adds a checkpoint, in place of one of the same step, and removes the oldest beyond `keep_last` whole ones.
-    pub fn write(&mut self, checkpoint: Checkpoint, keep_last: usize) {
+    pub(crate) fn write(&mut self, checkpoint: Checkpoint, keep_last: usize) {
         self.checkpoints.retain(|known| known.step != checkpoint.step);
         self.checkpoints.push(checkpoint);
         self.checkpoints.sort_by_key(|known| known.step);
@@ -45,30 +45,30 @@ impl Disk {
     }
 
     /// The newest checkpoint of step `at_most` or earlier that is whole; or, where `careless`, that is there at all.
-    pub fn newest(&self, at_most: u64, careless: bool) -> Option<Checkpoint> {
+    pub(crate) fn newest(&self, at_most: u64, careless: bool) -> Option<Checkpoint> {
         let fits = |known: &&Checkpoint| known.step <= at_most && (known.whole || careless);
         self.checkpoints.iter().rev().find(fits).cloned()
     }
 
     /// Removes checkpoints after `step`.
-    pub fn remove_after(&mut self, step: u64) {
+    pub(crate) fn remove_after(&mut self, step: u64) {
         self.checkpoints.retain(|known| known.step <= step);
     }
 
     /// Cuts off the lines after a boundary to which the run goes back.
-    pub fn cut(&mut self, step: u64, validated: bool) {
+    pub(crate) fn cut(&mut self, step: u64, validated: bool) {
         self.validations.retain(|(line, _)| *line < step || (validated && *line == step));
     }
 
     /// Whether the validation loss of a boundary is recorded.
-    pub fn is_validated(&self, step: u64) -> bool {
+    pub(crate) fn is_validated(&self, step: u64) -> bool {
         self.validations.iter().any(|(line, _)| *line == step)
     }
 }
 
 impl Checkpoint {
     /// How an engine starts from it.
-    pub fn start(&self, classes: impl IntoIterator<Item = DeviceClass>) -> Start {
+    pub(crate) fn start(&self, classes: impl IntoIterator<Item = DeviceClass>) -> Start {
         Start::Resumed {
             step: self.step,
             validated: self.validated,

@@ -11,7 +11,7 @@ use super::world::{Happening, Rank, World};
 
 impl World {
     /// Expects the next fault.
-    pub fn expect_fault(&mut self) {
+    pub(crate) fn expect_fault(&mut self) {
         if self.scenario.faults.is_empty() {
             return;
         }
@@ -21,7 +21,7 @@ impl World {
     }
 
     /// Something goes wrong.
-    pub fn strike(&mut self) -> Result<(), Violation> {
+    pub(crate) fn strike(&mut self) -> Result<(), Violation> {
         if self.now >= self.scenario.faults_end {
             return Ok(());
         }
@@ -89,7 +89,7 @@ impl World {
     }
 
     /// The coordinator dies, and is started again.
-    pub fn crash_coordinator(&mut self) {
+    pub(crate) fn crash_coordinator(&mut self) {
         if self.coordinator.is_none() {
             return;
         }
@@ -100,7 +100,7 @@ impl World {
     }
 
     /// Nothing passes on a connection any more; those who are to learn of it do.
-    pub fn break_connection(&mut self, id: ConnectionId, worker_learns: bool, coordinator_learns: bool) {
+    pub(crate) fn break_connection(&mut self, id: ConnectionId, worker_learns: bool, coordinator_learns: bool) {
         let now = self.now;
         let Some(connection) = self.network.get_mut(id) else { return };
         connection.broken_at.get_or_insert(now);
@@ -115,7 +115,7 @@ impl World {
     }
 
     /// Nothing goes wrong any more, and everybody who may be trusted is there.
-    pub fn end_faults(&mut self) -> Result<(), Violation> {
+    pub(crate) fn end_faults(&mut self) -> Result<(), Violation> {
         self.note(|| "faults end".into());
         self.network.heal();
         self.disk_full = false;

@@ -13,7 +13,7 @@ use super::numbers::{Numbers, Params, Quiet, Vector};
 
 /// Something that invariants speak of.
 #[derive(Debug)]
-pub enum Seen<'a> {
+pub(crate) enum Seen<'a> {
     /// The engine is about to hear this; of what comes from a worker, for which start of the coordinator it was meant.
     Heard { event: &'a Event, meant_for: Option<u64> },
     /// The engine decided this, and it is about to be carried out.
@@ -35,56 +35,56 @@ pub enum Seen<'a> {
 
 /// A member.
 #[derive(Clone, Debug)]
-pub struct Member {
-    pub name: String,
-    pub connected: bool,
+pub(crate) struct Member {
+    pub(crate) name: String,
+    pub(crate) connected: bool,
 }
 
 /// An open lease.
 #[derive(Clone, Copy, Debug)]
-pub struct Open {
-    pub lease: Lease,
+pub(crate) struct Open {
+    pub(crate) lease: Lease,
     /// Whether its result has come.
-    pub answered: bool,
+    pub(crate) answered: bool,
 }
 
 /// What is known of a run under one coordinator.
 #[derive(Debug)]
-pub struct History {
-    pub config: EngineConfig,
-    pub numbers: Numbers,
-    pub quiet: Rc<Quiet>,
+pub(crate) struct History {
+    pub(crate) config: EngineConfig,
+    pub(crate) numbers: Numbers,
+    pub(crate) quiet: Rc<Quiet>,
     /// Names of workers that may compute wrong.
-    pub wrong: Rc<BTreeSet<String>>,
-    pub incarnation: u64,
+    pub(crate) wrong: Rc<BTreeSet<String>>,
+    pub(crate) incarnation: u64,
     /// What is published.
-    pub version: u64,
-    pub params: Params,
+    pub(crate) version: u64,
+    pub(crate) params: Params,
     /// Whether the optimizer works, or an earlier version is being restored.
-    pub changing: bool,
-    pub finished: bool,
-    pub stop_requested: bool,
-    pub joining: BTreeMap<Ticket, String>,
-    pub members: BTreeMap<WorkerId, Member>,
-    pub open: BTreeMap<(WorkerId, LeaseId), Open>,
+    pub(crate) changing: bool,
+    pub(crate) finished: bool,
+    pub(crate) stop_requested: bool,
+    pub(crate) joining: BTreeMap<Ticket, String>,
+    pub(crate) members: BTreeMap<WorkerId, Member>,
+    pub(crate) open: BTreeMap<(WorkerId, LeaseId), Open>,
     /// What the last result came under.
-    pub answering: Option<(WorkerId, LeaseId)>,
+    pub(crate) answering: Option<(WorkerId, LeaseId)>,
     /// Blocks that count in the work under way.
-    pub counted: Vec<Block>,
+    pub(crate) counted: Vec<Block>,
     /// Results that came in time for the work under way, with the name of who computed them.
-    pub results: Vec<(String, BlockDone)>,
+    pub(crate) results: Vec<(String, BlockDone)>,
     /// Names of those whose result for a block that counts is not what two others computed.
-    pub outvoted: BTreeSet<String>,
-    pub quarantined: BTreeSet<String>,
+    pub(crate) outvoted: BTreeSet<String>,
+    pub(crate) quarantined: BTreeSet<String>,
     /// By name, the first step in which a gradient counts that no other worker confirmed.
-    pub unchecked_since: BTreeMap<String, u64>,
+    pub(crate) unchecked_since: BTreeMap<String, u64>,
     /// The checkpoint being written, and the newest on disk.
-    pub writing: Option<u64>,
-    pub saved: Option<u64>,
+    pub(crate) writing: Option<u64>,
+    pub(crate) saved: Option<u64>,
 }
 
 impl History {
-    pub fn new(
+    pub(crate) fn new(
         config: EngineConfig,
         numbers: Numbers,
         quiet: Rc<Quiet>,
@@ -121,19 +121,19 @@ impl History {
     }
 
     /// How many members have their control stream open.
-    pub fn connected(&self) -> usize {
+    pub(crate) fn connected(&self) -> usize {
         self.members.values().filter(|member| member.connected).count()
     }
 
     /// The result that came under a lease.
-    pub fn result(&self, worker: WorkerId, lease: LeaseId) -> Option<&BlockDone> {
+    pub(crate) fn result(&self, worker: WorkerId, lease: LeaseId) -> Option<&BlockDone> {
         let mut results = self.results.iter().map(|(_, done)| done);
         results.find(|done| (done.worker, done.lease) == (worker, lease))
     }
 
     /// The names of those whose result equals the one that came under a lease, its own among them; twice the one who
     /// gave it twice.
-    pub fn opinions(&self, worker: WorkerId, lease: LeaseId) -> Vec<&str> {
+    pub(crate) fn opinions(&self, worker: WorkerId, lease: LeaseId) -> Vec<&str> {
         let Some(counted) = self.result(worker, lease) else { return Vec::new() };
         let equal = self.results.iter().filter(|(_, done)| same(done, counted));
         equal.map(|(name, _)| name.as_str()).collect()
@@ -147,12 +147,12 @@ impl History {
     }
 
     /// Whether another worker confirmed the result that came under a lease.
-    pub fn is_confirmed(&self, worker: WorkerId, lease: LeaseId) -> bool {
+    pub(crate) fn is_confirmed(&self, worker: WorkerId, lease: LeaseId) -> bool {
         self.opinions(worker, lease).windows(2).any(|pair| pair[0] != pair[1])
     }
 
     /// Takes note of what was seen.
-    pub fn note(&mut self, seen: &Seen<'_>) {
+    pub(crate) fn note(&mut self, seen: &Seen<'_>) {
         match seen {
             Seen::Heard { event, .. } => self.note_event(event),
             Seen::Decided(command) => self.note_command(command),

@@ -48,16 +48,16 @@ const INVARIANTS: &[(&str, Invariant)] = invariants![
 
 /// An invariant that does not hold.
 #[derive(Clone, Debug)]
-pub struct Violation {
-    pub invariant: &'static str,
-    pub what: String,
+pub(crate) struct Violation {
+    pub(crate) invariant: &'static str,
+    pub(crate) what: String,
 }
 
 /// Checks all invariants against what happens next.
 ///
 /// # Errors
 /// The first that does not hold.
-pub fn check(history: &History, seen: &Seen<'_>) -> Result<(), Violation> {
+pub(crate) fn check(history: &History, seen: &Seen<'_>) -> Result<(), Violation> {
     for (invariant, holds) in INVARIANTS {
         holds(history, seen).map_err(|what| Violation { invariant, what })?;
     }

@@ -24,28 +24,28 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-pub use self::mutation::{MUTATIONS, Mutation};
-pub use self::scenario::Scenario;
+pub(crate) use self::mutation::{MUTATIONS, Mutation};
+pub(crate) use self::scenario::{FAULTS, Scenario};
 
 use self::invariants::Violation;
 use self::world::World;
 
 /// How a simulated run went.
 #[derive(Debug)]
-pub struct Course {
+pub(crate) struct Course {
     /// Of all events and commands.
-    pub hash: u64,
+    pub(crate) hash: u64,
     /// How many of them there were.
-    pub entries: u64,
+    pub(crate) entries: u64,
     /// How much virtual time passed.
-    pub secs: f64,
+    pub(crate) secs: f64,
     /// What went wrong, and how often.
-    pub faults: BTreeMap<String, u64>,
+    pub(crate) faults: BTreeMap<String, u64>,
 }
 
 /// A run in which something does not hold.
 #[derive(Debug)]
-pub struct Failure {
+pub(crate) struct Failure {
     scenario: Scenario,
     mutation: Mutation,
     violation: Violation,
@@ -54,17 +54,17 @@ pub struct Failure {
 
 impl Failure {
     /// In which seed.
-    pub fn seed(&self) -> u64 {
+    pub(crate) fn seed(&self) -> u64 {
         self.scenario.seed
     }
 
     /// What does not hold.
-    pub fn invariant(&self) -> &'static str {
+    pub(crate) fn invariant(&self) -> &'static str {
         self.violation.invariant
     }
 
     /// How it does not.
-    pub fn what(&self) -> &str {
+    pub(crate) fn what(&self) -> &str {
         &self.violation.what
     }
 }
@@ -88,7 +88,7 @@ impl fmt::Display for Failure {
 ///
 /// # Errors
 /// The first invariant that does not hold.
-pub fn run(seed: u64, mutation: Mutation, verbose: bool) -> Result<Course, Box<Failure>> {
+pub(crate) fn run(seed: u64, mutation: Mutation, verbose: bool) -> Result<Course, Box<Failure>> {
     run_scenario(Scenario::draw(seed), mutation, verbose)
 }
 
@@ -96,7 +96,7 @@ pub fn run(seed: u64, mutation: Mutation, verbose: bool) -> Result<Course, Box<F
 ///
 /// # Errors
 /// The first invariant that does not hold.
-pub fn run_scenario(scenario: Scenario, mutation: Mutation, verbose: bool) -> Result<Course, Box<Failure>> {
+pub(crate) fn run_scenario(scenario: Scenario, mutation: Mutation, verbose: bool) -> Result<Course, Box<Failure>> {
     let mut world = World::new(scenario, mutation, verbose);
     // A panic leaves the world as it was, to be looked at and nothing else.
     let ran = catch_unwind(AssertUnwindSafe(|| world.run()));
@@ -119,7 +119,7 @@ pub fn run_scenario(scenario: Scenario, mutation: Mutation, verbose: bool) -> Re
 ///
 /// # Errors
 /// The first invariant that does not hold; that the two runs are the same is one of them.
-pub fn run_twice(seed: u64, mutation: Mutation) -> Result<Course, Box<Failure>> {
+pub(crate) fn run_twice(seed: u64, mutation: Mutation) -> Result<Course, Box<Failure>> {
     let first = run(seed, mutation, false)?;
     let second = run(seed, mutation, false)?;
     if first.hash != second.hash {

@@ -12,7 +12,7 @@ use super::history::History;
 
 /// A rule that is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mutation {
+pub(crate) enum Mutation {
     /// None is.
     None,
     /// A lease that was overtaken does not end.
@@ -58,7 +58,7 @@ pub enum Mutation {
 }
 
 /// All that are to be noticed.
-pub const MUTATIONS: [Mutation; 20] = [
+pub(crate) const MUTATIONS: [Mutation; 20] = [
     Mutation::KeepOvertaken,
     Mutation::CountLate,
     Mutation::CountTwice,
@@ -83,30 +83,30 @@ pub const MUTATIONS: [Mutation; 20] = [
 
 /// What a mutation remembers under one start of the coordinator.
 #[derive(Debug, Default)]
-pub struct MutationState {
+pub(crate) struct MutationState {
     left: Option<WorkerId>,
     result: Option<BlockDone>,
 }
 
 impl Mutation {
     /// A mutation by its name.
-    pub fn named(name: &str) -> Option<Self> {
+    pub(crate) fn named(name: &str) -> Option<Self> {
         MUTATIONS.into_iter().find(|mutation| format!("{mutation:?}") == name)
     }
 
     /// A number that no seed decides; 0 where chance is left to the seed.
-    pub fn draw_from_outside(self) -> u64 {
+    pub(crate) fn draw_from_outside(self) -> u64 {
         static DRAWN: AtomicU64 = AtomicU64::new(0);
         if self == Self::OutsideChance { DRAWN.fetch_add(1, Ordering::Relaxed) } else { 0 }
     }
 
     /// The name under which a worker is admitted.
-    pub fn rename(self, name: String, ticket: Ticket) -> String {
+    pub(crate) fn rename(self, name: String, ticket: Ticket) -> String {
         if self == Self::AdmitQuarantined { format!("{name}/{}", ticket.0) } else { name }
     }
 
     /// How the engine is configured.
-    pub fn configure(self, config: &mut EngineConfig) {
+    pub(crate) fn configure(self, config: &mut EngineConfig) {
         match (self, &mut config.start) {
             (Self::NoAudit, _) => config.audit = 0.0,
             (Self::LeaseBelowMinimum, _) => config.min_workers = 1,
@@ -116,7 +116,7 @@ impl Mutation {
     }
 
     /// Whether the engine hears an event.
-    pub fn lets_pass(self, state: &mut MutationState, event: &Event) -> bool {
+    pub(crate) fn lets_pass(self, state: &mut MutationState, event: &Event) -> bool {
         match event {
             Event::BlockDone(done) => state.result = Some(done.clone()),
             Event::ControlClosed { worker } => state.left = Some(*worker),
@@ -130,7 +130,7 @@ impl Mutation {
     }
 
     /// What becomes of a command of the engine's.
-    pub fn distort(self, state: &mut MutationState, history: &History, command: Command) -> Vec<Command> {
+    pub(crate) fn distort(self, state: &mut MutationState, history: &History, command: Command) -> Vec<Command> {
         match (self, command) {
             (Self::KeepOvertaken, Command::Discard { reason: DiscardReason::Overtaken, .. }) => Vec::new(),
             (

@@ -16,11 +16,11 @@ use super::numbers::{Params, Vector};
 
 /// One connection of one worker. Never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ConnectionId(pub u64);
+pub(crate) struct ConnectionId(pub u64);
 
 /// From worker to coordinator.
 #[derive(Clone, Debug)]
-pub enum Up {
+pub(crate) enum Up {
     /// Asks what there is to do.
     Join,
     /// Asks to be admitted.
@@ -59,22 +59,22 @@ pub enum Up {
 
 /// A lease done.
 #[derive(Clone, Debug)]
-pub struct ResultMessage {
-    pub incarnation: u64,
-    pub lease: u64,
-    pub step: u64,
-    pub version: u64,
-    pub task: Task,
-    pub block: Block,
-    pub digest: Option<[u8; 32]>,
-    pub sums: Sums,
-    pub slot_sums: Vec<Sums>,
-    pub compute: Duration,
+pub(crate) struct ResultMessage {
+    pub(crate) incarnation: u64,
+    pub(crate) lease: u64,
+    pub(crate) step: u64,
+    pub(crate) version: u64,
+    pub(crate) task: Task,
+    pub(crate) block: Block,
+    pub(crate) digest: Option<[u8; 32]>,
+    pub(crate) sums: Sums,
+    pub(crate) slot_sums: Vec<Sums>,
+    pub(crate) compute: Duration,
 }
 
 /// From coordinator to worker.
 #[derive(Clone, Debug)]
-pub enum Down {
+pub(crate) enum Down {
     Invitation {
         incarnation: u64,
     },
@@ -106,7 +106,7 @@ pub enum Down {
 
 /// Why a call fails.
 #[derive(Clone, Debug)]
-pub enum Refused {
+pub(crate) enum Refused {
     /// Trying again as it is does not help.
     Final(String),
     /// It does after joining again.
@@ -137,13 +137,13 @@ impl Down {
 
 /// One connection.
 #[derive(Clone, Debug)]
-pub struct Connection {
+pub(crate) struct Connection {
     /// Whose, by its place in the cluster.
-    pub worker: usize,
+    pub(crate) worker: usize,
     /// Since when nothing passes any more.
-    pub broken_at: Option<Duration>,
+    pub(crate) broken_at: Option<Duration>,
     /// The member whose control stream it carries.
-    pub member: Option<WorkerId>,
+    pub(crate) member: Option<WorkerId>,
     /// When the last message of the control stream arrives, each way.
     last_up: Duration,
     last_down: Duration,
@@ -151,7 +151,7 @@ pub struct Connection {
 
 /// All connections.
 #[derive(Debug)]
-pub struct Network {
+pub(crate) struct Network {
     connections: BTreeMap<ConnectionId, Connection>,
     opened: u64,
     latency_secs: (f64, f64),
@@ -161,7 +161,7 @@ pub struct Network {
 }
 
 impl Network {
-    pub fn new(seed: u64, workers: usize, latency_secs: (f64, f64)) -> Self {
+    pub(crate) fn new(seed: u64, workers: usize, latency_secs: (f64, f64)) -> Self {
         Self {
             connections: BTreeMap::new(),
             opened: 0,
@@ -172,7 +172,7 @@ impl Network {
     }
 
     /// A new connection of a worker.
-    pub fn connect(&mut self, worker: usize) -> ConnectionId {
+    pub(crate) fn connect(&mut self, worker: usize) -> ConnectionId {
         self.opened += 1;
         let id = ConnectionId(self.opened);
         let (broken_at, member, zero) = (None, None, Duration::ZERO);
@@ -181,43 +181,43 @@ impl Network {
     }
 
     /// A connection.
-    pub fn get(&self, id: ConnectionId) -> Option<&Connection> {
+    pub(crate) fn get(&self, id: ConnectionId) -> Option<&Connection> {
         self.connections.get(&id)
     }
 
     /// A connection, to change.
-    pub fn get_mut(&mut self, id: ConnectionId) -> Option<&mut Connection> {
+    pub(crate) fn get_mut(&mut self, id: ConnectionId) -> Option<&mut Connection> {
         self.connections.get_mut(&id)
     }
 
     /// The connections that work, in the order in which they were opened.
-    pub fn working(&self) -> Vec<ConnectionId> {
+    pub(crate) fn working(&self) -> Vec<ConnectionId> {
         let working = self.connections.iter().filter(|(_, connection)| connection.broken_at.is_none());
         working.map(|(id, _)| *id).collect()
     }
 
     /// Nothing passes between a worker and the coordinator until then.
-    pub fn cut(&mut self, worker: usize, until: Duration) {
+    pub(crate) fn cut(&mut self, worker: usize, until: Duration) {
         self.cut_until[worker] = until;
     }
 
     /// All partitions end.
-    pub fn heal(&mut self) {
+    pub(crate) fn heal(&mut self) {
         self.cut_until.fill(Duration::ZERO);
     }
 
     /// When what would arrive at `due` does arrive, as far as partitions let it.
-    pub fn passes(&self, worker: usize, due: Duration) -> Duration {
+    pub(crate) fn passes(&self, worker: usize, due: Duration) -> Duration {
         due.max(self.cut_until[worker])
     }
 
     /// How long a message travels.
-    pub fn latency(&mut self) -> Duration {
+    pub(crate) fn latency(&mut self) -> Duration {
         self.chance.secs(self.latency_secs.0, self.latency_secs.1 * 1.001)
     }
 
     /// When a message sent now arrives; `None` if there is no such connection.
-    pub fn send_up(&mut self, id: ConnectionId, message: &Up, now: Duration) -> Option<Duration> {
+    pub(crate) fn send_up(&mut self, id: ConnectionId, message: &Up, now: Duration) -> Option<Duration> {
         let latency = self.latency();
         let connection = self.connections.get_mut(&id)?;
         if !message.is_control() {
@@ -228,7 +228,7 @@ impl Network {
     }
 
     /// As [`Self::send_up`].
-    pub fn send_down(&mut self, id: ConnectionId, message: &Down, now: Duration) -> Option<Duration> {
+    pub(crate) fn send_down(&mut self, id: ConnectionId, message: &Down, now: Duration) -> Option<Duration> {
         let latency = self.latency();
         let connection = self.connections.get_mut(&id)?;
         if !message.is_control() {

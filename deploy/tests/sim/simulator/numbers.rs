@@ -11,47 +11,47 @@ use lockstep_model::tree::Block;
 use super::chance::{mix, unit};
 
 /// The parameters.
-pub type Params = u64;
+pub(crate) type Params = u64;
 
 /// Tokens of a slot.
 const SLOT_WEIGHT: f64 = 16.0;
 
 /// The function that a run computes.
 #[derive(Clone, Copy, Debug)]
-pub struct Numbers {
-    pub seed: u64,
-    pub slots: u32,
-    pub eval_slots: u32,
+pub(crate) struct Numbers {
+    pub(crate) seed: u64,
+    pub(crate) slots: u32,
+    pub(crate) eval_slots: u32,
     /// Share of slots whose gradient is far longer than usual.
-    pub outliers: f64,
+    pub(crate) outliers: f64,
     /// Share of slots whose gradient is no number.
-    pub not_finite: f64,
+    pub(crate) not_finite: f64,
 }
 
 /// A gradient, with what it was computed from for those who check: a digest covers the value alone.
 #[derive(Clone, Copy, Debug)]
-pub struct Vector {
-    pub value: f64,
-    pub made_with: Params,
-    pub step: u64,
-    pub block: Block,
+pub(crate) struct Vector {
+    pub(crate) value: f64,
+    pub(crate) made_with: Params,
+    pub(crate) step: u64,
+    pub(crate) block: Block,
 }
 
 /// What a worker computed for a block.
 #[derive(Clone, Debug)]
-pub struct Outcome {
-    pub vector: Option<Vector>,
-    pub sums: Sums,
-    pub slot_sums: Vec<Sums>,
+pub(crate) struct Outcome {
+    pub(crate) vector: Option<Vector>,
+    pub(crate) sums: Sums,
+    pub(crate) slot_sums: Vec<Sums>,
 }
 
 impl Numbers {
-    pub fn initial(&self) -> Params {
+    pub(crate) fn initial(&self) -> Params {
         mix(self.seed)
     }
 
     /// The slots of a task.
-    pub fn slots_of(&self, task: Task) -> u32 {
+    pub(crate) fn slots_of(&self, task: Task) -> u32 {
         match task {
             Task::Gradient => self.slots,
             Task::Evaluate => self.eval_slots,
@@ -77,7 +77,7 @@ impl Numbers {
     }
 
     /// What is right for a block.
-    pub fn compute(&self, params: Params, step: u64, task: Task, block: Block) -> Outcome {
+    pub(crate) fn compute(&self, params: Params, step: u64, task: Task, block: Block) -> Outcome {
         let slots = self.slots_of(task);
         let sums = tree(block, slots, &|slot| self.loss(params, step, slot, task));
         match task {
@@ -93,7 +93,7 @@ impl Numbers {
     }
 
     /// The parameters after a step, and whether it was skipped.
-    pub fn apply(&self, params: Params, step: u64, gradient: f64, sums: Sums) -> (Params, bool) {
+    pub(crate) fn apply(&self, params: Params, step: u64, gradient: f64, sums: Sums) -> (Params, bool) {
         match gradient.is_finite() && sums.loss.is_finite() {
             true => (mix(params ^ mix(gradient.to_bits() ^ mix(sums.loss.to_bits() ^ mix(step)))), false),
             false => (params, true),
@@ -101,7 +101,7 @@ impl Numbers {
     }
 
     /// The sums of an evaluation: in slot order.
-    pub fn validation(&self, params: Params, step: u64) -> Sums {
+    pub(crate) fn validation(&self, params: Params, step: u64) -> Sums {
         let slots = (0..self.eval_slots).map(|slot| self.loss(params, step, slot, Task::Evaluate));
         slots.reduce(Add::add).unwrap_or_default()
     }
@@ -123,7 +123,7 @@ fn tree<T: Add<Output = T>>(block: Block, slots: u32, leaf: &impl Fn(u32) -> T) 
 }
 
 /// SHA-256 in a real run: here any function of every bit.
-pub fn digest(bits: u64) -> [u8; 32] {
+pub(crate) fn digest(bits: u64) -> [u8; 32] {
     let mut digest = [0; 32];
     for (place, part) in digest.chunks_exact_mut(8).zip(1..) {
         place.copy_from_slice(&mix(bits ^ mix(part)).to_le_bytes());
@@ -133,17 +133,17 @@ pub fn digest(bits: u64) -> [u8; 32] {
 
 /// The quiet run: one worker, nothing fails. A plain loop.
 #[derive(Clone, Debug)]
-pub struct Quiet {
+pub(crate) struct Quiet {
     /// The parameters of each version.
-    pub versions: Vec<Params>,
+    pub(crate) versions: Vec<Params>,
     /// Whether a step left the parameters as they were; of step 0, `false`.
-    pub skipped: Vec<bool>,
+    pub(crate) skipped: Vec<bool>,
     /// The step at which the run halts because too many in a row were skipped.
-    pub halts_at: Option<u64>,
+    pub(crate) halts_at: Option<u64>,
 }
 
 impl Quiet {
-    pub fn run(numbers: &Numbers, total_steps: u64, max_bad_steps: u32) -> Self {
+    pub(crate) fn run(numbers: &Numbers, total_steps: u64, max_bad_steps: u32) -> Self {
         let mut quiet = Self { versions: vec![numbers.initial()], skipped: vec![false], halts_at: None };
         let mut in_a_row = 0;
         for step in 1..=total_steps {
@@ -164,7 +164,7 @@ impl Quiet {
     }
 
     /// The last version.
-    pub fn last(&self) -> u64 {
+    pub(crate) fn last(&self) -> u64 {
         self.versions.len() as u64 - 1
     }
 }

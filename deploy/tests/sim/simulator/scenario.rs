@@ -13,7 +13,7 @@ const LARGE_EVERY: u64 = 250;
 
 /// What a worker is like.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Nature {
+pub(crate) enum Nature {
     /// Computes right.
     Honest,
     /// Computes right but for one flipped bit, in its block of this number.
@@ -28,21 +28,21 @@ pub enum Nature {
 
 impl Nature {
     /// Whether all that it answers is right.
-    pub fn is_right(self) -> bool {
+    pub(crate) fn is_right(self) -> bool {
         matches!(self, Self::Honest | Self::Hangs { .. })
     }
 }
 
 /// A worker to be.
 #[derive(Clone, Copy, Debug)]
-pub struct Traits {
-    pub secs_per_slot: f64,
-    pub nature: Nature,
+pub(crate) struct Traits {
+    pub(crate) secs_per_slot: f64,
+    pub(crate) nature: Nature,
 }
 
 /// What can go wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// A worker dies, and its connection with it.
     WorkerCrash,
     /// A worker vanishes without a word.
@@ -78,7 +78,7 @@ pub enum Fault {
 }
 
 /// All of them.
-const FAULTS: [Fault; 16] = [
+pub(crate) const FAULTS: [Fault; 16] = [
     Fault::WorkerCrash,
     Fault::WorkerVanishes,
     Fault::ManyCrash,
@@ -99,32 +99,32 @@ const FAULTS: [Fault; 16] = [
 
 /// A cluster and its run.
 #[derive(Clone, Debug)]
-pub struct Scenario {
-    pub seed: u64,
-    pub workers: Vec<Traits>,
+pub(crate) struct Scenario {
+    pub(crate) seed: u64,
+    pub(crate) workers: Vec<Traits>,
     /// The run, at its start.
-    pub engine: EngineConfig,
-    pub numbers: Numbers,
-    pub timing: Timing,
+    pub(crate) engine: EngineConfig,
+    pub(crate) numbers: Numbers,
+    pub(crate) timing: Timing,
     /// Seconds that a message travels, at least and at most.
-    pub latency_secs: (f64, f64),
+    pub(crate) latency_secs: (f64, f64),
     /// Seconds that an apply, and that writing a checkpoint takes, at most.
-    pub apply_secs: f64,
-    pub checkpoint_secs: f64,
+    pub(crate) apply_secs: f64,
+    pub(crate) checkpoint_secs: f64,
     /// Checkpoints that stay on disk.
-    pub keep_last: usize,
+    pub(crate) keep_last: usize,
     /// What goes wrong, and how often: seconds between two faults on average. None of it in a quiet run.
-    pub faults: Vec<Fault>,
-    pub secs_between_faults: f64,
+    pub(crate) faults: Vec<Fault>,
+    pub(crate) secs_between_faults: f64,
     /// Until when things go wrong.
-    pub faults_end: Duration,
+    pub(crate) faults_end: Duration,
     /// Until when the run must be finished.
-    pub must_end: Duration,
+    pub(crate) must_end: Duration,
 }
 
 impl Scenario {
     /// One worker, nothing fails.
-    pub fn quiet(seed: u64) -> Self {
+    pub(crate) fn quiet(seed: u64) -> Self {
         let mut scenario = Self::draw(seed);
         scenario.workers = vec![Traits { secs_per_slot: 0.1, nature: Nature::Honest }];
         scenario.engine.min_workers = 1;
@@ -136,7 +136,7 @@ impl Scenario {
     }
 
     /// The scenario of a seed.
-    pub fn draw(seed: u64) -> Self {
+    pub(crate) fn draw(seed: u64) -> Self {
         let mut chance = Chance::new(seed, 1);
         let large = seed % LARGE_EVERY == LARGE_EVERY - 1;
         let count = if large { 1000 } else { chance.scale(1.0, 65.0) as usize };

@@ -11,7 +11,7 @@ const KEPT: usize = 60;
 
 /// Something that happened.
 #[derive(Clone, Debug)]
-pub enum Entry {
+pub(crate) enum Entry {
     /// The engine heard something.
     Event(Event),
     /// The engine decided something.
@@ -37,7 +37,7 @@ impl fmt::Display for Entry {
 
 /// The course of a run.
 #[derive(Debug)]
-pub struct Trace {
+pub(crate) struct Trace {
     hash: Fnv,
     recent: VecDeque<(Time, Entry)>,
     /// Print everything as it happens.
@@ -46,11 +46,11 @@ pub struct Trace {
 }
 
 impl Trace {
-    pub fn new(verbose: bool) -> Self {
+    pub(crate) fn new(verbose: bool) -> Self {
         Self { hash: Fnv(0xcbf2_9ce4_8422_2325), recent: VecDeque::new(), verbose, entries: 0 }
     }
 
-    pub fn add(&mut self, now: Time, entry: Entry) {
+    pub(crate) fn add(&mut self, now: Time, entry: Entry) {
         // A hash takes whatever is written to it.
         let _ = write!(self.hash, "{} {entry:?}", now.0.as_nanos());
         self.entries += 1;
@@ -64,17 +64,17 @@ impl Trace {
     }
 
     /// Of all that happened.
-    pub fn hash(&self) -> u64 {
+    pub(crate) fn hash(&self) -> u64 {
         self.hash.0
     }
 
     /// How much happened.
-    pub fn entries(&self) -> u64 {
+    pub(crate) fn entries(&self) -> u64 {
         self.entries
     }
 
     /// The last of it, a line each.
-    pub fn recent(&self) -> String {
+    pub(crate) fn recent(&self) -> String {
         self.recent.iter().fold(String::new(), |mut text, (time, entry)| {
             let _ = writeln!(text, "{:10.4} {entry}", time.0.as_secs_f64());
             text

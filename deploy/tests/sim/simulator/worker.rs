@@ -26,12 +26,12 @@ const MAX_KEPT: usize = 64;
 
 /// A worker process, or the lack of one.
 #[derive(Debug)]
-pub struct Worker {
-    pub name: String,
-    pub traits: Traits,
-    pub state: State,
+pub(crate) struct Worker {
+    pub(crate) name: String,
+    pub(crate) traits: Traits,
+    pub(crate) state: State,
     /// Counts processes: what was meant for an earlier one is of no concern to the next.
-    pub life: u64,
+    pub(crate) life: u64,
     /// Counts calls and memberships, likewise.
     token: u64,
     failures: u32,
@@ -45,17 +45,17 @@ pub struct Worker {
     computed: u32,
     tick_at: Option<Duration>,
     /// What was done to it.
-    pub stalled_until: Duration,
-    pub slow_until: Duration,
-    pub fails_next: bool,
-    pub damages_next: bool,
-    pub muddles_next: bool,
-    pub repeats_next: bool,
+    pub(crate) stalled_until: Duration,
+    pub(crate) slow_until: Duration,
+    pub(crate) fails_next: bool,
+    pub(crate) damages_next: bool,
+    pub(crate) muddles_next: bool,
+    pub(crate) repeats_next: bool,
 }
 
 /// What a process is doing.
 #[derive(Debug)]
-pub enum State {
+pub(crate) enum State {
     /// There is none.
     Down,
     /// Waits before the next attempt.
@@ -89,8 +89,8 @@ struct Job {
 
 /// One membership.
 #[derive(Debug)]
-pub struct Membership {
-    pub connection: ConnectionId,
+pub(crate) struct Membership {
+    pub(crate) connection: ConnectionId,
     session: Session,
     leases: BTreeMap<u64, Held>,
     kept: BTreeMap<GradientName, Outcome>,
@@ -107,7 +107,7 @@ struct Held {
 
 /// What a process waits for by itself.
 #[derive(Clone, Copy, Debug)]
-pub enum Timer {
+pub(crate) enum Timer {
     Connect,
     CallTimeout,
     Probed,
@@ -115,7 +115,7 @@ pub enum Timer {
 }
 
 impl Worker {
-    pub fn new(number: usize, traits: Traits) -> Self {
+    pub(crate) fn new(number: usize, traits: Traits) -> Self {
         let zero = Duration::ZERO;
         Self {
             name: format!("host-{number}"),
@@ -140,7 +140,7 @@ impl Worker {
     }
 
     /// The connection it uses.
-    pub fn connection(&self) -> Option<ConnectionId> {
+    pub(crate) fn connection(&self) -> Option<ConnectionId> {
         match &self.state {
             State::Down | State::Waiting => None,
             State::Calling(connection) | State::Probing(connection) => Some(*connection),
@@ -151,7 +151,7 @@ impl Worker {
 
 impl World {
     /// A new process.
-    pub fn start_worker(&mut self, number: usize) {
+    pub(crate) fn start_worker(&mut self, number: usize) {
         let worker = &mut self.workers[number];
         if matches!(worker.state, State::Down) {
             worker.life += 1;
@@ -165,7 +165,7 @@ impl World {
     }
 
     /// The process ends at once. What the other side learns of it is another matter.
-    pub fn end_worker(&mut self, number: usize) {
+    pub(crate) fn end_worker(&mut self, number: usize) {
         let worker = &mut self.workers[number];
         worker.life += 1;
         worker.token += 1;
@@ -181,7 +181,7 @@ impl World {
     }
 
     /// A timer of a worker ends.
-    pub fn worker_timer(&mut self, number: usize, token: u64, timer: Timer) {
+    pub(crate) fn worker_timer(&mut self, number: usize, token: u64, timer: Timer) {
         let worker = &mut self.workers[number];
         if worker.token != token {
             return;
@@ -235,7 +235,7 @@ impl World {
     }
 
     /// A worker finds its connection broken.
-    pub fn worker_loses(&mut self, number: usize, connection: ConnectionId) {
+    pub(crate) fn worker_loses(&mut self, number: usize, connection: ConnectionId) {
         let worker = &self.workers[number];
         // One that computes the probe does not look.
         if worker.connection() == Some(connection) && !matches!(worker.state, State::Probing(_)) {
@@ -244,7 +244,7 @@ impl World {
     }
 
     /// A worker hears something.
-    pub fn worker_hears(&mut self, number: usize, connection: ConnectionId, message: Down) {
+    pub(crate) fn worker_hears(&mut self, number: usize, connection: ConnectionId, message: Down) {
         let worker = &mut self.workers[number];
         if worker.connection() != Some(connection) {
             return;
@@ -454,7 +454,7 @@ impl World {
     }
 
     /// A device is done.
-    pub fn computed(&mut self, number: usize, life: u64, job: u64) {
+    pub(crate) fn computed(&mut self, number: usize, life: u64, job: u64) {
         let worker = &mut self.workers[number];
         if worker.life != life || worker.device.job.as_ref().is_none_or(|current| current.number != job) {
             return;
@@ -526,7 +526,7 @@ fn transfer_failure(refused: Refused) -> TransferFailure {
 
 impl World {
     /// Notes what happened beside the engine, for whoever reads a trace.
-    pub fn note(&mut self, words: impl FnOnce() -> String) {
+    pub(crate) fn note(&mut self, words: impl FnOnce() -> String) {
         let entry = Entry::Note(words());
         self.trace.add(lockstep_coordinator::engine::Time(self.now), entry);
     }

@@ -20,7 +20,7 @@ use super::worker::{Timer, Worker};
 
 /// What comes first of what is due at one moment: a process hears what was said before it looks at its clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Rank {
+pub(crate) enum Rank {
     Message,
     Task,
     Tick,
@@ -28,7 +28,7 @@ pub enum Rank {
 
 /// Something that is going to happen.
 #[derive(Clone, Debug)]
-pub enum Happening {
+pub(crate) enum Happening {
     Up {
         connection: ConnectionId,
         sent_at: Duration,
@@ -72,36 +72,36 @@ enum Whose {
 
 /// A cluster in virtual time.
 #[derive(Debug)]
-pub struct World {
-    pub scenario: Scenario,
-    pub now: Duration,
+pub(crate) struct World {
+    pub(crate) scenario: Scenario,
+    pub(crate) now: Duration,
     queue: BTreeMap<(Duration, Rank, u64), Happening>,
     happenings: u64,
-    pub network: Network,
-    pub disk: Disk,
-    pub disk_full: bool,
+    pub(crate) network: Network,
+    pub(crate) disk: Disk,
+    pub(crate) disk_full: bool,
     /// The step of the newest checkpoint that is said to be on the disk; 0: there is none.
-    pub promised: u64,
+    pub(crate) promised: u64,
     /// The checkpoint that is being written.
-    pub writing: Option<Checkpoint>,
-    pub coordinator: Option<Coordinator>,
-    pub coordinator_stalled_until: Duration,
-    pub workers: Vec<Worker>,
-    pub history: History,
-    pub quiet: Rc<Quiet>,
-    pub wrong: Rc<BTreeSet<String>>,
-    pub trace: Trace,
-    pub chance: Chance,
-    pub mutation: Mutation,
-    pub mutation_state: MutationState,
+    pub(crate) writing: Option<Checkpoint>,
+    pub(crate) coordinator: Option<Coordinator>,
+    pub(crate) coordinator_stalled_until: Duration,
+    pub(crate) workers: Vec<Worker>,
+    pub(crate) history: History,
+    pub(crate) quiet: Rc<Quiet>,
+    pub(crate) wrong: Rc<BTreeSet<String>>,
+    pub(crate) trace: Trace,
+    pub(crate) chance: Chance,
+    pub(crate) mutation: Mutation,
+    pub(crate) mutation_state: MutationState,
     /// How the run ended, once it is over for good.
-    pub over: Option<Outcome>,
+    pub(crate) over: Option<Outcome>,
     /// What went wrong, and how often.
-    pub faults: BTreeMap<String, u64>,
+    pub(crate) faults: BTreeMap<String, u64>,
 }
 
 impl World {
-    pub fn new(scenario: Scenario, mutation: Mutation, verbose: bool) -> Self {
+    pub(crate) fn new(scenario: Scenario, mutation: Mutation, verbose: bool) -> Self {
         let workers: Vec<Worker> =
             scenario.workers.iter().enumerate().map(|(number, traits)| Worker::new(number, *traits)).collect();
         let engine = &scenario.engine;
@@ -138,7 +138,7 @@ impl World {
     ///
     /// # Errors
     /// An invariant that does not hold.
-    pub fn run(&mut self) -> Result<(), Violation> {
+    pub(crate) fn run(&mut self) -> Result<(), Violation> {
         self.after(Duration::ZERO, Rank::Message, Happening::StartCoordinator);
         for worker in 0..self.workers.len() {
             let wait = self.chance.secs(0.001, 3.0);
@@ -254,18 +254,18 @@ impl World {
     }
 
     /// Something is to happen after a wait.
-    pub fn after(&mut self, wait: Duration, rank: Rank, happening: Happening) {
+    pub(crate) fn after(&mut self, wait: Duration, rank: Rank, happening: Happening) {
         self.at(self.now + wait, rank, happening);
     }
 
     /// Something is to happen at a time.
-    pub fn at(&mut self, time: Duration, rank: Rank, happening: Happening) {
+    pub(crate) fn at(&mut self, time: Duration, rank: Rank, happening: Happening) {
         self.happenings += 1;
         self.queue.insert((time, rank, self.happenings), happening);
     }
 
     /// Sends a message to the coordinator.
-    pub fn send_up(&mut self, connection: ConnectionId, message: Up) {
+    pub(crate) fn send_up(&mut self, connection: ConnectionId, message: Up) {
         let sent_at = self.now;
         if let Some(arrives) = self.network.send_up(connection, &message, sent_at) {
             self.at(arrives, Rank::Message, Happening::Up { connection, sent_at, message });
@@ -273,7 +273,7 @@ impl World {
     }
 
     /// Sends a message to a worker.
-    pub fn send_down(&mut self, connection: ConnectionId, message: Down) {
+    pub(crate) fn send_down(&mut self, connection: ConnectionId, message: Down) {
         let sent_at = self.now;
         if let Some(arrives) = self.network.send_down(connection, &message, sent_at) {
             self.at(arrives, Rank::Message, Happening::Down { connection, sent_at, message });
