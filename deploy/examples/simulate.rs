@@ -88,11 +88,10 @@ fn simulate(arguments: &Arguments) -> (Vec<Course>, BTreeMap<u64, Box<Failure>>)
                     match ran {
                         Ok(course) => results.0.push(course),
                         Err(failure) => {
-                            match arguments.all {
-                                true => {
-                                    println!("seed {}: {}: {}", failure.seed(), failure.invariant(), failure.what())
-                                }
-                                false => next.store(end, Ordering::Relaxed),
+                            if arguments.all {
+                                println!("seed {}: {}: {}", failure.seed(), failure.invariant(), failure.what());
+                            } else {
+                                next.store(end, Ordering::Relaxed);
                             }
                             results.1.insert(seed, failure);
                         }

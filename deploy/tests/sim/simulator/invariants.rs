@@ -169,7 +169,7 @@ fn a_validation_loss_is_recorded_once(history: &History, seen: &Seen<'_>) -> Res
 /// Whether the validation loss of a boundary is due: every so many steps and at the last, unless the run halts there.
 fn is_evaluated(history: &History, step: u64) -> bool {
     let EngineConfig { eval_slots, evaluate_every_steps: every, total_steps, .. } = history.config;
-    let due = every > 0 && (step % every == 0 || step == total_steps);
+    let due = every > 0 && (step.is_multiple_of(every) || step == total_steps);
     eval_slots > 0 && due && history.quiet.halts_at != Some(step)
 }
 

@@ -122,11 +122,11 @@ impl Mutation {
             Event::ControlClosed { worker } => state.left = Some(*worker),
             _ => {}
         }
-        match (self, event) {
-            (Self::DeafToLeaving, Event::ControlClosed { .. }) => false,
-            (Self::DeafToTime, Event::Tick) => false,
-            _ => true,
-        }
+        let deaf = matches!(
+            (self, event),
+            (Self::DeafToLeaving, Event::ControlClosed { .. }) | (Self::DeafToTime, Event::Tick)
+        );
+        !deaf
     }
 
     /// What becomes of a command of the engine's.
