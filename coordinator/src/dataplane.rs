@@ -56,10 +56,11 @@ impl Staging {
         self.lock().vectors.insert((worker, lease), None);
     }
 
-    /// Keeps a vector for a lease, in the place of an earlier one, if it is expected; `false` if the worker is no member.
+    /// Keeps a vector for a lease if one is expected; `false` if the worker is no member. The first one stays, whatever comes
+    /// later: what was judged by its digest is what is taken.
     pub(crate) fn put(&self, worker: WorkerId, lease: LeaseId, staged: Staged) -> bool {
         let mut stage = self.lock();
-        if let Some(place) = stage.vectors.get_mut(&(worker, lease)) {
+        if let Some(place @ None) = stage.vectors.get_mut(&(worker, lease)) {
             *place = Some(staged);
         }
         stage.members.contains(&worker)
@@ -318,6 +319,8 @@ mod tests {
         staging.open(worker, lease);
         assert!(staging.put(worker, lease, staged()));
         assert_eq!(staging.look(worker, lease), Some(([3; 32], 1.0)));
+        staging.put(worker, lease, Staged { vector: vec![2.0], sha256: [4; 32], norm: 2.0 });
+        assert_eq!(staging.look(worker, lease), Some(([3; 32], 1.0)), "the first one stays");
         staging.forget_worker(worker);
         assert!(!staging.put(worker, lease, staged()));
         assert_eq!(staging.take(worker, lease), None);

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use lockstep_model::checkpoint::Validation;
 use lockstep_model::number::or_nan;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,9 @@ pub struct StepLine {
     /// Global L2 norm of the mean gradient, before clipping; `null` in the file where it is NaN.
     #[serde(deserialize_with = "or_nan")]
     pub grad_norm: f64,
+    /// Whether the gradient was of no use, and the parameters stayed as they were; left out where they did not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
     /// Wall time from the step's first lease to its commit.
     pub step_secs: f64,
     /// Tokens (or rows) of the step per second of wall time.
@@ -59,6 +63,13 @@ pub struct ValidationLine {
     /// The same in bits for each byte of text; left out where that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub val_bits_per_byte: Option<f64>,
+}
+
+impl ValidationLine {
+    /// The validation that it tells of.
+    pub fn validation(&self) -> Validation {
+        Validation { step: self.step, loss: self.val_loss, bits_per_byte: self.val_bits_per_byte }
+    }
 }
 
 impl Line {
@@ -153,6 +164,7 @@ mod tests {
             tokens: step * 10,
             lr: 0.1,
             grad_norm: 1.0,
+            skipped: false,
             step_secs: 0.5,
             tokens_per_sec: 20.0,
             compute_secs: 0.4,

@@ -1,4 +1,4 @@
-//! The report of a step whose gradient was of no use: which slots, and what text was in them.
+//! The report of what a person has to look at: which slots of a step, and what text was in them.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -13,30 +13,23 @@ use crate::config::RunConfig;
 /// Rows of a slot that a report shows.
 const ROWS_SHOWN: usize = 8;
 
-/// Writes the report of step `step` into `directory` and returns its path. `suspects` are the blocks that looked wrong by
-/// themselves; where there are none, all slots are shown.
+/// Writes a report into `directory` that begins with `words` and shows slots of step `step`, all where `slots` names none;
+/// its path.
 ///
 /// # Errors
 /// If the system refuses.
 pub(crate) fn write(
     directory: &Path,
     config: &RunConfig,
+    words: &str,
     step: u64,
-    in_a_row: u32,
-    suspects: &[Range<u32>],
+    slots: &[Range<u32>],
 ) -> anyhow::Result<PathBuf> {
-    let mut text = format!(
-        "Step {step} was skipped, as {in_a_row} in a row by now: its loss or its gradient is not finite, or its gradient is \
-         beyond optimizer.skip_above_median.\n"
-    );
+    let mut text = format!("{words}\n");
     let everything = 0..config.batch.slots;
-    let shown = if suspects.is_empty() { std::slice::from_ref(&everything) } else { suspects };
-    text.push_str(match suspects.is_empty() {
-        true => "No block looked wrong by itself. These are all slots:\n",
-        false => "These slots looked wrong by themselves, and were confirmed by a second computation:\n",
-    });
+    let shown = if slots.is_empty() { std::slice::from_ref(&everything) } else { slots };
     for slot in shown.iter().cloned().flatten() {
-        let _ = write!(text, "\nslot {slot}\n");
+        let _ = write!(text, "\nslot {slot} of step {step}\n");
         show(&mut text, config, &config.source.training_slot(step, slot));
     }
     let path = directory.join(format!("step-{step:09}.txt"));

@@ -13,6 +13,7 @@
 //! RUN/logs/            what the local workers said
 //! ```
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -30,6 +31,9 @@ pub struct Identity {
     /// While the run goes back: checkpoints of later steps than this are not to be gone on from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trusted_up_to: Option<u64>,
+    /// Names of workers that computed wrong: they are not admitted any more.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub quarantined: BTreeSet<String>,
 }
 
 /// A run directory that this process alone may write.
@@ -74,9 +78,12 @@ impl RunDir {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && resume => {
                 bail!("{shown}: there is no run to resume here; leave --resume out to start one")
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                Identity { run_id: new_run_id.into(), incarnation: 1, trusted_up_to: None }
-            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Identity {
+                run_id: new_run_id.into(),
+                incarnation: 1,
+                trusted_up_to: None,
+                quarantined: BTreeSet::new(),
+            },
             Err(error) => return Err(error).with_context(|| format!("{}: cannot read", path.display())),
         };
         replace(&path, &serde_json::to_string_pretty(&identity)?)?;
@@ -92,9 +99,24 @@ impl RunDir {
     /// goes back, too; `None` once it is back.
     ///
     /// # Errors
-    /// If the system refuses.
+    /// If a later start has taken over, or the system refuses.
     pub fn trust_up_to(&mut self, step: Option<u64>) -> anyhow::Result<()> {
-        self.identity.trusted_up_to = step;
+        self.change(|identity| identity.trusted_up_to = step)
+    }
+
+    /// Writes down that nobody of this name is to be admitted any more.
+    ///
+    /// # Errors
+    /// If a later start has taken over, or the system refuses.
+    pub fn quarantine(&mut self, name: &str) -> anyhow::Result<()> {
+        self.change(|identity| {
+            identity.quarantined.insert(name.into());
+        })
+    }
+
+    fn change(&mut self, change: impl FnOnce(&mut Identity)) -> anyhow::Result<()> {
+        self.fence().check()?;
+        change(&mut self.identity);
         replace(&identity_file(&self.root), &serde_json::to_string_pretty(&self.identity)?)
     }
 
@@ -246,7 +268,8 @@ mod tests {
         assert!(second.to_string().contains("another coordinator holds this run"), "{second}");
         drop(first);
         let resumed = RunDir::open(dir.path(), true, "b").unwrap();
-        assert_eq!(*resumed.identity(), Identity { run_id: "a".into(), incarnation: 2, trusted_up_to: None });
+        let Identity { run_id, incarnation, .. } = resumed.identity();
+        assert_eq!((run_id.as_str(), *incarnation), ("a", 2));
     }
 
     #[test]
@@ -262,15 +285,19 @@ mod tests {
     }
 
     #[test]
-    fn a_start_while_the_run_goes_back_knows_of_it() {
+    fn later_starts_know_whom_and_what_not_to_trust() {
         let dir = tempfile::tempdir().unwrap();
         let mut first = RunDir::open(dir.path(), false, "a").unwrap();
         first.trust_up_to(Some(7)).unwrap();
-        drop(first);
-        let mut resumed = RunDir::open(dir.path(), true, "b").unwrap();
-        assert_eq!(resumed.identity().trusted_up_to, Some(7));
-        resumed.trust_up_to(None).unwrap();
-        drop(resumed);
+        first.quarantine("broken").unwrap();
+        // Its lock is lost, and another start takes over: from then on it changes nothing.
+        fs::remove_file(dir.path().join("lock")).unwrap();
+        let mut second = RunDir::open(dir.path(), true, "b").unwrap();
+        assert_eq!(second.identity().trusted_up_to, Some(7));
+        assert_eq!(second.identity().quarantined, ["broken".to_string()].into());
+        second.trust_up_to(None).unwrap();
+        assert!(first.trust_up_to(Some(3)).unwrap_err().to_string().contains("has taken over"));
+        drop(second);
         assert_eq!(RunDir::open(dir.path(), true, "b").unwrap().identity().trusted_up_to, None);
     }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use lockstep_model::batch::Sums;
-use lockstep_model::checkpoint::{self, Checkpoint, Manifest, Validation};
+use lockstep_model::checkpoint::{Checkpoint, Manifest, Validation};
 use lockstep_model::digest::hex;
 use lockstep_model::layout::Layout;
 use lockstep_model::ledger::slot_sha256;
@@ -19,9 +19,9 @@ use crate::archive;
 use crate::background::Background;
 use crate::config::RunConfig;
 use crate::dataplane::{Applied, DataPlane, Publication, Staging, State};
-use crate::engine::command::{DiscardReason, Finding, Lease, Outcome, Refusal, ReleaseReason, Task};
+use crate::engine::command::{DiscardReason, Failure, Finding, Lease, Outcome, Refusal, ReleaseReason, Task};
 use crate::engine::event::BlockDone;
-use crate::engine::{Command, Engine, Event, Ticket, Time, Trust, WorkerId};
+use crate::engine::{Command, Engine, Event, Ticket, Time, WorkerId};
 use crate::ledger::LedgerFile;
 use crate::metrics::{Line, Metrics, StepLine, ValidationLine};
 use crate::observe::{Observer, RunEvent, Sample};
@@ -113,7 +113,7 @@ impl Runtime {
         };
         let tokens_per_slot = config.source.training_slot(1, 0).positions() as u64;
         Ok(Self {
-            engine: Engine::new(start::engine_config(&config, &manifest, resumed), Time::default()),
+            engine: Engine::new(start::engine_config(&config, run_dir.identity(), &manifest, resumed), Time::default()),
             origin: Instant::now(),
             tokens_per_step: tokens_per_slot * u64::from(config.batch.slots),
             config,
@@ -309,6 +309,7 @@ impl Runtime {
                     self.send(worker, Message::Revoke(v1::Revoke { lease_id: lease.0 }));
                 }
             }
+            Command::Quarantine { name } => self.run_dir.quarantine(&name)?,
             Command::RestartStep { .. } => {
                 self.ledger.restart();
                 self.plane.restart();
@@ -342,8 +343,7 @@ impl Runtime {
                 }
             }
             Command::Checkpoint { .. } => {
-                let Trust { unchecked_since, quarantined } = self.engine.trust().clone();
-                self.manifest.trust = checkpoint::Trust { unchecked_since, quarantined };
+                self.manifest.unchecked_since = self.engine.unchecked_since().clone();
                 self.manifest.ledger = self.ledger.ledger();
                 self.manifest.ledger_seal = self.ledger.seal().into();
                 self.manifest.metrics_seal = self.metrics.journal().seal().into();
@@ -371,7 +371,16 @@ impl Runtime {
                     self.tell(&RunEvent::WorkerLeft { worker: worker.0, reason, workers });
                 }
             }
-            Command::Finish { outcome, .. } => self.ended = Some(outcome),
+            Command::Finish { outcome, .. } => {
+                if let Outcome::Failed {
+                    reason: reason @ (Failure::Disputed { step, slots, .. } | Failure::Unreliable { step, slots, .. }),
+                } = &outcome
+                {
+                    let slots = std::slice::from_ref(slots);
+                    report::write(&self.run_dir.reports(), &self.config, &reason.to_string(), *step, slots)?;
+                }
+                self.ended = Some(outcome);
+            }
         }
         Ok(())
     }
@@ -462,6 +471,7 @@ impl Runtime {
             tokens: self.manifest.tokens,
             lr,
             grad_norm: applied.grad_norm,
+            skipped: applied.skipped,
             step_secs,
             tokens_per_sec,
             compute_secs: self.step.compute.as_secs_f64(),
@@ -477,23 +487,22 @@ impl Runtime {
 
     /// The run goes back to `checkpoint`, or to its beginning.
     fn roll_back(&mut self, checkpoint: Option<Box<Checkpoint>>) -> anyhow::Result<()> {
-        let run_id = self.manifest.run_id.clone();
-        let device_classes = std::mem::take(&mut self.manifest.device_classes);
         let saved = checkpoint.is_some();
-        let (manifest, state) = match checkpoint.map(|checkpoint| *checkpoint) {
-            Some(Checkpoint { manifest, parameters, optimizer }) => {
-                let state = State { parameters, optimizer, filter: manifest.filter.clone() };
-                (manifest, state)
+        let (manifest, state) = match checkpoint {
+            Some(checkpoint) => start::go_on(&self.config, *checkpoint),
+            None => {
+                let mut beginning = start::new_manifest(&self.config, &self.manifest.run_id);
+                // The beginning is validated once, and that stands.
+                beginning.validation = self.metrics.lines().iter().find_map(|line| match line {
+                    Line::Validation(line) if line.step == 0 => Some(line.validation()),
+                    _ => None,
+                });
+                (beginning, start::initial_state(&self.config))
             }
-            None => (start::new_manifest(&self.config, &run_id), start::initial_state(&self.config)),
         };
+        let (step, validated) = (manifest.step, manifest.is_validated());
         let skipped_in_a_row = manifest.filter.skipped_in_a_row;
-        let step = manifest.step;
-        let validated = match saved {
-            true => manifest.is_validated(),
-            // The beginning is validated once, and that stands.
-            false => self.metrics.lines().iter().any(|line| matches!(line, Line::Validation(line) if line.step == 0)),
-        };
+        let device_classes = std::mem::take(&mut self.manifest.device_classes);
         self.manifest = Manifest { device_classes, ..manifest };
         self.metrics.truncate_after(step, validated)?;
         self.ledger.truncate(self.manifest.ledger)?;
@@ -508,8 +517,8 @@ impl Runtime {
     /// Tells a person what the engine found; a skipped step gets a report of its own.
     fn report(&mut self, finding: &Finding) -> anyhow::Result<()> {
         let mut words = finding.to_string();
-        if let Finding::Skipped { step, in_a_row, slots } = finding {
-            let path = report::write(&self.run_dir.reports(), &self.config, *step, *in_a_row, slots)?;
+        if let Finding::Skipped { step, slots, .. } = finding {
+            let path = report::write(&self.run_dir.reports(), &self.config, &words, *step, slots)?;
             words.push_str(&format!("; see {}", path.display()));
         }
         self.tell(&RunEvent::Finding(words));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::hash::BuildHasher as _;
 
 use anyhow::{Context as _, bail};
-use lockstep_model::checkpoint::{self, CheckpointError, FORMAT_VERSION, Manifest};
+use lockstep_model::checkpoint::{self, Checkpoint, CheckpointError, FORMAT_VERSION, Manifest};
 use lockstep_model::config::ModelConfig;
 use lockstep_model::digest::{bytes_sha256, hex, parse_hex};
 use lockstep_model::layout::{Layout, initial_parameters};
@@ -16,7 +16,7 @@ use lockstep_proto::{MAX_LEASE_BYTES, v1};
 
 use crate::config::RunConfig;
 use crate::dataplane::State;
-use crate::engine::{self, DeviceClass, EngineConfig, Trust};
+use crate::engine::{self, DeviceClass, EngineConfig};
 use crate::ledger::LedgerFile;
 use crate::metrics::Metrics;
 use crate::run_dir::{Identity, RunDir};
@@ -67,13 +67,9 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
                     manifest.corpus_sha256
                 );
             }
-            manifest = Manifest {
-                recipe: manifest.recipe,
-                recipe_name: manifest.recipe_name,
-                files: manifest.files,
-                ..loaded.manifest
-            };
-            State { parameters: loaded.parameters, optimizer: loaded.optimizer, filter: manifest.filter.clone() }
+            let state;
+            (manifest, state) = go_on(config, loaded);
+            state
         }
         None => initial_state(config),
     };
@@ -102,6 +98,15 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
     Ok(Start { run_dir, state, manifest, metrics, ledger, resumed })
 }
 
+/// Where a run goes on from a checkpoint: with the present recipe, which may differ in what no parameter depends on.
+pub(crate) fn go_on(config: &RunConfig, checkpoint: Checkpoint) -> (Manifest, State) {
+    let Checkpoint { manifest, parameters, optimizer } = checkpoint;
+    let Manifest { recipe, recipe_name, files, .. } = new_manifest(config, &manifest.run_id);
+    let manifest = Manifest { recipe, recipe_name, files, ..manifest };
+    let filter = manifest.filter.clone();
+    (manifest, State { parameters, optimizer, filter })
+}
+
 /// Where every run begins.
 pub(crate) fn initial_state(config: &RunConfig) -> State {
     let parameters = initial_parameters(&config.model, config.seed);
@@ -124,7 +129,7 @@ pub(crate) fn new_manifest(config: &RunConfig, run_id: &str) -> Manifest {
         recipe: config.recipe_toml.clone(),
         device_classes: Vec::new(),
         filter: StepFilter::default(),
-        trust: checkpoint::Trust::default(),
+        unchecked_since: BTreeMap::new(),
         tokens: 0,
         ledger: Ledger::default(),
         ledger_seal: String::new(),
@@ -142,7 +147,12 @@ fn same_network(saved: &ModelConfig, asked: &ModelConfig) -> bool {
 }
 
 /// What the engine must know.
-pub(crate) fn engine_config(config: &RunConfig, manifest: &Manifest, resumed: bool) -> EngineConfig {
+pub(crate) fn engine_config(
+    config: &RunConfig,
+    identity: &Identity,
+    manifest: &Manifest,
+    resumed: bool,
+) -> EngineConfig {
     let slot_bytes = config.source.training_slot(1, 0).positions() * 8;
     let fitting = (MAX_LEASE_BYTES / slot_bytes.max(1)).max(1) as u32;
     let start = match resumed {
@@ -152,10 +162,7 @@ pub(crate) fn engine_config(config: &RunConfig, manifest: &Manifest, resumed: bo
             validated: manifest.is_validated(),
             classes: manifest.device_classes.iter().filter_map(|class| parse_hex(class).map(DeviceClass)).collect(),
             skipped_in_a_row: manifest.filter.skipped_in_a_row,
-            trust: Trust {
-                unchecked_since: manifest.trust.unchecked_since.clone(),
-                quarantined: manifest.trust.quarantined.clone(),
-            },
+            unchecked_since: manifest.unchecked_since.clone(),
         },
     };
     EngineConfig {
@@ -172,6 +179,7 @@ pub(crate) fn engine_config(config: &RunConfig, manifest: &Manifest, resumed: bo
         audit: config.cluster.audit,
         audit_seed: secret(),
         on_dispute: config.cluster.on_dispute,
+        quarantined: identity.quarantined.clone(),
         max_bad_steps: config.skip.max_in_a_row,
         liveness_timeout: config.cluster.liveness_timeout,
         max_slots_per_lease: 1 << fitting.ilog2(),

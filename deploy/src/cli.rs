@@ -147,7 +147,7 @@ pub(crate) struct Worker {
     /// CPU threads [default: all cores].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,
-    /// A name for logs and status [default: HOST:PROCESS].
+    /// A name, by which workers are told apart and trusted [default: HOST, or HOST:DEVICE where --device is given].
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// End when standard input does: how `train` takes its workers with it.

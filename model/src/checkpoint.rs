@@ -5,7 +5,7 @@
 //! each file and its own, and reading checks them.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -60,8 +60,8 @@ pub struct Manifest {
     pub device_classes: Vec<String>,
     /// By what the next steps' gradients are judged.
     pub filter: StepFilter,
-    /// What is known of workers by their names.
-    pub trust: Trust,
+    /// By a worker's name, the first step in which a gradient of its counts that nobody checked.
+    pub unchecked_since: BTreeMap<String, u64>,
     /// Tokens (or rows) trained on so far.
     pub tokens: u64,
     /// Which ones they were.
@@ -91,15 +91,6 @@ impl Manifest {
 #[derive(Deserialize)]
 struct Versioned {
     format_version: u32,
-}
-
-/// What is known of workers by their names, since they may join again. Parameters do not depend on it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Trust {
-    /// The first step in which a gradient of a worker's counts that nobody checked.
-    pub unchecked_since: BTreeMap<String, u64>,
-    /// Who computed wrong, and is not admitted any more.
-    pub quarantined: BTreeSet<String>,
 }
 
 /// A validation result.
@@ -562,7 +553,7 @@ mod tests {
             recipe: String::new(),
             device_classes: vec![],
             filter: StepFilter::default(),
-            trust: Trust::default(),
+            unchecked_since: BTreeMap::new(),
             tokens: 0,
             ledger: Ledger::default(),
             ledger_seal: String::new(),

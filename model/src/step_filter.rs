@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::number::bits;
 
 /// What is usual is the median over so many steps.
-const STEPS_REMEMBERED: usize = 64;
+pub const STEPS_REMEMBERED: usize = 64;
 /// Fewer norms than this say nothing of what is usual.
 const LEAST_NORMS: usize = 8;
 
@@ -42,7 +42,8 @@ impl StepFilter {
     /// Whether a step is to be skipped, and takes note of it: its loss or gradient is not finite, or its norm is beyond
     /// what `config` allows.
     pub fn skips(&mut self, config: SkipConfig, StepNumbers { loss, grad_norm }: StepNumbers) -> bool {
-        let beyond = |times: f64| self.median().is_some_and(|median| grad_norm > times * median);
+        let usual = usual(self.norms.iter().copied());
+        let beyond = |times: f64| usual.is_some_and(|usual| grad_norm > times * usual);
         let skip = !loss.is_finite() || !grad_norm.is_finite() || config.above_median.is_some_and(beyond);
         if grad_norm.is_finite() {
             self.norms.push_back(grad_norm);
@@ -53,13 +54,13 @@ impl StepFilter {
         self.skipped_in_a_row = if skip { self.skipped_in_a_row + 1 } else { 0 };
         skip
     }
+}
 
-    /// The median of the norms known, the upper one of two; `None` while there are too few.
-    fn median(&self) -> Option<f64> {
-        let mut norms: Vec<f64> = self.norms.iter().copied().collect();
-        let middle = norms.len() / 2;
-        (norms.len() >= LEAST_NORMS).then(|| *norms.select_nth_unstable_by(middle, f64::total_cmp).1)
-    }
+/// What is usual by the norms known: their median, the upper one of two; `None` while there are too few.
+pub fn usual(norms: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let mut norms: Vec<f64> = norms.into_iter().collect();
+    let middle = norms.len() / 2;
+    (norms.len() >= LEAST_NORMS).then(|| *norms.select_nth_unstable_by(middle, f64::total_cmp).1)
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ pub type SpanSource = Arc<dyn Fn() -> Vec<SpanTiming> + Send + Sync>;
 pub struct WorkerConfig {
     /// Where the coordinator listens, `HOST:PORT`.
     pub address: String,
-    /// For logs and status, e.g. `host:pid`. The first 64 bytes are sent.
+    /// By which the coordinator tells workers apart and trusts them, e.g. `host:device`. The first 64 bytes are sent.
     pub name: String,
     /// What to compute on.
     pub device: ComputeDevice,

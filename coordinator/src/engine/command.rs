@@ -66,6 +66,11 @@ pub enum Command {
         /// Loss and weight over all slots, added in tree order.
         sums: Sums,
     },
+    /// Nobody of this name is admitted any more, by later coordinators neither.
+    Quarantine {
+        /// The name.
+        name: String,
+    },
     /// Forget what was added for step `step`: its slots are leased out anew.
     RestartStep {
         /// The step under way.
@@ -200,7 +205,7 @@ pub enum DiscardReason {
 pub enum ReleaseReason {
     /// The run is over.
     RunOver(Outcome),
-    /// It computed a block otherwise than two others did, or than itself.
+    /// It computed a block otherwise than two others did. Whoever comes under its name is refused from now on.
     Quarantined {
         /// The step.
         step: u64,
@@ -320,6 +325,7 @@ impl fmt::Display for Command {
             }
             Self::Discard { worker, lease, reason } => write!(f, "discard lease {lease} of worker {worker}: {reason}"),
             Self::ApplyStep { step, sums } => write!(f, "apply step {step}, loss {} over {}", sums.loss, sums.weight),
+            Self::Quarantine { name } => write!(f, "quarantine {name}"),
             Self::RestartStep { step } => write!(f, "restart step {step}"),
             Self::RollBack { at_most } => write!(f, "roll back to step {at_most} or earlier"),
             Self::Report(finding) => write!(f, "report: {finding}"),

@@ -34,6 +34,8 @@ pub struct EngineConfig {
     pub audit_seed: u64,
     /// What happens when two workers disagree and there is no third.
     pub on_dispute: OnDispute,
+    /// Names that earlier coordinators found to compute wrong.
+    pub quarantined: BTreeSet<String>,
     /// The run halts after so many skipped steps in a row; 0: never.
     pub max_bad_steps: u32,
     /// Silence after which a worker is given up, and the time an admitted one has to open its control stream.
@@ -53,15 +55,6 @@ pub enum OnDispute {
     Halt,
 }
 
-/// What is known of workers by their names, since they may join again.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Trust {
-    /// The first step in which a block of a worker's counts that nobody checked.
-    pub unchecked_since: BTreeMap<String, u64>,
-    /// Who computed wrong, and is not admitted any more.
-    pub quarantined: BTreeSet<String>,
-}
-
 /// Where a coordinator begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Start {
@@ -77,8 +70,8 @@ pub enum Start {
         classes: BTreeSet<DeviceClass>,
         /// Steps skipped since the last one that was applied.
         skipped_in_a_row: u32,
-        /// What earlier coordinators knew of whom to trust.
-        trust: Trust,
+        /// By a worker's name, the first step in which a block of its counts that nobody checked.
+        unchecked_since: BTreeMap<String, u64>,
     },
 }
 

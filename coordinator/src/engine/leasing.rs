@@ -19,6 +19,8 @@ const LATE_FACTOR: u32 = 3;
 const LATE_GRACE: Duration = Duration::from_secs(1);
 /// What a lease may take while nobody has finished one: kernels may have to be compiled.
 const LONGEST_FIRST: Duration = Duration::from_secs(300);
+/// No more free blocks are leased while so many for each worker wait for confirmation.
+const REVIEWS_PER_WORKER: usize = 2;
 /// Blocks that an idle worker looks at for a twin: those that will be ready last.
 const TWINS_CONSIDERED: usize = 4;
 
@@ -134,8 +136,11 @@ struct Market<'a> {
 impl Market<'_> {
     /// What an idle worker gets that nobody else computes.
     fn block_for(&self, worker: WorkerId, max_slots: u32) -> Option<Block> {
+        // Gradients that wait for confirmation take memory: their number is limited.
+        let crowded = self.work.reviews().len() >= REVIEWS_PER_WORKER * self.here.len();
         let free = || match self.work.free_count() {
             0 => None,
+            _ if crowded => None,
             _ => blocks::choose(&self.work.free_for(worker, self.here), max_slots),
         };
         self.review_for(worker).or_else(|| self.kept_by(worker)).or_else(free)
@@ -166,9 +171,10 @@ impl Market<'_> {
     fn kept_by(&self, worker: WorkerId) -> Option<Block> {
         let kept = &self.members.get(worker)?.kept;
         let now = (Task::Gradient, self.work.step, self.work.version());
+        let wanted = |block: &Block| self.work.is_free(*block) && !self.work.left_to_others(worker, *block, self.here);
         let mut blocks =
             kept.iter().filter(|kept| (self.work.task(), kept.step, kept.version) == now).map(|kept| kept.block);
-        blocks.find(|block| self.work.is_free(*block))
+        blocks.find(wanted)
     }
 }
 
@@ -219,7 +225,7 @@ impl Twins {
         let worth_it = |candidate: &&Candidate| {
             let wanted = match market.work.reviews().get(&candidate.block) {
                 Some(review) => market.may_confirm(worker, candidate.block, review),
-                None => !market.work.left_to_others(worker, candidate.block, market.here),
+                None => candidate.late || !market.work.left_to_others(worker, candidate.block, market.here),
             };
             let expected = self.expected.get(&(worker, candidate.block));
             let faster = expected.is_some_and(|expected| self.now + *expected < candidate.ready);

@@ -15,7 +15,7 @@ impl Engine {
         let other_class = self.classes.first().filter(|_| self.config.exact && !self.classes.contains(&class));
         let refusal = match (self.ending(), other_class) {
             (Some(outcome), _) => Some(Refusal::Ending { outcome }),
-            (None, _) if self.trust.quarantined.contains(&name) => Some(Refusal::Quarantined),
+            (None, _) if self.quarantined.contains(&name) => Some(Refusal::Quarantined),
             (None, Some(run)) => Some(Refusal::OtherClass { run: *run, worker: class }),
             (None, None) => None,
         };
@@ -33,11 +33,13 @@ impl Engine {
         if self.members.connect(worker) {
             return;
         }
-        if let Phase::Finished(outcome) = &self.phase {
-            let reason = ReleaseReason::RunOver(outcome.clone());
-            self.command(Command::Release { worker, reason });
-        } else {
-            self.command(Command::Disconnect { worker, reason: DisconnectReason::NotAMember });
+        match &self.phase {
+            // It was admitted before the run was over, and could not be told.
+            Phase::Finished(outcome) => {
+                let reason = ReleaseReason::RunOver(outcome.clone());
+                self.command(Command::Release { worker, reason });
+            }
+            _ => self.command(Command::Disconnect { worker, reason: DisconnectReason::NotAMember }),
         }
     }
 
@@ -110,7 +112,7 @@ impl Engine {
             for lease in &held {
                 work.take_back(worker, *lease);
             }
-            for lease in held.into_iter().chain(work.forget_opinions(worker)) {
+            for lease in held.into_iter().chain(work.bid_farewell(worker)) {
                 *self.discards.entry(reason).or_default() += 1;
                 self.commands.push(Command::Discard { worker, lease, reason });
             }

@@ -33,7 +33,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 pub use self::command::Command;
-pub use self::config::{EngineConfig, OnDispute, Start, Trust};
+pub use self::config::{EngineConfig, OnDispute, Start};
 pub use self::event::Event;
 pub use self::id::{DeviceClass, LeaseId, Ticket, WorkerId};
 pub use self::status::{EngineStatus, MemberStatus};
@@ -74,7 +74,10 @@ pub struct Engine {
     confirmed_suspicions: Vec<Range<u32>>,
     /// Steps without an update since the last one with it.
     skipped_in_a_row: u32,
-    trust: Trust,
+    /// By a worker's name, since it may join again: the first step in which a block of its counts that nobody checked.
+    unchecked_since: BTreeMap<String, u64>,
+    /// Names that are not admitted any more.
+    quarantined: BTreeSet<String>,
     counts: Counts,
     discards: BTreeMap<DiscardReason, u64>,
     /// What the present event has led to so far.
@@ -90,6 +93,8 @@ pub struct Counts {
     pub twins: u64,
     /// Times the run went back to an earlier version.
     pub roll_backs: u64,
+    /// Checkpoints written.
+    pub saved: u32,
 }
 
 /// A boundary at which the run goes on after having been there before.
@@ -127,10 +132,10 @@ enum Phase {
 impl Engine {
     /// An engine at its start. Send it [`Event::Tick`] to begin; [`Self::next_deadline`] asks for one.
     pub fn new(config: EngineConfig, now: Time) -> Self {
-        let (returned, classes, skipped_in_a_row, trust) = match config.start.clone() {
-            Start::Fresh => (None, BTreeSet::new(), 0, Trust::default()),
-            Start::Resumed { step, validated, classes, skipped_in_a_row, trust } => {
-                (Some(Returned { step, validated }), classes, skipped_in_a_row, trust)
+        let (returned, classes, skipped_in_a_row, unchecked_since) = match config.start.clone() {
+            Start::Fresh => (None, BTreeSet::new(), 0, BTreeMap::new()),
+            Start::Resumed { step, validated, classes, skipped_in_a_row, unchecked_since } => {
+                (Some(Returned { step, validated }), classes, skipped_in_a_row, unchecked_since)
             }
         };
         Self {
@@ -149,7 +154,8 @@ impl Engine {
             gate: Gate::default(),
             confirmed_suspicions: Vec::new(),
             skipped_in_a_row,
-            trust,
+            unchecked_since,
+            quarantined: config.quarantined.clone(),
             counts: Counts::default(),
             discards: BTreeMap::new(),
             commands: Vec::new(),
@@ -204,9 +210,9 @@ impl Engine {
         matches!(&self.phase, Phase::Work(work) if work.holding(worker, lease).is_some())
     }
 
-    /// What is known of whom to trust, for those who come after this coordinator.
-    pub fn trust(&self) -> &Trust {
-        &self.trust
+    /// By a worker's name, the first step in which a block of its counts that nobody checked.
+    pub fn unchecked_since(&self) -> &BTreeMap<String, u64> {
+        &self.unchecked_since
     }
 
     /// How the run is to end, once that is known.

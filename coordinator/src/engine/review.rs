@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use lockstep_model::random::{Draws, Stream};
+use lockstep_model::step_filter::{STEPS_REMEMBERED, usual};
 use lockstep_model::tree::Block;
 
 use super::command::Task;
@@ -15,10 +16,6 @@ use super::work::Norm;
 
 /// A gradient is suspicious beyond so many times the usual norm.
 const UNUSUAL: f64 = 10.0;
-/// What is usual is the median over so many committed steps.
-const STEPS_REMEMBERED: u64 = 64;
-/// Fewer norms than this say nothing of what is usual.
-const LEAST_NORMS: usize = 8;
 /// A worker that computes something else so often is unreliable.
 const OWN_ATTEMPTS: usize = 3;
 
@@ -50,6 +47,8 @@ pub(super) struct Opinion {
     pub(super) name: String,
     /// What it computed.
     pub(super) done: BlockDone,
+    /// Whether its worker is still a member: only then is the vector here, and can count.
+    pub(super) present: bool,
 }
 
 /// What the results so far say.
@@ -108,7 +107,14 @@ impl Review {
     pub(super) fn verdict(&self) -> Verdict {
         let pairs = (0..self.results.len()).flat_map(|second| (0..second).map(move |first| (first, second)));
         let equal = pairs.filter(|(first, second)| same(&self.results[*first].done, &self.results[*second].done));
-        let equal: Vec<(usize, usize)> = equal.collect();
+        // The one that counts comes first.
+        let in_order =
+            equal.filter_map(|(first, second)| match (self.results[first].present, self.results[second].present) {
+                (true, _) => Some((first, second)),
+                (false, true) => Some((second, first)),
+                (false, false) => None,
+            });
+        let equal: Vec<(usize, usize)> = in_order.collect();
         let of_two = equal.iter().find(|(first, second)| self.results[*first].name != self.results[*second].name);
         match (of_two, equal.first()) {
             (Some((first, second)), _) => Verdict::Confirmed(*first, *second),
@@ -118,9 +124,19 @@ impl Review {
         }
     }
 
-    /// Removes the results of a worker; the leases that they came under.
-    pub(super) fn forget(&mut self, worker: WorkerId) -> Vec<LeaseId> {
-        self.results.extract_if(.., |opinion| opinion.done.worker == worker).map(|opinion| opinion.done.lease).collect()
+    /// A worker is gone: its results are heard, and can count no more. The leases that they came under.
+    pub(super) fn bid_farewell(&mut self, worker: WorkerId) -> Vec<LeaseId> {
+        let of_worker = |opinion: &&mut Opinion| opinion.present && opinion.done.worker == worker;
+        let gone = self.results.iter_mut().filter(of_worker).map(|opinion| {
+            opinion.present = false;
+            opinion.done.lease
+        });
+        gone.collect()
+    }
+
+    /// The results of those who are still there.
+    pub(super) fn present(&self) -> impl Iterator<Item = &Opinion> {
+        self.results.iter().filter(|opinion| opinion.present)
     }
 
     /// The results, apart from result `counted`: each with whether it is equal to that one.
@@ -158,32 +174,27 @@ pub(super) fn is_audited(audit: f64, seed: u64, step: u64, task: Task, block: Bl
 /// The norms of committed gradients, and what is unusual by them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Gate {
-    /// By weight, since a sum over more tokens is longer: step and norm, in the order of steps.
-    norms: BTreeMap<u64, VecDeque<(u64, f64)>>,
+    /// By the number of slots, since a sum over more tokens is longer: step and norm, in the order of steps.
+    norms: BTreeMap<usize, VecDeque<(u64, f64)>>,
 }
 
 impl Gate {
     /// Why a gradient looks wrong, if it does.
-    pub(super) fn suspect(&self, Norm { weight, norm }: Norm) -> Option<Suspicion> {
+    pub(super) fn suspect(&self, Norm { slots, norm }: Norm) -> Option<Suspicion> {
         if !norm.is_finite() {
             return Some(Suspicion { norm, median: None });
         }
-        let mut known: Vec<f64> = self.norms.get(&weight.to_bits())?.iter().map(|(_, norm)| *norm).collect();
-        if known.len() < LEAST_NORMS {
-            return None;
-        }
-        let middle = known.len() / 2;
-        let (_, median, _) = known.select_nth_unstable_by(middle, f64::total_cmp);
-        (norm > UNUSUAL * *median).then_some(Suspicion { norm, median: Some(*median) })
+        let median = usual(self.norms.get(&slots)?.iter().map(|(_, norm)| *norm))?;
+        (norm > UNUSUAL * median).then_some(Suspicion { norm, median: Some(median) })
     }
 
     /// Takes note of the gradients of a step that is committed.
     pub(super) fn commit(&mut self, step: u64, norms: &[Norm]) {
-        for Norm { weight, norm } in norms.iter().filter(|norm| norm.norm.is_finite()) {
-            self.norms.entry(weight.to_bits()).or_default().push_back((step, *norm));
+        for Norm { slots, norm } in norms.iter().filter(|norm| norm.norm.is_finite()) {
+            self.norms.entry(*slots).or_default().push_back((step, *norm));
         }
         for known in self.norms.values_mut() {
-            while known.front().is_some_and(|(old, _)| old + STEPS_REMEMBERED <= step) {
+            while known.front().is_some_and(|(old, _)| old + STEPS_REMEMBERED as u64 <= step) {
                 known.pop_front();
             }
         }

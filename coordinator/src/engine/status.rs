@@ -78,7 +78,7 @@ impl Engine {
             members: members.collect(),
             classes: self.classes.iter().copied().collect(),
             counts: self.counts,
-            quarantined: self.trust.quarantined.iter().cloned().collect(),
+            quarantined: self.quarantined.iter().cloned().collect(),
             discards: self.discards.clone(),
         }
     }
@@ -109,8 +109,8 @@ impl Engine {
         let unconfirmed = unconfirmed.map(|(block, review)| {
             let (slots, names) = (in_words(&work.range(*block)), review.names().join(" and "));
             match review.is_disputed() {
-                true => format!("another worker to decide about {slots} of {of}, which {names} computed differently"),
-                false => format!("another worker to confirm {slots} of {of}, by {names}"),
+                true => format!("a third worker to decide about {slots} of {of}, which {names} computed differently"),
+                false => format!("a worker of another name to confirm {slots} of {of}, by {names}"),
             }
         });
         let unnamed = leases.len().saturating_sub(WORKERS_NAMED);

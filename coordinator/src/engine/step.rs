@@ -1,10 +1,15 @@
 //! The life of a step, from boundary to boundary, in the order in which it happens.
 
+use std::time::Duration;
+
 use super::command::{Command, DiscardReason, Failure, Finding, Outcome, ReleaseReason, StopReason, Task};
 use super::event::BlockDone;
 use super::id::WorkerId;
 use super::work::Work;
 use super::{Engine, Gradients, Phase};
+
+/// Checkpoints after a start that come sooner than the interval.
+const FIRST_INTERVALS: u32 = 3;
 
 impl Engine {
     /// Version `version` is there: evaluates it if that is due.
@@ -43,7 +48,10 @@ impl Engine {
 
     /// Whether a checkpoint is to be written at boundary `step` and the run to go on meanwhile.
     fn checkpoint_due(&self, step: u64) -> bool {
-        let passed = |interval| self.now.since(self.saved_at) >= interval;
+        // Sooner after a start, so that one who dies again and again gets on: after an eighth, a quarter, a half.
+        let passed = |interval: Duration| {
+            self.now.since(self.saved_at) >= interval / (1 << FIRST_INTERVALS.saturating_sub(self.counts.saved))
+        };
         let on_disk = step == 0 || self.saved == Some(step);
         !on_disk && (self.config.checkpoint_due(step) || self.config.checkpoint_interval.is_some_and(passed))
     }
@@ -168,6 +176,7 @@ impl Engine {
         if self.saving == Some(step) {
             self.saving = None;
             self.saved = Some(step);
+            self.counts.saved += 1;
             self.finish_once_saved();
         }
     }

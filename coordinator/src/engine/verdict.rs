@@ -17,7 +17,7 @@ impl Engine {
         let Some(member) = self.members.get(done.worker) else { return };
         let (block, step, slots) = (done.block, done.step, work.range(done.block));
         let audited = is_audited(self.config.audit, self.config.audit_seed, step, done.task, block);
-        let norm = done.norm.map(|norm| Norm { weight: done.sums.weight, norm });
+        let norm = done.norm.map(|norm| Norm { slots: slots.len(), norm });
         let suspicion = norm.and_then(|norm| self.gate.suspect(norm));
         let earlier = work.reviews().get(&block);
         if earlier.is_none() && suspicion.is_none() && !audited {
@@ -25,7 +25,7 @@ impl Engine {
         }
         let (first, disputed) = (earlier.is_none(), earlier.is_some_and(Review::is_disputed));
         let (name, class) = (member.name.clone(), member.class);
-        let opinion = Opinion { name: name.clone(), done };
+        let opinion = Opinion { name: name.clone(), done, present: true };
         let review = work.review(|| Review::new(audited, suspicion.is_some(), class), opinion);
         if let (true, Some(Suspicion { norm, median })) = (first, suspicion) {
             self.commands.push(Command::Report(Finding::Suspicious { step, slots, name, norm, median }));
@@ -68,8 +68,11 @@ impl Engine {
         let (counted, others) = review.into_others(counted);
         let mut outvoted: Vec<Opinion> = Vec::new();
         for (other, equal) in others {
-            let reason = if equal { DiscardReason::Confirmed } else { DiscardReason::Outvoted };
-            self.discard(other.done.worker, other.done.lease, reason);
+            // The lease of one who is gone ended with its membership.
+            if other.present {
+                let reason = if equal { DiscardReason::Confirmed } else { DiscardReason::Outvoted };
+                self.discard(other.done.worker, other.done.lease, reason);
+            }
             if !equal && !outvoted.iter().any(|known| known.name == other.name) {
                 outvoted.push(other);
             }
@@ -93,7 +96,7 @@ impl Engine {
         if let Some(member) = self.members.get_mut(worker) {
             member.blocks_accepted += 1;
             if !checked && task == Task::Gradient {
-                self.trust.unchecked_since.entry(member.name.clone()).or_insert(step);
+                self.unchecked_since.entry(member.name.clone()).or_insert(step);
             }
         }
         self.command(Command::Accept { worker, lease, step, block });
@@ -125,13 +128,14 @@ impl Engine {
     /// Ends the membership of a worker that computed something else than others, for good. Since which step its results
     /// count that nobody checked, if there are any.
     fn quarantine(&mut self, opinion: Opinion, step: u64, slots: std::ops::Range<u32>) -> Option<u64> {
-        let Opinion { name, done } = opinion;
-        let unchecked_since = self.trust.unchecked_since.get(&name).copied();
+        let Opinion { name, done, .. } = opinion;
+        let unchecked_since = self.unchecked_since.get(&name).copied();
         let finding = Finding::Outvoted { step, slots: slots.clone(), name: name.clone(), unchecked_since };
         self.command(Command::Report(finding));
         let namesakes = self.members.iter().filter(|(worker, member)| *worker == done.worker || member.name == name);
         let namesakes: Vec<WorkerId> = namesakes.map(|(worker, _)| worker).collect();
-        self.trust.quarantined.insert(name);
+        self.quarantined.insert(name.clone());
+        self.command(Command::Quarantine { name });
         for worker in namesakes {
             self.release(worker, ReleaseReason::Quarantined { step, slots: slots.clone() });
         }
@@ -141,7 +145,7 @@ impl Engine {
     /// Does step `first` and all later ones again.
     fn redo_from(&mut self, first: u64) {
         self.drop_work(DiscardReason::StartedOver);
-        self.trust.unchecked_since.retain(|_, since| *since < first);
+        self.unchecked_since.retain(|_, since| *since < first);
         if first > self.version {
             self.phase = Phase::Work(Work::gradient(first, self.config.slots));
             self.command(Command::RestartStep { step: first });
@@ -164,7 +168,7 @@ impl Engine {
         self.returned = Some(returned);
         self.skipped_in_a_row = skipped_in_a_row;
         self.gate.forget_after(step);
-        self.trust.unchecked_since.retain(|_, since| *since <= step);
+        self.unchecked_since.retain(|_, since| *since <= step);
         self.enter_boundary();
     }
 

@@ -31,7 +31,7 @@ pub(super) struct Work {
     /// Who declined what.
     declined: Vec<(WorkerId, Block)>,
     tally: Tally,
-    /// Norms of the gradients that count, with their weight.
+    /// Norms of the gradients that count.
     norms: Vec<Norm>,
 }
 
@@ -47,8 +47,8 @@ pub(super) struct Holding {
 /// The L2 norm of a block's gradient.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Norm {
-    /// Weight (the number of tokens that count) of the block.
-    pub(super) weight: f64,
+    /// How many slots the block has.
+    pub(super) slots: usize,
     /// The norm.
     pub(super) norm: f64,
 }
@@ -233,7 +233,7 @@ impl Work {
 
     /// Whether the result of a lease is here and waits for others.
     pub(super) fn waits_for_confirmation(&self, worker: WorkerId, lease: LeaseId) -> bool {
-        let mut results = self.reviews.values().flat_map(|review| review.results());
+        let mut results = self.reviews.values().flat_map(|review| review.present());
         results.any(|opinion| (opinion.done.worker, opinion.done.lease) == (worker, lease))
     }
 
@@ -252,7 +252,7 @@ impl Work {
             Tally::Gradient(tree) => {
                 tree.insert(done.block, done.sums, Add::add)
                     .expect("taken blocks do not overlap, and each counts once");
-                self.norms.extend(done.norm.map(|norm| Norm { weight: done.sums.weight, norm }));
+                self.norms.extend(done.norm.map(|norm| Norm { slots: slots.len(), norm }));
             }
             Tally::Evaluate(sums) => {
                 sums[slots.start as usize..slots.end as usize].copy_from_slice(&done.slot_sums);
@@ -275,25 +275,25 @@ impl Work {
         self.declined.extend(block.map(|block| (worker, block)));
     }
 
-    /// Forgets the results of a worker that wait for confirmation; the leases that they came under.
-    pub(super) fn forget_opinions(&mut self, worker: WorkerId) -> Vec<LeaseId> {
-        let mut forgotten = Vec::new();
-        for review in self.reviews.values_mut() {
-            forgotten.extend(review.forget(worker));
-        }
-        let empty: Vec<Block> =
-            self.reviews.iter().filter(|(_, review)| review.results().is_empty()).map(|(block, _)| *block).collect();
-        for block in empty {
+    /// A worker is gone whose results wait for confirmation; the leases that they came under. What it said of an audited
+    /// block is remembered, so that nobody escapes a vote by leaving; another block without results of anybody who is here
+    /// is free again.
+    pub(super) fn bid_farewell(&mut self, worker: WorkerId) -> Vec<LeaseId> {
+        let leases = self.reviews.values_mut().flat_map(|review| review.bid_farewell(worker)).collect();
+        let abandoned = |review: &Review| !review.audited && review.present().next().is_none();
+        let abandoned: Vec<Block> =
+            self.reviews.iter().filter(|(_, review)| abandoned(review)).map(|(block, _)| *block).collect();
+        for block in abandoned {
             self.reviews.remove(&block);
             self.free_if_nobody_has(block);
         }
-        forgotten
+        leases
     }
 
-    /// Everything open ends: leases under way, and results that wait for confirmation.
+    /// Everything open: leases under way, and results that wait for confirmation.
     pub(super) fn open_leases(&self) -> Vec<(WorkerId, LeaseId)> {
         let leases = self.leases.keys().copied();
-        let waiting = self.reviews.values().flat_map(|review| review.results());
+        let waiting = self.reviews.values().flat_map(|review| review.present());
         leases.chain(waiting.map(|opinion| (opinion.done.worker, opinion.done.lease))).collect()
     }
 

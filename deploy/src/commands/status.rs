@@ -67,8 +67,11 @@ fn print_text(status: &StatusReply) {
     println!("speed            {:.0} tokens/s", status.tokens_per_sec);
     println!("waiting for      {}", status.waiting_for);
     println!("done again       {} blocks of lost leases, {} twins", status.blocks_leased_again, status.twins);
+    if status.roll_backs > 0 {
+        println!("gone back        {} ×", status.roll_backs);
+    }
     if !status.quarantined.is_empty() {
-        println!("quarantined      {}; the run went back {} times", status.quarantined.join(", "), status.roll_backs);
+        println!("quarantined      {}", status.quarantined.join(", "));
     }
     println!("\n{:<7} {:<20} {:<32} {:<17} {:>10} {:>7}", "worker", "name", "device", "class", "tokens/s", "blocks");
     for worker in &status.workers {

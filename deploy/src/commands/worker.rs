@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use lockstep_model::device::ComputeDevice;
+use lockstep_model::device::{ComputeDevice, DeviceChoice};
 use lockstep_worker::{Ended, WorkerConfig};
 
 use super::block_on;
@@ -16,15 +16,16 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
     let recorder = telemetry::init("info", true);
     let threads = args.threads.map_or_else(cores, |threads| threads as usize);
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("CPU threads cannot be started")?;
+    // The machine's, not the process's: who computes wrong, and who can confirm whom, goes by it.
+    let own_name = || match args.device {
+        DeviceChoice::Auto => host_name(),
+        device => format!("{}:{device}", host_name()),
+    };
+    let name = args.name.unwrap_or_else(own_name);
     let mut device = ComputeDevice::open(args.device)?;
     device.description =
         format!("{}, {threads} {}", device.description, if threads == 1 { "thread" } else { "threads" });
-    let config = WorkerConfig {
-        address: args.join,
-        name: args.name.unwrap_or_else(|| format!("{}:{}", host_name(), std::process::id())),
-        device,
-        spans: Arc::new(move || recorder.take()),
-    };
+    let config = WorkerConfig { address: args.join, name, device, spans: Arc::new(move || recorder.take()) };
     let ended = block_on(async {
         let orphaned = args.end_with_stdin.then(lifeline::end).transpose()?;
         let requests = Requests::by_signal()?;

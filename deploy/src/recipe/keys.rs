@@ -160,7 +160,7 @@ pub(super) const KEYS: &[Key] = &[
     key("optimizer.epsilon",             Default("1e-8"),             Adamw,       Fixed),
     key("optimizer.weight_decay",        Default("0.01"),             Adamw,       Fixed),
     key("optimizer.grad_clip",           Default("0.0"),              Every,       Fixed),
-    key("optimizer.max_bad_steps",       Default("3"),                Every,       Fixed),
+    key("optimizer.max_bad_steps",       Default("3"),                Every,       Free),
     key("optimizer.skip_above_median",   Default("0.0"),              Every,       Fixed),
 
     key("schedule.steps",                Required("1000"),            Every,       Fixed),

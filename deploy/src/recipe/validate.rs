@@ -383,6 +383,11 @@ fn cluster(v: &Values) -> Result<ClusterConfig, RecipeError> {
         let reason = "an audit needs a second worker, and a third where two disagree";
         return Err(v.refuse_for("cluster.min_workers", reason, "cluster.min_workers = 2"));
     }
+    let exact = v.boolean("cluster.exact")?;
+    if audit > 0.0 && !exact {
+        let reason = "workers of several device classes compute different bits, and cannot confirm one another";
+        return Err(v.refuse_for("cluster.audit", reason, "cluster.audit = 0.0, or cluster.exact = true"));
+    }
     Ok(ClusterConfig {
         min_workers,
         audit,
@@ -390,7 +395,7 @@ fn cluster(v: &Values) -> Result<ClusterConfig, RecipeError> {
             DisputeKind::Wait => OnDispute::Wait,
             DisputeKind::Halt => OnDispute::Halt,
         },
-        exact: v.boolean("cluster.exact")?,
+        exact,
         heartbeat_interval: Duration::from_millis(interval_ms.unsigned_abs()),
         liveness_timeout: Duration::from_millis(timeout_ms.unsigned_abs()),
     })

@@ -32,7 +32,7 @@ import grpc
 from grpc_tools import protoc
 
 PROTO = Path(__file__).resolve().parents[3] / "proto" / "lockstep.proto"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024
 TRANSFER_ATTEMPTS = 3
@@ -378,7 +378,7 @@ def span(name: str, lease: Any, start_unix_nanos: int, duration_nanos: int) -> A
 
 def join(stub: Any, wrong_from: int | None) -> Membership:
     """Asks what is trained, computes the probe, and becomes a member. Exits where there is no use in trying again."""
-    name = f"{os.uname().nodename[:48]}:{os.getpid()}"
+    name = f"{os.uname().nodename[:48]}:python"
     request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, name=name, device=DEVICE)
     try:
         invitation = stub.Join(request, timeout=RPC_TIMEOUT_SECS)

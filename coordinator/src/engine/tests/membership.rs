@@ -1,7 +1,5 @@
 //! Who takes part, who computes what, and which results count.
 
-use std::collections::BTreeSet;
-
 use expect_test::expect;
 
 use super::*;
@@ -18,7 +16,13 @@ fn the_first_worker_decides_the_class_of_an_exact_run() {
 
     let classes = BTreeSet::from([DeviceClass([2; 32])]);
     let mut run = Run::new(EngineConfig {
-        start: Start::Resumed { step: 1, validated: true, classes, skipped_in_a_row: 0, trust: Trust::default() },
+        start: Start::Resumed {
+            step: 1,
+            validated: true,
+            classes,
+            skipped_in_a_row: 0,
+            unchecked_since: BTreeMap::new(),
+        },
         ..config()
     });
     expect![[r#"

@@ -7,7 +7,7 @@ mod property;
 mod step;
 mod verdict;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use lockstep_model::batch::Sums;
@@ -15,9 +15,7 @@ use lockstep_model::tree::Block;
 
 use super::command::{Lease, Task};
 use super::event::BlockDone;
-use super::{
-    Command, DeviceClass, Engine, EngineConfig, Event, LeaseId, OnDispute, Start, Ticket, Time, Trust, WorkerId,
-};
+use super::{Command, DeviceClass, Engine, EngineConfig, Event, LeaseId, OnDispute, Start, Ticket, Time, WorkerId};
 
 /// Two steps of four slots; no evaluation, no samples, a checkpoint at the end alone.
 fn config() -> EngineConfig {
@@ -35,6 +33,7 @@ fn config() -> EngineConfig {
         audit: 0.0,
         audit_seed: 5,
         on_dispute: OnDispute::Wait,
+        quarantined: BTreeSet::new(),
         max_bad_steps: 3,
         liveness_timeout: Duration::from_secs(10),
         max_slots_per_lease: 64,

@@ -1,6 +1,5 @@
 //! Any course of events: every slot counts once, nobody who left is leased work, and the run ends once faults do.
 
-use std::collections::BTreeSet;
 use std::ops::Add;
 
 use lockstep_model::tree::TreeSum;
@@ -157,7 +156,9 @@ impl World {
                 assert_eq!(Some(*sums), in_order);
                 self.check_coverage(self.config.eval_slots);
             }
-            Command::RestartStep { .. } | Command::RollBack { .. } => panic!("nobody lies here"),
+            Command::Quarantine { .. } | Command::RestartStep { .. } | Command::RollBack { .. } => {
+                panic!("nobody lies here")
+            }
             Command::Report(_) => {}
             Command::Sample { step } => assert_eq!(*step, self.applied),
             Command::Checkpoint { step } => {

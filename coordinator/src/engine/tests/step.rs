@@ -1,13 +1,11 @@
 //! The life of a step.
 
-use std::collections::BTreeSet;
-
 use expect_test::expect;
 
 use super::*;
 
 fn resumed(step: u64, validated: bool) -> Start {
-    Start::Resumed { step, validated, classes: BTreeSet::new(), skipped_in_a_row: 0, trust: Trust::default() }
+    Start::Resumed { step, validated, classes: BTreeSet::new(), skipped_in_a_row: 0, unchecked_since: BTreeMap::new() }
 }
 
 #[test]
@@ -51,6 +49,24 @@ fn a_run_from_its_first_worker_to_its_end() {
         finish at step 2: the run is complete
     "#]]
     .assert_eq(&life);
+}
+
+#[test]
+fn checkpoints_come_by_time_and_sooner_after_a_start() {
+    let interval = Some(Duration::from_secs(80));
+    let mut run = Run::new(EngineConfig { total_steps: 1000, checkpoint_interval: interval, ..config() });
+    run.join();
+    let mut saved = Vec::new();
+    for step in 1..=60 {
+        run.pass(5);
+        run.hear_all();
+        run.done(1);
+        if run.applied(step).contains("checkpoint") {
+            saved.push(step * 5);
+            run.written(step);
+        }
+    }
+    assert_eq!(saved, [10, 30, 70, 150, 230], "after 10, 20, 40 and then 80 seconds each");
 }
 
 #[test]

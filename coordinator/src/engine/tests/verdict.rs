@@ -1,7 +1,5 @@
 //! Blocks that count only once they are confirmed, and workers that compute something else than others.
 
-use std::collections::BTreeSet;
-
 use expect_test::expect;
 
 use super::*;
@@ -54,6 +52,7 @@ fn two_who_disagree_wait_for_a_third_and_the_odd_one_goes_for_good() {
         discard lease 3 of worker 3: it confirms another worker's result
         accept lease 2 of worker 2: block 0/0 of step 1
         report: slot 0 of step 1: host-1 computed something else than others; quarantined
+        quarantine host-1
         release worker 1: quarantined: its result for slot 0 of step 1 is not what others computed; mend or replace the machine
         apply step 1, loss 1 over 1
     "#]].assert_eq(&run.done(3));
@@ -69,7 +68,7 @@ fn without_a_third_a_dispute_waits_or_ends_the_run() {
     let mut run = audited(2);
     run.lie(1);
     assert!(run.done(2).contains("computed different results"));
-    expect!["another worker to decide about slot 0 of step 1, which host-1 and host-2 computed differently"]
+    expect!["a third worker to decide about slot 0 of step 1, which host-1 and host-2 computed differently"]
         .assert_eq(&run.waiting_for());
     assert_eq!(run.pass_and_tick(5), "");
 
@@ -83,6 +82,36 @@ fn without_a_third_a_dispute_waits_or_ends_the_run() {
         discard lease 1 of worker 1: the run ends
         discard lease 2 of worker 2: the run ends
         checkpoint step 0
+    "#]]
+    .assert_eq(&run.done(2));
+}
+
+#[test]
+fn nobody_escapes_a_vote_by_leaving() {
+    let mut run = audited(3);
+    run.lie(1);
+    assert!(run.close(1).contains("discard lease 1 of worker 1: the worker left"));
+    run.join();
+    run.done(2);
+    expect![[r#"
+        discard lease 3 of worker 3: it confirms another worker's result
+        accept lease 2 of worker 2: block 0/0 of step 1
+        report: slot 0 of step 1: host-1 computed something else than others; quarantined
+        quarantine host-1
+        apply step 1, loss 1 over 1
+    "#]]
+    .assert_eq(&run.done(run.holder()));
+    assert_eq!(run.engine.status().quarantined, ["host-1"]);
+}
+
+#[test]
+fn a_result_of_one_who_left_confirms_and_does_not_count() {
+    let mut run = audited(2);
+    run.done(1);
+    run.close(1);
+    expect![[r#"
+        accept lease 2 of worker 2: block 0/0 of step 1
+        apply step 1, loss 1 over 1
     "#]]
     .assert_eq(&run.done(2));
 }
@@ -123,7 +152,7 @@ fn an_audit_waits_for_another_worker() {
     let mut run = audited(2);
     run.close(2);
     assert_eq!(run.done(1), "");
-    expect!["another worker to confirm slot 0 of step 1, by host-1"].assert_eq(&run.waiting_for());
+    expect!["a worker of another name to confirm slot 0 of step 1, by host-1"].assert_eq(&run.waiting_for());
 }
 
 #[test]
@@ -143,7 +172,7 @@ fn one_who_joins_again_under_its_name_confirms_nothing() {
         report: enough workers are here again
     "#]]
     .assert_eq(&run.open(3));
-    expect!["another worker to confirm slot 0 of step 1, by host-1"].assert_eq(&run.waiting_for());
+    expect!["a worker of another name to confirm slot 0 of step 1, by host-1"].assert_eq(&run.waiting_for());
 }
 
 #[test]
@@ -212,8 +241,9 @@ fn one_who_is_alone_and_never_computes_the_same_ends_the_run() {
 
 #[test]
 fn a_liar_with_unchecked_blocks_sends_the_run_back() {
-    let trust = Trust { unchecked_since: [("host-1".to_string(), 3)].into(), quarantined: BTreeSet::new() };
-    let start = Start::Resumed { step: 5, validated: true, classes: BTreeSet::new(), skipped_in_a_row: 0, trust };
+    let unchecked_since = [("host-1".to_string(), 3)].into();
+    let start =
+        Start::Resumed { step: 5, validated: true, classes: BTreeSet::new(), skipped_in_a_row: 0, unchecked_since };
     let mut run = Run::new(EngineConfig { total_steps: 9, audit: 1.0, min_workers: 3, slots: 2, start, ..config() });
     (0..3).for_each(|_| drop(run.join()));
     // Workers 1 and 2 have a block each, and worker 3 confirms.
@@ -232,6 +262,7 @@ fn a_liar_with_unchecked_blocks_sends_the_run_back() {
         discard lease 5 of worker 2: it confirms another worker's result
         accept lease 3 of worker 3: block 0/0 of step 6
         report: slot 0 of step 6: host-1 computed something else than others; quarantined. Blocks of it that nobody checked count since step 3
+        quarantine host-1
         discard lease 4 of worker 1: the worker was released
         release worker 1: quarantined: its result for slot 0 of step 6 is not what others computed; mend or replace the machine
         discard lease 2 of worker 2: the step starts over
@@ -277,6 +308,7 @@ fn a_liar_believed_in_this_step_alone_restarts_it() {
         discard lease 4 of worker 3: it confirms another worker's result
         accept lease 2 of worker 2: block 0/1 of step 1
         report: slot 1 of step 1: host-1 computed something else than others; quarantined. Blocks of it that nobody checked count since step 1
+        quarantine host-1
         release worker 1: quarantined: its result for slot 1 of step 1 is not what others computed; mend or replace the machine
         restart step 1
         report: paused: 1 more worker needed
@@ -308,7 +340,7 @@ fn steps_of_no_use_are_counted_and_three_in_a_row_end_the_run() {
         validated: true,
         classes: BTreeSet::new(),
         skipped_in_a_row: 2,
-        trust: Trust::default(),
+        unchecked_since: BTreeMap::new(),
     };
     let mut run = Run::new(EngineConfig { slots: 1, start, ..config() });
     run.join();
