@@ -41,27 +41,35 @@ impl Engine {
             return;
         }
         let here: BTreeSet<WorkerId> = self.members.connected().map(|(worker, _)| worker).collect();
-        let shares = self.members.shares(work.free_count().max(1));
-        let mut twins = Twins::of(work, &self.members, self.now);
+        let idle = |work: &Work, worker: WorkerId| work.held_by(worker).next().is_none();
         let mut unconfirmed: BTreeSet<Block> = work.unconfirmed().collect();
-        for (worker, share) in shares {
-            if work.held_by(worker).next().is_some() {
-                continue;
-            }
-            let max_slots = share.min(self.config.max_slots_per_lease);
-            let market = Market { work, members: &self.members, here: &here, unconfirmed: &unconfirmed };
-            let alone = market.block_for(worker, max_slots);
-            let twin = || twins.block_for(worker, &market);
-            let Some((block, is_twin)) = alone.map(|block| (block, false)).or_else(|| Some((twin()?, true))) else {
-                continue;
-            };
-            unconfirmed.remove(&block);
-            twins.remove(block);
+        let mut lease = |work: &mut Work, worker, block| {
             self.leases_granted += 1;
             let (lease, again) = work.lease(worker, LeaseId(self.leases_granted), block, self.now);
             self.counts.blocks_leased_again += u64::from(again);
-            self.counts.twins += u64::from(is_twin);
             self.commands.push(Command::Lease { worker, lease });
+        };
+        for (worker, share) in self.members.shares(work.free_count().max(1)) {
+            let max_slots = share.min(self.config.max_slots_per_lease);
+            let market = Market { work, members: &self.members, here: &here, unconfirmed: &unconfirmed };
+            if idle(work, worker)
+                && let Some(block) = market.block_for(worker, max_slots)
+            {
+                unconfirmed.remove(&block);
+                lease(work, worker, block);
+            }
+        }
+        // Who still has nothing to do looks at what others have, as of now.
+        let mut twins = Twins::of(work, &self.members, self.now);
+        for worker in here.iter().copied() {
+            let market = Market { work, members: &self.members, here: &here, unconfirmed: &unconfirmed };
+            if idle(work, worker)
+                && let Some(block) = twins.block_for(worker, &market)
+            {
+                twins.remove(block);
+                self.counts.twins += 1;
+                lease(work, worker, block);
+            }
         }
     }
 

@@ -73,6 +73,22 @@ fn near_the_end_of_a_step_a_faster_worker_computes_what_the_slowest_has() {
 }
 
 #[test]
+fn what_a_slow_worker_gets_first_a_faster_one_computes_at_once() {
+    // One slot. The worker that is asked first needs minutes for it, the other one a second.
+    let mut run = Run::new(EngineConfig { total_steps: 9, slots: 1, min_workers: 2, ..config() });
+    run.join();
+    run.join();
+    let waiting: String = (0..50).map(|_| run.pass_and_tick(6)).collect();
+    assert!(waiting.contains("worker 2: lease 2"), "late after five minutes: {waiting}");
+    run.pass(1);
+    run.done_in(2, 1);
+    expect![[r#"
+        worker 1: lease 3: gradient of block 0/0 of step 2 with version 1
+        worker 2: lease 4: gradient of block 0/0 of step 2 with version 1
+    "#]].assert_eq(&run.applied(1));
+}
+
+#[test]
 fn nobody_computes_what_another_will_have_sooner() {
     let mut run = Run::new(EngineConfig { total_steps: 3, ..config() });
     run.join();
