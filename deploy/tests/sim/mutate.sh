@@ -42,8 +42,11 @@ crate model libm serde sha2 thiserror
 crate coordinator lockstep-model
 crate worker lockstep-model
 crate sim lockstep-coordinator lockstep-model lockstep-worker
-cp "$root"/model/src/{batch,digest,random,tree}.rs "$work/model/src/"
-printf 'pub mod batch;\npub mod digest;\npub mod random;\npub mod tree;\n' >"$work/model/src/lib.rs"
+modules=(batch digest number random step_filter tree)
+for module in "${modules[@]}"; do
+    cp "$root/model/src/$module.rs" "$work/model/src/"
+done
+printf 'pub mod %s;\n' "${modules[@]}" >"$work/model/src/lib.rs"
 cp "$root"/worker/src/{lease,session}.rs "$work/worker/src/"
 without_tests "$work/worker/src/session.rs"
 printf 'pub mod lease;\npub mod session;\n' >"$work/worker/src/lib.rs"

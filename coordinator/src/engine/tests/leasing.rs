@@ -85,7 +85,8 @@ fn what_a_slow_worker_gets_first_a_faster_one_computes_at_once() {
     expect![[r#"
         worker 1: lease 3: gradient of block 0/0 of step 2 with version 1
         worker 2: lease 4: gradient of block 0/0 of step 2 with version 1
-    "#]].assert_eq(&run.applied(1));
+    "#]]
+    .assert_eq(&run.applied(1));
 }
 
 #[test]

@@ -94,6 +94,7 @@ impl World {
         let checkpoint = self.disk.newest(u64::MAX, self.mutation == Mutation::ResumeFromTorn);
         let mut config = self.scenario.engine.clone();
         config.audit_seed ^= incarnation;
+        config.quarantined = self.disk.quarantined.clone();
         config.start = checkpoint.as_ref().map_or(Start::Fresh, |checkpoint| checkpoint.start([CLASS]));
         let plane = self.restored(checkpoint.as_ref());
         self.disk.cut(plane.version, checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.validated));
@@ -353,8 +354,8 @@ impl World {
                 let validated = validated_at == Some(step);
                 let wait = self.chance.secs(self.scenario.checkpoint_secs / 10.0, self.scenario.checkpoint_secs);
                 coordinator.archive_busy_until = self.now + wait;
-                let trust = coordinator.engine.trust().clone();
-                let checkpoint = Checkpoint { step, params, validated, skipped_in_a_row, trust, whole: true };
+                let unchecked_since = coordinator.engine.unchecked_since().clone();
+                let checkpoint = Checkpoint { step, params, validated, skipped_in_a_row, unchecked_since, whole: true };
                 self.writing = Some(checkpoint.clone());
                 self.report_after(wait, Report::Written(checkpoint));
             }
@@ -370,6 +371,7 @@ impl World {
                     coordinator.forget(worker);
                 }
             }
+            Command::Quarantine { name } => drop(self.disk.quarantined.insert(name)),
             Command::Finish { outcome, .. } => self.finish(&outcome)?,
             Command::Sample { .. } | Command::Report(_) => {}
         }

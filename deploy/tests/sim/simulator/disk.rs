@@ -1,6 +1,8 @@
 //! A run directory: checkpoints and the lines of validation losses. It survives the coordinator.
 
-use lockstep_coordinator::engine::{DeviceClass, Start, Trust};
+use std::collections::{BTreeMap, BTreeSet};
+
+use lockstep_coordinator::engine::{DeviceClass, Start};
 use lockstep_model::batch::Sums;
 
 use super::numbers::Params;
@@ -12,7 +14,7 @@ pub(crate) struct Checkpoint {
     pub(crate) params: Params,
     pub(crate) validated: bool,
     pub(crate) skipped_in_a_row: u32,
-    pub(crate) trust: Trust,
+    pub(crate) unchecked_since: BTreeMap<String, u64>,
     /// Whether its digests are right; what was being written when the coordinator died may look like a checkpoint.
     pub(crate) whole: bool,
 }
@@ -26,6 +28,8 @@ pub(crate) struct Disk {
     pub(crate) validations: Vec<(u64, Sums)>,
     /// While the run goes back: checkpoints of later steps are not to be gone on from.
     pub(crate) trusted_up_to: Option<u64>,
+    /// Names of workers that computed wrong.
+    pub(crate) quarantined: BTreeSet<String>,
     /// How often a coordinator has started.
     pub(crate) incarnation: u64,
 }
@@ -74,7 +78,7 @@ impl Checkpoint {
             validated: self.validated,
             classes: classes.into_iter().collect(),
             skipped_in_a_row: self.skipped_in_a_row,
-            trust: self.trust.clone(),
+            unchecked_since: self.unchecked_since.clone(),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use lockstep_coordinator::engine::command::{Lease, Outcome, ReleaseReason, Task};
 use lockstep_coordinator::engine::event::BlockDone;
-use lockstep_coordinator::engine::{Command, EngineConfig, Event, LeaseId, Start, Ticket, Trust, WorkerId};
+use lockstep_coordinator::engine::{Command, EngineConfig, Event, LeaseId, Start, Ticket, WorkerId};
 use lockstep_model::batch::Sums;
 use lockstep_model::tree::Block;
 
@@ -91,10 +91,11 @@ impl History {
         wrong: Rc<BTreeSet<String>>,
         incarnation: u64,
     ) -> Self {
-        let Trust { unchecked_since, quarantined } = match &config.start {
-            Start::Fresh => Trust::default(),
-            Start::Resumed { trust, .. } => trust.clone(),
+        let unchecked_since = match &config.start {
+            Start::Fresh => BTreeMap::new(),
+            Start::Resumed { unchecked_since, .. } => unchecked_since.clone(),
         };
+        let quarantined = config.quarantined.clone();
         Self {
             config,
             numbers,
@@ -253,6 +254,7 @@ impl History {
                 self.forget(*worker);
             }
             Command::Disconnect { worker, .. } => self.forget(*worker),
+            Command::Quarantine { name } => drop(self.quarantined.insert(own_name(name))),
             Command::Finish { .. } => self.finished = true,
             Command::Sample { .. } | Command::Report(_) => {}
         }
@@ -260,7 +262,6 @@ impl History {
 
     fn forget(&mut self, worker: WorkerId) {
         self.members.remove(&worker);
-        self.results.retain(|(_, done)| done.worker != worker);
     }
 }
 

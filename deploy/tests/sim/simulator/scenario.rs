@@ -1,5 +1,6 @@
 //! A cluster and its run, drawn from a seed: who takes part, what is to be computed, and what will go wrong.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use lockstep_coordinator::engine::{EngineConfig, OnDispute, Start};
@@ -178,6 +179,7 @@ impl Scenario {
             exact: true,
             audit,
             audit_seed: chance.number(),
+            quarantined: BTreeSet::new(),
             on_dispute: OnDispute::Wait,
             max_bad_steps: 3,
             liveness_timeout: chance.secs(4.0, 15.0),
@@ -204,10 +206,6 @@ impl Scenario {
             true => Vec::new(),
             false => FAULTS.into_iter().filter(|_| chance.happens(0.5)).collect(),
         };
-        // Where only a hanging device is left, because nobody comes in while a run is to stop, or all others declined the
-        // block, a person has to end its worker.
-        let needs_a_person = |fault: &Fault| hanging && matches!(fault, Fault::Stop | Fault::ComputeFails);
-        let faults: Vec<Fault> = faults.into_iter().filter(|fault| !needs_a_person(fault)).collect();
         let secs_between_faults = (quiet_secs / chance.scale(1.0, 40.0)).max(0.05);
         let faults_secs = (quiet_secs * chance.scale(1.0, 5.0)).clamp(1.0, 400.0);
         let alone_secs = slowest * f64::from(slots + eval_slots);
