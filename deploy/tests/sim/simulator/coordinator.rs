@@ -360,7 +360,8 @@ impl World {
                 self.report_after(wait, Report::Written(checkpoint));
             }
             Command::Release { worker, reason } => {
-                self.send_to(worker, Down::Release { reason: reason.to_string() });
+                let run_goes_on = !matches!(reason, ReleaseReason::RunOver(_));
+                self.send_to(worker, Down::Release { reason: reason.to_string(), run_goes_on });
                 if let ReleaseReason::Declined { .. } | ReleaseReason::Quarantined { .. } = reason {
                     self.hang_up(worker);
                 }

@@ -90,6 +90,7 @@ pub(crate) enum Down {
     HeartbeatAck,
     Release {
         reason: String,
+        run_goes_on: bool,
     },
     /// The coordinator closes the control stream.
     Close,

@@ -294,7 +294,7 @@ impl World {
                 worker.failures = 0;
                 Event::HeartbeatAcked
             }
-            Down::Release { reason } => Event::Released { reason },
+            Down::Release { reason, run_goes_on } => Event::Released { reason, run_goes_on },
             Down::Close => return self.set_back(number, "the control stream is closed"),
             Down::Pushed { lease, result: Ok(()) } if std::mem::take(&mut worker.damages_next) => {
                 Event::PushFailed { lease, failure: TransferFailure::Damaged("bytes changed on the way".into()) }
@@ -335,7 +335,7 @@ impl World {
         for command in membership.session.handle(event, self.now) {
             if let Some(departure) = self.act(number, command) {
                 return match departure {
-                    Departure::Released(reason) => self.exit(number, &reason),
+                    Departure::Released(reason) | Departure::Dismissed(reason) => self.exit(number, &reason),
                     Departure::Lost(reason) => self.set_back(number, &reason),
                 };
             }
