@@ -52,6 +52,7 @@ impl Dropout {
     }
 
     /// Whether it changes anything.
+    #[cfg(feature = "cpu")]
     pub(crate) fn is_active(self) -> bool {
         self.active.is_some()
     }

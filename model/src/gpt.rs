@@ -9,7 +9,7 @@ use burn::tensor::{Int, Tensor};
 use crate::compute::Leaves;
 use crate::config::{Gelu, GptConfig};
 use crate::dropout::{Dropout, Site};
-use crate::kernels;
+use crate::kernels::{self, Positions};
 
 /// The parameters of one model, as tensors on a device.
 #[derive(Clone, Debug)]
@@ -69,11 +69,13 @@ impl Gpt {
         let [b, t] = tokens.dims();
         let device = tokens.device();
 
-        let positions = self.wpe.clone().slice(0..t).unsqueeze::<3>(); // [1, T, C]
-        let mut x = embedding(self.wte.clone(), tokens) + positions; // [B, T, C]
+        let positions = Positions::new(t, &device);
+        let place = self.wpe.clone().slice(0..t).unsqueeze::<3>(); // [1, T, C]
+        let mut x = embedding(self.wte.clone(), tokens) + place; // [B, T, C]
         x = dropout.apply(x, Site::Embedding, &device);
         for (layer, block) in self.blocks.iter().enumerate() {
-            let attended = self.attention(block, layer, block.ln_1.forward(x.clone(), &self.config), dropout);
+            let attended =
+                self.attention(block, layer, block.ln_1.forward(x.clone(), &self.config), &positions, dropout);
             x = x + dropout.apply(attended, Site::AttentionOutput(layer), &device);
             let fed = self.feed_forward(block, block.ln_2.forward(x.clone(), &self.config));
             x = x + dropout.apply(fed, Site::FeedForwardOutput(layer), &device);
@@ -83,9 +85,16 @@ impl Gpt {
     }
 
     /// Causal multi-head self-attention: `[B, T, C]` to `[B, T, C]`.
-    fn attention(&self, block: &Block, layer: usize, x: Tensor<3>, dropout: Dropout) -> Tensor<3> {
+    fn attention(
+        &self,
+        block: &Block,
+        layer: usize,
+        x: Tensor<3>,
+        positions: &Positions,
+        dropout: Dropout,
+    ) -> Tensor<3> {
         let qkv = block.c_attn.forward(x); // [B, T, 3C]
-        block.attn_proj.forward(kernels::packed_attention(qkv, self.config.heads, dropout, layer))
+        block.attn_proj.forward(kernels::packed_attention(qkv, self.config.heads, positions, dropout, layer))
     }
 
     /// Two linear layers with GELU between: `[B, T, C]` to `[B, T, C]`.

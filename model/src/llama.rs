@@ -3,15 +3,13 @@
 //!
 //! Shapes as in [`transformer`](crate::transformer); besides: K heads of keys and values, F feed-forward width.
 
-use std::sync::Arc;
-
 use burn::tensor::module::{embedding, linear};
 use burn::tensor::{Int, Tensor};
 
 use crate::compute::Leaves;
 use crate::config::LlamaConfig;
 use crate::dropout::{Dropout, Site};
-use crate::kernels::{self, Angles, split_heads};
+use crate::kernels::{self, Positions, split_heads};
 
 /// The parameters of one model, as tensors on a device.
 #[derive(Clone, Debug)]
@@ -63,12 +61,12 @@ impl Llama {
     pub(crate) fn logits(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<2> {
         let [b, t] = tokens.dims();
         let device = tokens.device();
-        let angles = angles(&self.config, t);
+        let positions = Positions::rotary(t, self.config.head_width(), self.config.rope_theta, &device);
 
         let mut x = embedding(self.embed_tokens.clone(), tokens); // [B, T, C]
         x = dropout.apply(x, Site::Embedding, &device);
         for (layer, block) in self.blocks.iter().enumerate() {
-            let attended = self.attention(block, layer, self.norm(x.clone(), &block.input_norm), &angles, dropout);
+            let attended = self.attention(block, layer, self.norm(x.clone(), &block.input_norm), &positions, dropout);
             x = x + dropout.apply(attended, Site::AttentionOutput(layer), &device);
             let fed = feed_forward(block, self.norm(x.clone(), &block.post_attention_norm));
             x = x + dropout.apply(fed, Site::FeedForwardOutput(layer), &device);
@@ -78,7 +76,14 @@ impl Llama {
     }
 
     /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245): `[B, T, C]` to `[B, T, C]`.
-    fn attention(&self, block: &Block, layer: usize, x: Tensor<3>, angles: &Angles, dropout: Dropout) -> Tensor<3> {
+    fn attention(
+        &self,
+        block: &Block,
+        layer: usize,
+        x: Tensor<3>,
+        positions: &Positions,
+        dropout: Dropout,
+    ) -> Tensor<3> {
         let LlamaConfig { heads, kv_heads, .. } = self.config;
         let mut q = split_heads(linear(x.clone(), block.q_proj.clone(), None), heads); // [B, H, T, D]
         let mut k = split_heads(linear(x.clone(), block.k_proj.clone(), None), kv_heads); // [B, K, T, D]
@@ -86,10 +91,11 @@ impl Llama {
         if let Some((q_norm, k_norm)) = &block.qk_norms {
             (q, k) = (self.norm(q, q_norm), self.norm(k, k_norm));
         }
-        let (q, k) = (kernels::rotate(q, angles), kernels::rotate(k, angles));
-        linear(kernels::attention(q, k, v, dropout, layer), block.o_proj.clone(), None)
+        let (q, k) = (kernels::rotate(q, positions), kernels::rotate(k, positions));
+        linear(kernels::attention(q, k, v, positions, dropout, layer), block.o_proj.clone(), None)
     }
 
+    /// The root-mean-square norm over the last axis.
     fn norm<const N: usize>(&self, x: Tensor<N>, weight: &Tensor<1>) -> Tensor<N> {
         kernels::rms_norm(x, weight.clone(), self.config.norm_epsilon)
     }
@@ -100,16 +106,4 @@ fn feed_forward(block: &Block, x: Tensor<3>) -> Tensor<3> {
     let gate = linear(x.clone(), block.gate_proj.clone(), None); // [B, T, F]
     let up = linear(x, block.up_proj.clone(), None); // [B, T, F]
     linear(kernels::swiglu(gate, up), block.down_proj.clone(), None)
-}
-
-/// The angles of positions 0 to `t - 1`: `position · theta^(-2i/D)` for element i. Computed in f64 by `libm`, so that every
-/// machine has the same.
-fn angles(config: &LlamaConfig, t: usize) -> Angles {
-    let half = config.head_width() / 2;
-    let angle = |i: usize| {
-        let (position, element) = ((i / half) as f64, (i % half) as f64);
-        position * libm::pow(config.rope_theta, -element / half as f64)
-    };
-    let table = |function: fn(f64) -> f64| Arc::new((0..t * half).map(|i| function(angle(i)) as f32).collect());
-    Angles { cos: table(libm::cos), sin: table(libm::sin) }
 }

@@ -1,8 +1,9 @@
 //! The operations out of burn's own, differentiated by burn.
 
 use burn::tensor::activation::{self, log_softmax, silu, softmax};
-use burn::tensor::{Device, Int, Tensor, TensorData, module};
+use burn::tensor::{Int, Tensor, TensorData, module};
 
+use super::{Angles, Positions};
 use crate::dropout::{Dropout, Site};
 
 /// Added to the scores of positions that a query must not see. Finite, so that no backend meets an infinity; its
@@ -33,12 +34,19 @@ pub(super) fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<
     }
 }
 
-pub(super) fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, dropout: Dropout, layer: usize) -> Tensor<3> {
-    let ([b, heads, t, head_width], device) = (q.dims(), q.device());
+pub(super) fn attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    positions: &Positions,
+    dropout: Dropout,
+    layer: usize,
+) -> Tensor<3> {
+    let [b, heads, t, head_width] = q.dims();
     let (k, v) = (repeat_heads(k, heads), repeat_heads(v, heads)); // [B, H, T, D]
     let scores = q.matmul(k.transpose()) * (1.0 / (head_width as f64).sqrt()); // [B, H, T, T]
-    let probabilities = softmax(scores + causal_mask(t, &device), 3);
-    let y = dropout.apply(probabilities, Site::Attention(layer), &device).matmul(v); // [B, H, T, D]
+    let probabilities = softmax(scores + positions.causal_mask(), 3);
+    let y = dropout.apply(probabilities, Site::Attention(layer), &positions.device).matmul(v); // [B, H, T, D]
     y.swap_dims(1, 2).reshape([b, t, heads * head_width])
 }
 
@@ -46,11 +54,13 @@ pub(super) fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
     silu(gate) * up
 }
 
-pub(super) fn rotate(x: Tensor<4>, cos: &[f32], sin: &[f32]) -> Tensor<4> {
-    let ([_, _, t, head_width], device) = (x.dims(), x.device());
-    let half = head_width / 2;
-    let table = |values: &[f32]| Tensor::<4>::from_data(TensorData::new(values.to_vec(), [1, 1, t, half]), &device);
-    let (cos, sin) = (table(cos), table(sin));
+pub(super) fn rotate(x: Tensor<4>, positions: &Positions, angles: &Angles) -> Tensor<4> {
+    let half = x.dims()[3] / 2;
+    let table = |values: &[f32]| {
+        let values = TensorData::new(values.to_vec(), [1, 1, positions.length, half]);
+        Tensor::<4>::from_data(values, &positions.device)
+    };
+    let [cos, sin] = angles.tables.get_or_init(|| [table(&angles.cos), table(&angles.sin)]).clone();
     let (first, second) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
     let turned_first = first.clone() * cos.clone() - second.clone() * sin.clone();
     let turned_second = second * cos + first * sin;
@@ -67,8 +77,14 @@ fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
     x.reshape([b, heads, t, head_width])
 }
 
-/// `[1, 1, T, T]`: 0 where the query in the row may see the key in the column, [`MASKED`] where the key comes later.
-fn causal_mask(t: usize, device: &Device) -> Tensor<4> {
-    let values = (0..t * t).map(|i| if i % t > i / t { MASKED } else { 0.0 }).collect::<Vec<f32>>();
-    Tensor::from_data(TensorData::new(values, [1, 1, t, t]), device)
+impl Positions {
+    /// `[1, 1, T, T]`: 0 where the query in the row may see the key in the column, [`MASKED`] where the key comes later.
+    fn causal_mask(&self) -> Tensor<4> {
+        let t = self.length;
+        let mask = || {
+            let values = (0..t * t).map(|i| if i % t > i / t { MASKED } else { 0.0 }).collect::<Vec<f32>>();
+            Tensor::from_data(TensorData::new(values, [1, 1, t, t]), &self.device)
+        };
+        self.mask.get_or_init(mask).clone()
+    }
 }

@@ -134,27 +134,28 @@ fn attention_is_its_plain_form() {
     for [batch, heads, kv_heads, t, head_width] in
         [[1, 1, 1, 1, 1], [2, 4, 2, 8, 4], [2, 3, 1, 37, 6], [1, 2, 2, 50, 33]]
     {
+        let positions = || Positions::new(t, &Device::flex().autodiff());
         let (queries, keys) = ([batch, heads, t, head_width], [batch, kv_heads, t, head_width]);
         let parts = |leaves: &[Tensor<1>]| {
             (leaves[0].clone().reshape(queries), leaves[1].clone().reshape(keys), leaves[2].clone().reshape(keys))
         };
         let fused = |leaves: &[Tensor<1>]| {
             let (q, k, v) = parts(leaves);
-            flat(attention(q, k, v, none, 0))
+            flat(attention(q, k, v, &positions(), none, 0))
         };
         let plain = |leaves: &[Tensor<1>]| {
             let (q, k, v) = parts(leaves);
-            flat(plain::attention(q, k, v, none, 0))
+            flat(plain::attention(q, k, v, &positions(), none, 0))
         };
         let lengths = [queries, keys, keys].map(|shape| shape.iter().product());
         check("attention", &lengths, &fused, &plain);
 
         let width = heads * head_width;
         let packed = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch, t, 3 * width]);
-        let fused = |leaves: &[Tensor<1>]| flat(packed_attention(packed(leaves), heads, none, 0));
+        let fused = |leaves: &[Tensor<1>]| flat(packed_attention(packed(leaves), heads, &positions(), none, 0));
         let plain = |leaves: &[Tensor<1>]| {
             let part = |index| split_heads(packed(leaves).narrow(2, index * width, width), heads);
-            flat(plain::attention(part(0), part(1), part(2), none, 0))
+            flat(plain::attention(part(0), part(1), part(2), &positions(), none, 0))
         };
         check("packed attention", &[batch * t * 3 * width], &fused, &plain);
     }
@@ -163,10 +164,12 @@ fn attention_is_its_plain_form() {
 #[test]
 fn rotation_is_its_plain_form() {
     for [batch, heads, t, head_width] in [[1, 1, 1, 2], [2, 3, 5, 6], [1, 2, 9, 34]] {
-        let table = |function: fn(f32) -> f32| Arc::new((0..t * head_width / 2).map(|i| function(i as f32)).collect());
-        let angles = Angles { cos: table(f32::cos), sin: table(f32::sin) };
+        let positions = || Positions::rotary(t, head_width, 100.0, &Device::flex().autodiff());
         let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch, t, heads, head_width]).swap_dims(1, 2);
-        let plain = |leaves: &[Tensor<1>]| flat(plain::rotate(x(leaves), &angles.cos, &angles.sin));
-        check("rotation", &[batch * heads * t * head_width], &|leaves| flat(rotate(x(leaves), &angles)), &plain);
+        let plain = |leaves: &[Tensor<1>]| {
+            let positions = positions();
+            flat(plain::rotate(x(leaves), &positions, positions.angles.as_ref().unwrap()))
+        };
+        check("rotation", &[batch * heads * t * head_width], &|leaves| flat(rotate(x(leaves), &positions())), &plain);
     }
 }
