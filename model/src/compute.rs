@@ -2,7 +2,6 @@
 //!
 //! The gradient is that of the *sum* of weighted losses; the mean is taken once, over the whole step, by the optimizer.
 
-use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, Gradients, Int, Tensor, TensorData, Transaction};
 
 use crate::batch::{Batch, BatchError, Sums};
@@ -10,6 +9,7 @@ use crate::config::ModelConfig;
 use crate::device::ComputeDevice;
 use crate::dropout::Dropout;
 use crate::gpt::Gpt;
+use crate::kernels::cross_entropy;
 use crate::layout::Layout;
 use crate::line::Line;
 use crate::llama::Llama;
@@ -288,19 +288,12 @@ impl Network {
                 let (targets, _) = batch.u32("targets")?;
                 let weights = batch.optional_f32("weights")?;
                 let tokens = token_tensor(tokens, shape, *vocab_size, *context, "tokens", device)?;
-                let targets = token_tensor(targets, shape, *vocab_size, *context, "targets", device)?;
+                check_tokens(targets, shape, *vocab_size, *context, "targets")?;
                 let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(*dropout, key));
-                let positions = shape[0] * shape[1];
-                let log_probabilities = log_softmax(transformer.logits(tokens, dropout), 1); // [B·T, V]
-                let losses = -log_probabilities.gather(1, targets.reshape([positions, 1])).reshape([positions]);
-                Ok(match weights {
-                    None => (losses.sum(), positions as f64),
-                    Some((weights, _)) => {
-                        let weight = weights.iter().map(|&w| f64::from(w)).sum();
-                        let weights = Tensor::from_data(TensorData::new(weights.to_vec(), [positions]), device);
-                        ((losses * weights).sum(), weight)
-                    }
-                })
+                let weights = weights.map(|(weights, _)| weights);
+                let weight =
+                    weights.map_or((shape[0] * shape[1]) as f64, |weights| weights.iter().map(|&w| f64::from(w)).sum());
+                Ok((cross_entropy(transformer.logits(tokens, dropout), targets, weights), weight))
             }
             Self::Line(line) => {
                 let ((x, shape), (y, _)) = (batch.f32("x")?, batch.f32("y")?);
@@ -415,6 +408,19 @@ fn token_tensor(
     column: &str,
     device: &Device,
 ) -> Result<Tensor<2, Int>, ComputeError> {
+    check_tokens(tokens, shape, vocab_size, context, column)?;
+    let numbers: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
+    Ok(Tensor::from_data(TensorData::new(numbers, shape), device))
+}
+
+/// Checks token numbers `[B, T]` against the model.
+fn check_tokens(
+    tokens: &[u32],
+    shape: [usize; 2],
+    vocab_size: usize,
+    context: usize,
+    column: &str,
+) -> Result<(), ComputeError> {
     if shape[1] == 0 || shape[1] > context {
         let length = shape[1];
         return Err(ComputeError::Input(format!("{column} of length {length} for a context of {context}")));
@@ -422,8 +428,7 @@ fn token_tensor(
     if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
         return Err(ComputeError::Input(format!("{column}: token {token} in a vocabulary of {vocab_size}")));
     }
-    let numbers: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
-    Ok(Tensor::from_data(TensorData::new(numbers, shape), device))
+    Ok(())
 }
 
 /// Read-back data as f32.

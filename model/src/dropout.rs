@@ -51,6 +51,12 @@ impl Dropout {
         Self { active: None }
     }
 
+    /// Whether it changes anything.
+    #[cfg(feature = "cpu")]
+    pub(crate) fn is_active(self) -> bool {
+        self.active.is_some()
+    }
+
     /// `x` with the mask of `site` applied; same shape.
     pub(crate) fn apply<const D: usize>(self, x: Tensor<D>, site: Site, device: &Device) -> Tensor<D> {
         let Some((rate, key)) = self.active else { return x };

@@ -2,14 +2,14 @@
 //!
 //! Shapes as in [`transformer`](crate::transformer).
 
-use burn::tensor::activation::{gelu, gelu_approximate};
-use burn::tensor::module::{embedding, layer_norm, linear};
+use burn::tensor::activation::gelu_approximate;
+use burn::tensor::module::{embedding, linear};
 use burn::tensor::{Int, Tensor};
 
 use crate::compute::Leaves;
 use crate::config::{Gelu, GptConfig};
 use crate::dropout::{Dropout, Site};
-use crate::transformer::{attend, causal_mask, join_heads, split_heads};
+use crate::kernels::{self, Positions};
 
 /// The parameters of one model, as tensors on a device.
 #[derive(Clone, Debug)]
@@ -68,13 +68,14 @@ impl Gpt {
     pub(crate) fn logits(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<2> {
         let [b, t] = tokens.dims();
         let device = tokens.device();
-        let mask = causal_mask(t, &device);
 
-        let positions = self.wpe.clone().slice(0..t).unsqueeze::<3>(); // [1, T, C]
-        let mut x = embedding(self.wte.clone(), tokens) + positions; // [B, T, C]
+        let positions = Positions::new(t, &device);
+        let place = self.wpe.clone().slice(0..t).unsqueeze::<3>(); // [1, T, C]
+        let mut x = embedding(self.wte.clone(), tokens) + place; // [B, T, C]
         x = dropout.apply(x, Site::Embedding, &device);
         for (layer, block) in self.blocks.iter().enumerate() {
-            let attended = self.attention(block, layer, block.ln_1.forward(x.clone(), &self.config), &mask, dropout);
+            let attended =
+                self.attention(block, layer, block.ln_1.forward(x.clone(), &self.config), &positions, dropout);
             x = x + dropout.apply(attended, Site::AttentionOutput(layer), &device);
             let fed = self.feed_forward(block, block.ln_2.forward(x.clone(), &self.config));
             x = x + dropout.apply(fed, Site::FeedForwardOutput(layer), &device);
@@ -84,20 +85,23 @@ impl Gpt {
     }
 
     /// Causal multi-head self-attention: `[B, T, C]` to `[B, T, C]`.
-    fn attention(&self, block: &Block, layer: usize, x: Tensor<3>, mask: &Tensor<4>, dropout: Dropout) -> Tensor<3> {
-        let width = self.config.width;
+    fn attention(
+        &self,
+        block: &Block,
+        layer: usize,
+        x: Tensor<3>,
+        positions: &Positions,
+        dropout: Dropout,
+    ) -> Tensor<3> {
         let qkv = block.c_attn.forward(x); // [B, T, 3C]
-        let part = |index: usize| split_heads(qkv.clone().narrow(2, index * width, width), self.config.heads);
-        let (q, k, v) = (part(0), part(1), part(2)); // [B, H, T, D]
-        let y = attend(q, k, v, mask, dropout, layer); // [B, H, T, D]
-        block.attn_proj.forward(join_heads(y))
+        block.attn_proj.forward(kernels::packed_attention(qkv, self.config.heads, positions, dropout, layer))
     }
 
     /// Two linear layers with GELU between: `[B, T, C]` to `[B, T, C]`.
     fn feed_forward(&self, block: &Block, x: Tensor<3>) -> Tensor<3> {
         let hidden = block.c_fc.forward(x); // [B, T, 4C]
         let hidden = match self.config.gelu {
-            Gelu::Exact => gelu(hidden),
+            Gelu::Exact => kernels::gelu(hidden),
             Gelu::Tanh => gelu_approximate(hidden),
         };
         block.mlp_proj.forward(hidden)
@@ -122,6 +126,6 @@ impl Norm {
 
     /// Layer normalisation over the last axis (Ba et al., arXiv:1607.06450).
     fn forward(&self, x: Tensor<3>, config: &GptConfig) -> Tensor<3> {
-        layer_norm(x, self.weight.clone(), self.bias.clone(), config.norm_epsilon)
+        kernels::layer_norm(x, self.weight.clone(), self.bias.clone(), config.norm_epsilon)
     }
 }

@@ -17,6 +17,7 @@ pub mod digest;
 mod dropout;
 pub mod generate;
 mod gpt;
+mod kernels;
 pub mod layout;
 pub mod ledger;
 mod line;

@@ -3,14 +3,13 @@
 //!
 //! Shapes as in [`transformer`](crate::transformer); besides: K heads of keys and values, F feed-forward width.
 
-use burn::tensor::activation::silu;
 use burn::tensor::module::{embedding, linear};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor};
 
 use crate::compute::Leaves;
 use crate::config::LlamaConfig;
 use crate::dropout::{Dropout, Site};
-use crate::transformer::{attend, causal_mask, join_heads, split_heads};
+use crate::kernels::{self, Positions, split_heads};
 
 /// The parameters of one model, as tensors on a device.
 #[derive(Clone, Debug)]
@@ -34,12 +33,6 @@ struct Block {
     gate_proj: Tensor<2>,                     // [C, F]
     up_proj: Tensor<2>,                       // [C, F]
     down_proj: Tensor<2>,                     // [F, C]
-}
-
-/// What attention needs besides a layer's parameters.
-struct Positions {
-    rotation: Rotation,
-    mask: Tensor<4>, // [1, 1, T, T]
 }
 
 impl Llama {
@@ -68,7 +61,7 @@ impl Llama {
     pub(crate) fn logits(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<2> {
         let [b, t] = tokens.dims();
         let device = tokens.device();
-        let positions = Positions { rotation: Rotation::new(&self.config, t, &device), mask: causal_mask(t, &device) };
+        let positions = Positions::rotary(t, self.config.head_width(), self.config.rope_theta, &device);
 
         let mut x = embedding(self.embed_tokens.clone(), tokens); // [B, T, C]
         x = dropout.apply(x, Site::Embedding, &device);
@@ -98,65 +91,19 @@ impl Llama {
         if let Some((q_norm, k_norm)) = &block.qk_norms {
             (q, k) = (self.norm(q, q_norm), self.norm(k, k_norm));
         }
-        let (q, k) = (positions.rotation.apply(q), positions.rotation.apply(k));
-        let (k, v) = (repeat_heads(k, heads), repeat_heads(v, heads)); // [B, H, T, D]
-        let y = attend(q, k, v, &positions.mask, dropout, layer);
-        linear(join_heads(y), block.o_proj.clone(), None)
+        let (q, k) = (kernels::rotate(q, positions), kernels::rotate(k, positions));
+        linear(kernels::attention(q, k, v, positions, dropout, layer), block.o_proj.clone(), None)
     }
 
-    /// Root-mean-square normalisation over the last axis (Zhang and Sennrich, arXiv:1910.07467).
+    /// The root-mean-square norm over the last axis.
     fn norm<const N: usize>(&self, x: Tensor<N>, weight: &Tensor<1>) -> Tensor<N> {
-        let mean_square = (x.clone() * x.clone()).mean_dim(N - 1);
-        x / (mean_square + self.config.norm_epsilon).sqrt() * weight.clone().unsqueeze::<N>()
+        kernels::rms_norm(x, weight.clone(), self.config.norm_epsilon)
     }
 }
 
 /// Two linear layers, the first gated by a third (SwiGLU: Shazeer, arXiv:2002.05202): `[B, T, C]` to `[B, T, C]`.
 fn feed_forward(block: &Block, x: Tensor<3>) -> Tensor<3> {
-    let gate = silu(linear(x.clone(), block.gate_proj.clone(), None)); // [B, T, F]
+    let gate = linear(x.clone(), block.gate_proj.clone(), None); // [B, T, F]
     let up = linear(x, block.up_proj.clone(), None); // [B, T, F]
-    linear(gate * up, block.down_proj.clone(), None)
-}
-
-/// Each of K heads for `heads / K` consecutive ones: `[B, K, T, D]` to `[B, H, T, D]`.
-fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
-    let [b, kv_heads, t, head_width] = x.dims();
-    if kv_heads == heads {
-        return x;
-    }
-    let x = x.unsqueeze_dim::<5>(2).expand([b, kv_heads, heads / kv_heads, t, head_width]);
-    x.reshape([b, heads, t, head_width])
-}
-
-/// Rotary positions (Su et al., arXiv:2104.09864): element `i` of a head's first half and element `i` of its second are
-/// turned, as a point of the plane, by `position · theta^(-2i/D)`.
-struct Rotation {
-    cos: Tensor<4>, // [1, 1, T, D/2]
-    sin: Tensor<4>, // [1, 1, T, D/2]
-}
-
-impl Rotation {
-    /// For positions 0 to `t - 1`. Angles are computed in f64 by `libm`, so that every machine has the same.
-    fn new(config: &LlamaConfig, t: usize, device: &Device) -> Self {
-        let half = config.head_width() / 2;
-        let angle = |i: usize| {
-            let (position, element) = ((i / half) as f64, (i % half) as f64);
-            position * libm::pow(config.rope_theta, -element / half as f64)
-        };
-        let table = |function: fn(f64) -> f64| {
-            let values: Vec<f32> = (0..t * half).map(|i| function(angle(i)) as f32).collect();
-            Tensor::from_data(TensorData::new(values, [1, 1, t, half]), device)
-        };
-        Self { cos: table(libm::cos), sin: table(libm::sin) }
-    }
-
-    /// `x` `[B, H, T, D]`, turned.
-    fn apply(&self, x: Tensor<4>) -> Tensor<4> {
-        let half = x.dims()[3] / 2;
-        let (first, second) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
-        let (cos, sin) = (self.cos.clone(), self.sin.clone());
-        let turned_first = first.clone() * cos.clone() - second.clone() * sin.clone();
-        let turned_second = second * cos + first * sin;
-        Tensor::cat(vec![turned_first, turned_second], 3)
-    }
+    linear(kernels::swiglu(gate, up), block.down_proj.clone(), None)
 }

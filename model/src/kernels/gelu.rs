@@ -1,0 +1,54 @@
+//! Exact GELU. Forward computes value and derivative in one pass; backward is one product.
+
+use macerator::{AutoArch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
+use super::elementary::gelu;
+
+/// Elements that one thread works on at a time.
+const BLOCK: usize = 1 << 14;
+
+/// `x Φ(x)`, element by element.
+#[derive(Debug)]
+pub(super) struct Gelu;
+
+impl Operation<1> for Gelu {
+    type Saved = Vec<f32>; // The derivative.
+
+    fn forward(self, [x]: [CpuTensor; 1]) -> (CpuTensor, Vec<f32>) {
+        let x = row_major(x);
+        let shape = shape(&x);
+        let x = x.storage::<f32>();
+        let (mut value, mut slope) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+        let blocks = value.par_chunks_mut(BLOCK).zip(slope.par_chunks_mut(BLOCK)).zip(x.par_chunks(BLOCK));
+        blocks.for_each(|((value, slope), x)| AutoArch::new().dispatch(Forward { x, value, slope }));
+        (tensor(value, &shape), slope)
+    }
+
+    fn backward(slope: Vec<f32>, gradient: CpuTensor) -> [CpuTensor; 1] {
+        let mut gradient = row_major(gradient);
+        let blocks = gradient.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(slope.par_chunks(BLOCK));
+        blocks.for_each(|(gradient, slope)| {
+            gradient.iter_mut().zip(slope).for_each(|(gradient, slope)| *gradient *= slope)
+        });
+        [gradient]
+    }
+}
+
+struct Forward<'a> {
+    x: &'a [f32],
+    value: &'a mut [f32],
+    slope: &'a mut [f32],
+}
+
+impl WithSimd for Forward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self) {
+        for ((x, value), slope) in self.x.iter().zip(self.value).zip(self.slope) {
+            (*value, *slope) = gelu(*x);
+        }
+    }
+}

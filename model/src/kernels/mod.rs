@@ -1,0 +1,177 @@
+//! Operations of a training step that are worth a pass of their own, forward and backward. On the CPU backend they are
+//! loops that vectorise, over blocks of fixed size, so that the number of threads does not show in a result; elsewhere,
+//! the plain form out of burn's operations, which is their definition, too.
+
+#[cfg(feature = "cpu")]
+mod attention;
+#[cfg(feature = "cpu")]
+mod cpu;
+#[cfg(feature = "cpu")]
+mod cross_entropy;
+#[cfg(feature = "cpu")]
+mod elementary;
+#[cfg(feature = "cpu")]
+mod gelu;
+#[cfg(feature = "cpu")]
+mod head;
+#[cfg(feature = "cpu")]
+mod lanes;
+#[cfg(feature = "cpu")]
+mod norm;
+mod plain;
+#[cfg(feature = "cpu")]
+mod rotate;
+#[cfg(feature = "cpu")]
+mod swiglu;
+#[cfg(all(test, feature = "cpu"))]
+mod tests;
+
+use std::cell::OnceCell;
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor};
+
+use crate::dropout::Dropout;
+
+/// Exact GELU (Hendrycks and Gimpel, arXiv:1606.08415) of each element.
+pub(crate) fn gelu(x: Tensor<3>) -> Tensor<3> {
+    #[cfg(feature = "cpu")]
+    if cpu::holds(&x) {
+        return cpu::run(gelu::Gelu, [x.into_dispatch()]);
+    }
+    plain::gelu(x)
+}
+
+/// Layer normalisation over the last axis (Ba et al., arXiv:1607.06450).
+pub(crate) fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>>, epsilon: f64) -> Tensor<3> {
+    #[cfg(feature = "cpu")]
+    if cpu::holds(&x) {
+        let norm = norm::Norm { centred: true, epsilon: epsilon as f32 };
+        let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+        return match bias {
+            Some(bias) => cpu::run(norm, [x, weight, bias.into_dispatch()]),
+            None => cpu::run(norm, [x, weight]),
+        };
+    }
+    plain::layer_norm(x, weight, bias, epsilon)
+}
+
+/// Root-mean-square normalisation over the last axis (Zhang and Sennrich, arXiv:1910.07467).
+pub(crate) fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
+    #[cfg(feature = "cpu")]
+    if cpu::holds(&x) {
+        let norm = norm::Norm { centred: false, epsilon: epsilon as f32 };
+        return cpu::run(norm, [x.into_dispatch(), weight.into_dispatch()]);
+    }
+    plain::rms_norm(x, weight, epsilon)
+}
+
+/// The sum, `[1]`, of weighted cross-entropies of `logits` `[rows, V]`. `targets` are below V, one for each row, and so are
+/// `weights`; 1 where there are none.
+pub(crate) fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
+    #[cfg(feature = "cpu")]
+    if cpu::holds(&logits) {
+        let operation =
+            cross_entropy::CrossEntropy { targets: targets.to_vec(), weights: weights.map(<[f32]>::to_vec) };
+        return cpu::run(operation, [logits.into_dispatch()]);
+    }
+    plain::cross_entropy(logits, targets, weights)
+}
+
+/// The gate of SwiGLU (Shazeer, arXiv:2002.05202): `silu(gate) · up`.
+pub(crate) fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
+    #[cfg(feature = "cpu")]
+    if cpu::holds(&gate) {
+        return cpu::run(swiglu::SwiGlu, [gate.into_dispatch(), up.into_dispatch()]);
+    }
+    plain::swiglu(gate, up)
+}
+
+/// What attention and rotation need to know of positions. What only the plain forms need is made when they first ask.
+pub(crate) struct Positions {
+    device: Device,
+    /// T.
+    length: usize,
+    mask: OnceCell<Tensor<4>>,
+    angles: Option<Angles>,
+}
+
+/// Cosines and sines `[T, D/2]` of the angles by which a head's elements are turned.
+struct Angles {
+    cos: Arc<Vec<f32>>,
+    sin: Arc<Vec<f32>>,
+    tables: OnceCell<[Tensor<4>; 2]>,
+}
+
+impl Positions {
+    /// Positions 0 to `length - 1`.
+    pub(crate) fn new(length: usize, device: &Device) -> Self {
+        Self { device: device.clone(), length, mask: OnceCell::new(), angles: None }
+    }
+
+    /// Positions 0 to `length - 1` that turn element i of a head's first half, and of its second, by `position · theta^(-2i/D)`.
+    /// Angles are computed in f64 by `libm`, so that every machine has the same.
+    pub(crate) fn rotary(length: usize, head_width: usize, theta: f64, device: &Device) -> Self {
+        let half = head_width / 2;
+        let angle = |i: usize| (i / half) as f64 * libm::pow(theta, -((i % half) as f64) / half as f64);
+        let table =
+            |function: fn(f64) -> f64| Arc::new((0..length * half).map(|i| function(angle(i)) as f32).collect());
+        let angles = Angles { cos: table(libm::cos), sin: table(libm::sin), tables: OnceCell::new() };
+        Self { angles: Some(angles), ..Self::new(length, device) }
+    }
+}
+
+/// Causal attention (Vaswani et al., arXiv:1706.03762) of `heads` heads out of `qkv` `[B, T, 3·C]`, which holds queries,
+/// keys and values side by side, to `[B, T, C]`; with `dropout` of layer `layer` on the probabilities.
+pub(crate) fn packed_attention(
+    qkv: Tensor<3>,
+    heads: usize,
+    positions: &Positions,
+    dropout: Dropout,
+    layer: usize,
+) -> Tensor<3> {
+    #[cfg(feature = "cpu")]
+    if !dropout.is_active() && cpu::holds(&qkv) {
+        return cpu::run(attention::PackedAttention { heads }, [qkv.into_dispatch()]);
+    }
+    let width = qkv.dims()[2] / 3;
+    let part = |index: usize| split_heads(qkv.clone().narrow(2, index * width, width), heads);
+    plain::attention(part(0), part(1), part(2), positions, dropout, layer)
+}
+
+/// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245) of q `[B, H, T, D]` to k and v `[B, K, T, D]`, each of
+/// whose heads serves H / K consecutive ones of q, to `[B, T, H·D]`; with `dropout` of layer `layer` on the
+/// probabilities.
+pub(crate) fn attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    positions: &Positions,
+    dropout: Dropout,
+    layer: usize,
+) -> Tensor<3> {
+    #[cfg(feature = "cpu")]
+    if !dropout.is_active() && cpu::holds(&q) {
+        let inputs = [q.into_dispatch(), k.into_dispatch(), v.into_dispatch()];
+        return cpu::run(attention::GroupedAttention, inputs);
+    }
+    plain::attention(q, k, v, positions, dropout, layer)
+}
+
+/// Rotary positions (Su et al., arXiv:2104.09864): element i of the first half of each head of `x` `[B, H, T, D]` and
+/// element i of its second are turned, as a point of the plane. As it is, where positions have no angles.
+pub(crate) fn rotate(x: Tensor<4>, positions: &Positions) -> Tensor<4> {
+    let Some(angles) = &positions.angles else { return x };
+    #[cfg(feature = "cpu")]
+    if cpu::holds(&x) {
+        let rotate = rotate::Rotate { cos: angles.cos.clone(), sin: angles.sin.clone() };
+        return cpu::run(rotate, [x.into_dispatch()]);
+    }
+    plain::rotate(x, positions, angles)
+}
+
+/// `[B, T, H·D]` as `heads` slices, `[B, H, T, D]`.
+pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
+    let [b, t, width] = x.dims();
+    x.reshape([b, t, heads, width / heads]).swap_dims(1, 2)
+}

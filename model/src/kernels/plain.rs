@@ -1,0 +1,90 @@
+//! The operations out of burn's own, differentiated by burn.
+
+use burn::tensor::activation::{self, log_softmax, silu, softmax};
+use burn::tensor::{Int, Tensor, TensorData, module};
+
+use super::{Angles, Positions};
+use crate::dropout::{Dropout, Site};
+
+/// Added to the scores of positions that a query must not see. Finite, so that no backend meets an infinity; its
+/// exponential is exactly 0.
+const MASKED: f32 = -1e30;
+
+pub(super) fn gelu(x: Tensor<3>) -> Tensor<3> {
+    activation::gelu(x)
+}
+
+pub(super) fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>>, epsilon: f64) -> Tensor<3> {
+    module::layer_norm(x, weight, bias, epsilon)
+}
+
+pub(super) fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
+    let mean_square = (x.clone() * x.clone()).mean_dim(D - 1);
+    x / (mean_square + epsilon).sqrt() * weight.unsqueeze::<D>()
+}
+
+pub(super) fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
+    let (rows, device) = (targets.len(), logits.device());
+    let targets: Vec<i32> = targets.iter().map(|&target| target as i32).collect();
+    let targets = Tensor::<2, Int>::from_data(TensorData::new(targets, [rows, 1]), &device);
+    let losses = -log_softmax(logits, 1).gather(1, targets).reshape([rows]);
+    match weights {
+        None => losses.sum(),
+        Some(weights) => (losses * Tensor::from_data(TensorData::new(weights.to_vec(), [rows]), &device)).sum(),
+    }
+}
+
+pub(super) fn attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    positions: &Positions,
+    dropout: Dropout,
+    layer: usize,
+) -> Tensor<3> {
+    let [b, heads, t, head_width] = q.dims();
+    let (k, v) = (repeat_heads(k, heads), repeat_heads(v, heads)); // [B, H, T, D]
+    let scores = q.matmul(k.transpose()) * (1.0 / (head_width as f64).sqrt()); // [B, H, T, T]
+    let probabilities = softmax(scores + positions.causal_mask(), 3);
+    let y = dropout.apply(probabilities, Site::Attention(layer), &positions.device).matmul(v); // [B, H, T, D]
+    y.swap_dims(1, 2).reshape([b, t, heads * head_width])
+}
+
+pub(super) fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
+    silu(gate) * up
+}
+
+pub(super) fn rotate(x: Tensor<4>, positions: &Positions, angles: &Angles) -> Tensor<4> {
+    let half = x.dims()[3] / 2;
+    let table = |values: &[f32]| {
+        let values = TensorData::new(values.to_vec(), [1, 1, positions.length, half]);
+        Tensor::<4>::from_data(values, &positions.device)
+    };
+    let [cos, sin] = angles.tables.get_or_init(|| [table(&angles.cos), table(&angles.sin)]).clone();
+    let (first, second) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
+    let turned_first = first.clone() * cos.clone() - second.clone() * sin.clone();
+    let turned_second = second * cos + first * sin;
+    Tensor::cat(vec![turned_first, turned_second], 3)
+}
+
+/// Each of K heads for `heads / K` consecutive ones: `[B, K, T, D]` to `[B, H, T, D]`.
+fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
+    let [b, kv_heads, t, head_width] = x.dims();
+    if kv_heads == heads {
+        return x;
+    }
+    let x = x.unsqueeze_dim::<5>(2).expand([b, kv_heads, heads / kv_heads, t, head_width]);
+    x.reshape([b, heads, t, head_width])
+}
+
+impl Positions {
+    /// `[1, 1, T, T]`: 0 where the query in the row may see the key in the column, [`MASKED`] where the key comes later.
+    fn causal_mask(&self) -> Tensor<4> {
+        let t = self.length;
+        let mask = || {
+            let values = (0..t * t).map(|i| if i % t > i / t { MASKED } else { 0.0 }).collect::<Vec<f32>>();
+            Tensor::from_data(TensorData::new(values, [1, 1, t, t]), &self.device)
+        };
+        self.mask.get_or_init(mask).clone()
+    }
+}

@@ -1,0 +1,175 @@
+//! Each operation against its plain form, against finite differences, and with several numbers of threads.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+use super::*;
+use crate::random::{Stream, normal};
+
+/// What is computed of flat inputs.
+type Function<'a> = &'a (dyn Fn(&[Tensor<1>]) -> Tensor<1> + Sync);
+
+fn inputs(lengths: &[usize]) -> Vec<Vec<f32>> {
+    let draw = |(index, length): (usize, &usize)| {
+        let mut values = vec![0.0; *length];
+        normal(7, Stream::Initialisation, index as u64, 1.3, &mut values);
+        values
+    };
+    lengths.iter().enumerate().map(draw).collect()
+}
+
+fn read(tensor: Tensor<1>) -> Vec<f32> {
+    tensor.into_data().try_into_vec::<f32>().unwrap()
+}
+
+/// The result, and the gradients of its product with fixed weights.
+fn evaluate(function: Function<'_>, inputs: &[Vec<f32>], device: &Device) -> Vec<Vec<f32>> {
+    let tensor = |values: &Vec<f32>| Tensor::<1>::from_data(TensorData::new(values.clone(), [values.len()]), device);
+    let leaves: Vec<_> = inputs.iter().map(|values| tensor(values).require_grad()).collect();
+    let result = function(&leaves);
+    let mut weights = vec![0.0; result.dims()[0]];
+    normal(8, Stream::Initialisation, 0, 1.0, &mut weights);
+    let mut gradients = (result.clone() * tensor(&weights)).sum().backward();
+    let gradients = leaves.iter().map(|leaf| read(leaf.grad_remove(&mut gradients).unwrap()));
+    std::iter::once(read(result.inner())).chain(gradients).collect()
+}
+
+fn assert_close(found: &[f32], expected: &[f32], what: &str) {
+    let scale = expected.iter().fold(0.0, |scale: f32, x| scale.max(x.abs()));
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert!((found - expected).abs() <= 1e-5 * scale, "{what}, element {index}: {found} is not {expected}");
+    }
+}
+
+/// `fused` is `plain`, forward and backward; its gradient is its slope; and threads leave no trace.
+fn check(name: &str, lengths: &[usize], fused: Function<'_>, plain: Function<'_>) {
+    let (device, inputs) = (Device::flex().autodiff(), inputs(lengths));
+    let found = evaluate(fused, &inputs, &device);
+    for (index, (found, expected)) in found.iter().zip(evaluate(plain, &inputs, &device)).enumerate() {
+        assert_close(found, &expected, &format!("{name}, {lengths:?}, result {index}"));
+    }
+
+    let inference = |inputs: &[Vec<f32>]| {
+        let leaves =
+            inputs.iter().map(|x| Tensor::<1>::from_data(TensorData::new(x.clone(), [x.len()]), &Device::flex()));
+        read(fused(&leaves.collect::<Vec<_>>()))
+    };
+    assert_eq!(inference(&inputs), found[0], "{name}: without gradients");
+    let mut weights = vec![0.0; found[0].len()];
+    normal(8, Stream::Initialisation, 0, 1.0, &mut weights);
+    for (index, gradient) in found[1..].iter().enumerate() {
+        let mut direction = vec![0.0; gradient.len()];
+        normal(9, Stream::Initialisation, index as u64, 1.0, &mut direction);
+        let norm = direction.iter().map(|d| d * d).sum::<f32>().sqrt();
+        let at = |distance: f32| {
+            let mut moved = inputs.clone();
+            moved[index].iter_mut().zip(&direction).for_each(|(x, d)| *x += distance * d / norm);
+            let values = inference(&moved);
+            values.iter().zip(&weights).map(|(value, weight)| f64::from(*value) * f64::from(*weight)).sum::<f64>()
+        };
+        let measured = (at(5e-3) - at(-5e-3)) / 1e-2;
+        let along = gradient.iter().zip(&direction).map(|(g, d)| f64::from(g * d / norm)).sum::<f64>();
+        let scale = gradient.iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
+        assert!((measured - along).abs() < 0.01 * scale + 0.01, "{name}, input {index}: slope {measured}, not {along}");
+    }
+
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let again = pool.install(|| evaluate(fused, &inputs, &device));
+        assert_eq!(again, found, "{name}: {threads} threads");
+    }
+}
+
+fn flat<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+    let elements: usize = x.dims().iter().product();
+    x.reshape([elements])
+}
+
+#[test]
+fn activations_are_their_plain_forms() {
+    for shape in [[1, 1, 1], [2, 3, 7], [3, 50, 130]] {
+        let count = shape.iter().product();
+        let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape(shape);
+        check("gelu", &[count], &|leaves| flat(gelu(x(leaves))), &|leaves| flat(plain::gelu(x(leaves))));
+        let up = |leaves: &[Tensor<1>]| leaves[1].clone().reshape(shape);
+        let plain = |leaves: &[Tensor<1>]| flat(plain::swiglu(x(leaves), up(leaves)));
+        check("swiglu", &[count; 2], &|leaves| flat(swiglu(x(leaves), up(leaves))), &plain);
+    }
+}
+
+#[test]
+fn norms_are_their_plain_forms() {
+    for (rows, width) in [(1, 3), (5, 16), (67, 20), (130, 37)] {
+        let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([1, rows, width]);
+        let weight = |leaves: &[Tensor<1>]| leaves[1].clone();
+        let bias = |leaves: &[Tensor<1>]| leaves.get(2).cloned();
+        for lengths in [vec![rows * width, width, width], vec![rows * width, width]] {
+            let fused = |leaves: &[Tensor<1>]| flat(layer_norm(x(leaves), weight(leaves), bias(leaves), 1e-2));
+            let plain = |leaves: &[Tensor<1>]| flat(plain::layer_norm(x(leaves), weight(leaves), bias(leaves), 1e-2));
+            check("layer norm", &lengths, &fused, &plain);
+        }
+        let fused = |leaves: &[Tensor<1>]| flat(rms_norm(x(leaves), weight(leaves), 1e-2));
+        let plain = |leaves: &[Tensor<1>]| flat(plain::rms_norm(x(leaves), weight(leaves), 1e-2));
+        check("root-mean-square norm", &[rows * width, width], &fused, &plain);
+    }
+}
+
+#[test]
+fn cross_entropy_is_its_plain_form() {
+    for (rows, vocab_size) in [(1, 2), (5, 65), (37, 33)] {
+        let targets: Vec<u32> = (0..rows).map(|row| (row * 31 % vocab_size) as u32).collect();
+        let weights: Vec<f32> = (0..rows).map(|row| [1.0, 0.5, 0.0, 2.0][row % 4]).collect();
+        for weights in [None, Some(weights.as_slice())] {
+            let logits = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([rows, vocab_size]);
+            let fused = |leaves: &[Tensor<1>]| cross_entropy(logits(leaves), &targets, weights);
+            let plain = |leaves: &[Tensor<1>]| plain::cross_entropy(logits(leaves), &targets, weights);
+            check("cross-entropy", &[rows * vocab_size], &fused, &plain);
+        }
+    }
+}
+
+#[test]
+fn attention_is_its_plain_form() {
+    let none = Dropout::inactive();
+    for [batch, heads, kv_heads, t, head_width] in
+        [[1, 1, 1, 1, 1], [2, 4, 2, 8, 4], [2, 3, 1, 37, 6], [1, 2, 2, 50, 33]]
+    {
+        let positions = || Positions::new(t, &Device::flex().autodiff());
+        let (queries, keys) = ([batch, heads, t, head_width], [batch, kv_heads, t, head_width]);
+        let parts = |leaves: &[Tensor<1>]| {
+            (leaves[0].clone().reshape(queries), leaves[1].clone().reshape(keys), leaves[2].clone().reshape(keys))
+        };
+        let fused = |leaves: &[Tensor<1>]| {
+            let (q, k, v) = parts(leaves);
+            flat(attention(q, k, v, &positions(), none, 0))
+        };
+        let plain = |leaves: &[Tensor<1>]| {
+            let (q, k, v) = parts(leaves);
+            flat(plain::attention(q, k, v, &positions(), none, 0))
+        };
+        let lengths = [queries, keys, keys].map(|shape| shape.iter().product());
+        check("attention", &lengths, &fused, &plain);
+
+        let width = heads * head_width;
+        let packed = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch, t, 3 * width]);
+        let fused = |leaves: &[Tensor<1>]| flat(packed_attention(packed(leaves), heads, &positions(), none, 0));
+        let plain = |leaves: &[Tensor<1>]| {
+            let part = |index| split_heads(packed(leaves).narrow(2, index * width, width), heads);
+            flat(plain::attention(part(0), part(1), part(2), &positions(), none, 0))
+        };
+        check("packed attention", &[batch * t * 3 * width], &fused, &plain);
+    }
+}
+
+#[test]
+fn rotation_is_its_plain_form() {
+    for [batch, heads, t, head_width] in [[1, 1, 1, 2], [2, 3, 5, 6], [1, 2, 9, 34]] {
+        let positions = || Positions::rotary(t, head_width, 100.0, &Device::flex().autodiff());
+        let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch, t, heads, head_width]).swap_dims(1, 2);
+        let plain = |leaves: &[Tensor<1>]| {
+            let positions = positions();
+            flat(plain::rotate(x(leaves), &positions, positions.angles.as_ref().unwrap()))
+        };
+        check("rotation", &[batch * heads * t * head_width], &|leaves| flat(rotate(x(leaves), &positions())), &plain);
+    }
+}
