@@ -17,8 +17,9 @@ use super::{Engine, Phase, blocks};
 /// A lease is late after so many times what it should take, and a grace beyond.
 const LATE_FACTOR: u32 = 3;
 const LATE_GRACE: Duration = Duration::from_secs(1);
-/// What a lease may take while nobody has finished one: kernels may have to be compiled.
-const LONGEST_FIRST: Duration = Duration::from_secs(300);
+/// No lease takes longer without being late; so long it may take while nobody has finished one, as kernels may have to be
+/// compiled.
+const LONGEST: Duration = Duration::from_secs(300);
 /// No more free blocks are leased while so many for each worker wait for confirmation.
 const REVIEWS_PER_WORKER: usize = 2;
 /// Blocks that an idle worker looks at for a twin: those that will be ready last.
@@ -122,13 +123,13 @@ impl<'a> Pace<'a> {
 
     /// When a lease should be done.
     fn ready(&self, worker: WorkerId, holding: Holding) -> Time {
-        holding.since + self.expected(worker, holding.block).unwrap_or(LONGEST_FIRST)
+        holding.since + self.expected(worker, holding.block).unwrap_or(LONGEST)
     }
 
     /// When a lease is late.
     fn due(&self, worker: WorkerId, holding: Holding) -> Time {
         let wait = self.expected(worker, holding.block).map(|expected| expected * LATE_FACTOR + LATE_GRACE);
-        holding.since + wait.unwrap_or(LONGEST_FIRST)
+        holding.since + wait.map_or(LONGEST, |wait| wait.min(LONGEST))
     }
 }
 
@@ -237,8 +238,7 @@ impl Twins {
             };
             let expected = self.expected.get(&(worker, candidate.block));
             let faster = expected.is_some_and(|expected| self.now + *expected < candidate.ready);
-            let alone = candidate.holders.len() == 1;
-            wanted && !candidate.holders.contains(&worker) && (candidate.late || (alone && faster))
+            wanted && !candidate.holders.contains(&worker) && (candidate.late || faster)
         };
         self.candidates.iter().find(worth_it).map(|candidate| candidate.block)
     }
