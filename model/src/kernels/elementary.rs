@@ -35,8 +35,7 @@ pub(super) fn exp(x: f32) -> f32 {
 #[inline(always)]
 fn distribution(x: f32) -> f32 {
     let u = x * FRAC_1_SQRT_2;
-    let near =
-        [8.334_719e-5, -8.134_709e-4, 5.200_368_6e-3, -2.685_915_1e-2, 0.112_836_92, -0.376_126_34, 0.128_379_17];
+    let near = [8.334_719e-5, -8.134_709e-4, 5.200_369e-3, -2.685_915_1e-2, 0.112_836_92, -0.376_126_34, 0.128_379_17];
     let near = 0.5f32.mul_add(polynomial(u * u, near).mul_add(u, u), 0.5);
     let t = u.abs();
     let far = [

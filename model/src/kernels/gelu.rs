@@ -30,7 +30,7 @@ impl Operation<1> for Gelu {
         let mut gradient = row_major(gradient);
         let blocks = gradient.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(slope.par_chunks(BLOCK));
         blocks.for_each(|(gradient, slope)| {
-            gradient.iter_mut().zip(slope).for_each(|(gradient, slope)| *gradient *= slope)
+            gradient.iter_mut().zip(slope).for_each(|(gradient, slope)| *gradient *= slope);
         });
         [gradient]
     }

@@ -154,9 +154,9 @@ fn score(scores: &mut [Lanes], k_by_key: &[Tile], columns: &[Lanes], first: usiz
         *scores = product(&k_by_key[tile * width..][..width], columns);
     }
     for (key, scores) in scores.iter_mut().enumerate().skip(first) {
-        for lane in 0..LANES {
+        for (lane, score) in scores.iter_mut().enumerate() {
             if key > first + lane {
-                scores[lane] = MASKED;
+                *score = MASKED;
             }
         }
     }
@@ -218,7 +218,7 @@ impl WithSimd for Forward<'_> {
                 }
             }
             let inverse = total.map(|total| 1.0 / total);
-            gather(self.output, &self.v_by_element, &scores[..keys], first, &inverse, sizes);
+            gather(self.output, self.v_by_element, &scores[..keys], first, &inverse, sizes);
             for (lane, statistics) in self.statistics[first..].iter_mut().take(LANES).enumerate() {
                 *statistics = [largest[lane], inverse[lane]];
             }
@@ -280,7 +280,7 @@ impl WithSimd for Backward<'_> {
                     slopes[lane] = scores[lane] * (slopes[lane] - along[lane]);
                 }
             }
-            gather(self.dq, &self.k_by_element, &slopes[..keys], first, &[scale; LANES], sizes);
+            gather(self.dq, self.k_by_element, &slopes[..keys], first, &[scale; LANES], sizes);
             for (sum, (factors, block)) in self.sums.iter_mut().zip([(&*slopes, &q), (&*scores, &upper)]) {
                 for (sum, rows) in sum.chunks_exact_mut(sizes.padded_keys()).zip(&block.rows) {
                     let tiles = sum.as_chunks_mut::<TILE>().0.iter_mut().zip(factors.as_chunks::<TILE>().0);
