@@ -4,11 +4,11 @@
 # not hold. Prints that invariant for each patch; fails if one goes unnoticed, or does not apply or build any more.
 #
 #   deploy/tests/sim/mutate.sh [NAME...]     the patches to try, by name (default: all)
-#   SEEDS=N                                  seeds a patch (default: 1000)
+#   SEEDS=N                                  seeds a patch (default: 2000)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
-seeds=${SEEDS:-1000}
+seeds=${SEEDS:-2000}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export CARGO_TARGET_DIR=$work/target CARGO_INCREMENTAL=1
@@ -51,7 +51,10 @@ cp "$root"/worker/src/{lease,session}.rs "$work/worker/src/"
 without_tests "$work/worker/src/session.rs"
 printf 'pub mod lease;\npub mod session;\n' >"$work/worker/src/lib.rs"
 printf 'pub mod engine;\n' >"$work/coordinator/src/lib.rs"
-printf '[[bin]]\nname = "simulate"\npath = "%s"\n' "$root/deploy/examples/simulate.rs" >>"$work/sim/Cargo.toml"
+mkdir -p "$work/deploy/examples" "$work/deploy/tests/sim"
+cp "$root/deploy/examples/simulate.rs" "$work/deploy/examples/"
+cp -r "$here/simulator" "$work/deploy/tests/sim/"
+printf '[[bin]]\nname = "simulate"\npath = "../deploy/examples/simulate.rs"\n' >>"$work/sim/Cargo.toml"
 
 # engine: an engine as it should be.
 engine() {
@@ -66,7 +69,7 @@ build() {
 }
 
 engine
-if ! build || ! "$CARGO_TARGET_DIR/release/simulate" --seeds 100 >"$work/log" 2>&1; then
+if ! build || ! "$CARGO_TARGET_DIR/release/simulate" --seeds "$seeds" >"$work/log" 2>&1; then
     cat "$work/log"
     echo "FAILED: the engine as it is does not build, or its seeds are not clean"
     exit 1
