@@ -31,7 +31,7 @@ value() {
 train() {
     local name=$1
     shift
-    "$program" train --run "$dir/$name" --workers 3 --set schedule.steps=50 --set checkpoint.every_steps=5 \
+    "$program" train --run "$dir/$name" --workers 3 --set schedule.steps=100 --set checkpoint.every_steps=5 \
         --set evaluation.every_steps=25 --set evaluation.slots=12 --set sampling.every_steps=0 "$@" \
         >"$dir/$name.log" 2>&1
 }
