@@ -398,7 +398,7 @@ impl Session {
     /// queue, or the parameters it needs.
     fn start_next(&mut self) -> Vec<Command> {
         let mut commands = Vec::new();
-        while self.uploads.len() < MAX_UPLOADS
+        while self.uploads.len() + usize::from(self.computes_a_gradient()) < MAX_UPLOADS
             && let Some(lease) = self.next_from_memory()
         {
             self.uploads.insert(lease, 1);
@@ -416,6 +416,11 @@ impl Session {
             _ => commands.extend(self.start_pull(1)),
         }
         commands
+    }
+
+    /// Whether the device computes what will have to be uploaded once it is done.
+    fn computes_a_gradient(&self) -> bool {
+        matches!(self.device, Device::Computing { lease } if lease.task == Task::Gradient)
     }
 
     /// Takes the first lease that asks for something kept out of the queue, and what it asks for out of what is kept.

@@ -226,6 +226,19 @@ fn leases_from_memory_wait_while_two_vectors_are_on_their_way() {
 }
 
 #[test]
+fn what_the_device_computes_keeps_its_place_among_the_vectors_on_their_way() {
+    let mut session = Driven::keeping(&[gradient(7, 0), gradient(8, 0)]);
+    session.on(Event::Leased(gradient(1, 0)));
+    assert_eq!(session.on(arrived(0)), [Command::Compute { lease: 1 }]);
+    let from_memory = |lease| [Command::Recall { lease }, Command::Push { lease }];
+    assert_eq!(session.on(Event::Leased(Lease { id: 2, ..gradient(7, 0) })), from_memory(2));
+    assert_eq!(session.on(Event::Leased(Lease { id: 3, ..gradient(8, 0) })), []);
+    assert_eq!(session.on(Event::Computed { lease: 1 }), [Command::Push { lease: 1 }]);
+    let [recall, push] = from_memory(3);
+    assert_eq!(session.on(Event::Pushed { lease: 2 }), [Command::SendResult { lease: 2 }, recall, push]);
+}
+
+#[test]
 fn what_is_kept_stays_while_steps_ahead_may_come_and_is_forgotten_once_all_are_past() {
     let mut session = Driven::keeping(&[gradient(7, 1), gradient(8, 3)]);
     assert_eq!(session.on(Event::Leased(gradient(1, 2))), [pull(2, 1)]);
@@ -422,6 +435,8 @@ impl World {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
+
     #[test]
     fn every_lease_ends_exactly_once_whatever_happens(choices in prop::collection::vec(any::<u8>(), 0..200)) {
         let kept = (0..40).step_by(3).map(|id| gradient(id, id % 3).gradient_name().unwrap()).collect();
