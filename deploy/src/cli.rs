@@ -39,6 +39,9 @@ pub(crate) enum Command {
     Status(Status),
     /// Check that nothing of a run is damaged, and that it was trained on what its recipe says.
     Verify(Verify),
+    /// Measure this machine.
+    #[command(subcommand)]
+    Bench(Bench),
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
@@ -268,4 +271,43 @@ pub(crate) struct Verify {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// Measure how fast workers compute loss and gradient.
+    Compute(BenchCompute),
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Each worker is a process of its own and trains on tokens drawn at random; all begin at the same time. A step is loss,
+gradient and flat vector of one slot: what a worker does between parameters that arrive and a gradient that leaves.
+
+Examples:
+  lockstep bench compute --shape small --workers 2 --threads 1
+  lockstep bench compute --shape shakespeare-char-cpu --device wgpu:0 --json"
+)]
+pub(crate) struct BenchCompute {
+    /// tiny, small, gpt2s, llama, or a recipe: embedded, or the path of a TOML file.
+    #[arg(long, default_value = "small")]
+    pub(crate) shape: String,
+    /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: DeviceChoice,
+    /// CPU threads of each worker [default: cores / workers, at least 1].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+    /// Workers at the same time.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) workers: u32,
+    /// Steps of each worker.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) steps: u32,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Be one of the workers: requests on standard input, reports on standard output.
+    #[arg(long, hide = true)]
+    pub(crate) child: bool,
 }

@@ -167,8 +167,14 @@ impl Computer {
         Ok(BlockGradient { slot_sums, gradient })
     }
 
-    /// Starts forward and backward of one slot: its loss, and the gradient of each trainable tensor, on the device.
-    fn backward(&self, (batch, key): (&Batch, SlotKey)) -> Result<(PendingLoss, Vec<Leaf>), ComputeError> {
+    /// Starts forward and backward of one slot: its loss, and the gradient of each trainable tensor, on the device. Runs as
+    /// one of the threads that the CPU backend's operations are split among, so that none of these has to wake another.
+    fn backward(&self, slot: (&Batch, SlotKey)) -> Result<(PendingLoss, Vec<Leaf>), ComputeError> {
+        let span = tracing::Span::current();
+        rayon::scope(|_| span.in_scope(|| self.backward_here(slot)))
+    }
+
+    fn backward_here(&self, (batch, key): (&Batch, SlotKey)) -> Result<(PendingLoss, Vec<Leaf>), ComputeError> {
         let forward = tracing::info_span!(target: "lockstep", "forward", step = key.step, slot = key.slot).entered();
         let (loss, weight) = self.network(&self.leaves).loss(batch, Some(key), &self.device)?;
         drop(forward);
@@ -180,12 +186,13 @@ impl Computer {
     }
 
     /// The flat vector of the trainable tensors' gradients. Frozen tensors have gradient 0.
-    fn flat(&self, gradient: Vec<Vec<f32>>) -> Result<Vec<f32>, ComputeError> {
+    fn flat(&self, gradient: Vec<TensorData>) -> Result<Vec<f32>, ComputeError> {
         let mut gradient = gradient.into_iter();
         let mut vector = Vec::with_capacity(self.layout.len());
         for tensor in &self.layout.tensors {
             if tensor.trainable {
-                vector.extend(gradient.next().unwrap_or_default());
+                let of_tensor = gradient.next();
+                vector.extend_from_slice(of_tensor.as_ref().map_or(Ok(&[][..]), floats)?);
             } else {
                 vector.resize(tensor.range().end, 0.0);
             }
@@ -236,7 +243,8 @@ impl Computer {
         let tokens_tensor = token_tensor(tokens, [1, tokens.len()], vocab_size, context, "tokens", &device)?;
         let logits = transformer.logits(tokens_tensor, Dropout::inactive()); // [T, V]
         let last = logits.slice(tokens.len() - 1..tokens.len());
-        floats(last.try_into_data().map_err(|error| ComputeError::Device(error.to_string()))?)
+        let last = last.try_into_data().map_err(|error| ComputeError::Device(error.to_string()))?;
+        Ok(floats(&last)?.to_vec())
     }
 
     /// The line's prediction for `x`.
@@ -383,20 +391,21 @@ fn add_on_device(left: Vec<Leaf>, right: Vec<Leaf>) -> Vec<Leaf> {
 }
 
 /// Reads losses and tensors back, in one go, after all work before it is done.
-fn read(losses: Vec<PendingLoss>, tensors: Vec<Leaf>) -> Result<(Vec<Sums>, Vec<Vec<f32>>), ComputeError> {
+fn read(losses: Vec<PendingLoss>, tensors: Vec<Leaf>) -> Result<(Vec<Sums>, Vec<TensorData>), ComputeError> {
     let _read = tracing::info_span!(target: "lockstep", "read back").entered();
     let weights: Vec<f64> = losses.iter().map(|pending| pending.weight).collect();
     let read = losses.into_iter().fold(Transaction::default(), |read, pending| read.register(pending.loss));
     let read = tensors.into_iter().fold(read, |read, tensor| tensor.register(read));
     let data = read.try_execute().map_err(|error| ComputeError::Device(error.to_string()))?;
-    let mut data = data.into_iter().map(floats);
+    let mut data = data.into_iter();
     let sums = weights.into_iter().map(|weight| {
-        let loss = data.next().transpose()?.and_then(|values| values.first().copied());
-        let loss = loss.ok_or_else(|| ComputeError::Device("no loss came back".into()))?;
+        let loss = data.next();
+        let loss = loss.as_ref().map_or(Ok(&[][..]), floats)?.first();
+        let loss = *loss.ok_or_else(|| ComputeError::Device("no loss came back".into()))?;
         Ok(Sums { loss: f64::from(loss), weight })
     });
     let sums = sums.collect::<Result<_, ComputeError>>()?;
-    Ok((sums, data.collect::<Result<_, _>>()?))
+    Ok((sums, data.collect()))
 }
 
 /// Token numbers `[B, T]` on the device, checked against the model.
@@ -432,9 +441,8 @@ fn check_tokens(
 }
 
 /// Read-back data as f32.
-fn floats(data: TensorData) -> Result<Vec<f32>, ComputeError> {
-    data.try_into_vec::<f32>()
-        .map_err(|error| ComputeError::Device(format!("data came back in another type: {error:?}")))
+fn floats(data: &TensorData) -> Result<&[f32], ComputeError> {
+    data.as_slice().map_err(|error| ComputeError::Device(format!("data came back in another type: {error:?}")))
 }
 
 #[cfg(test)]

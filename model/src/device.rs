@@ -103,6 +103,12 @@ impl ComputeDevice {
         }
     }
 
+    /// Whether it is the CPU backend.
+    #[cfg(feature = "cpu")]
+    pub fn is_cpu(&self) -> bool {
+        crate::kernels::are_own(&Tensor::<1>::zeros([1], &self.handle))
+    }
+
     /// Whether the device adds f32 as IEEE 754 says, subnormal numbers included, which some flush to 0. Only then are its
     /// sums those of the coordinator.
     pub(crate) fn adds_exactly(&self) -> bool {

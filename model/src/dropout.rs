@@ -52,7 +52,6 @@ impl Dropout {
     }
 
     /// Whether it changes anything.
-    #[cfg(feature = "cpu")]
     pub(crate) fn is_active(self) -> bool {
         self.active.is_some()
     }

@@ -3,13 +3,14 @@
 //! Shapes as in [`transformer`](crate::transformer).
 
 use burn::tensor::activation::gelu_approximate;
-use burn::tensor::module::{embedding, linear};
+use burn::tensor::module::embedding;
 use burn::tensor::{Int, Tensor};
 
 use crate::compute::Leaves;
 use crate::config::{Gelu, GptConfig};
 use crate::dropout::{Dropout, Site};
 use crate::kernels::{self, Positions};
+use crate::transformer::project;
 
 /// The parameters of one model, as tensors on a device.
 #[derive(Clone, Debug)]
@@ -74,37 +75,21 @@ impl Gpt {
         let mut x = embedding(self.wte.clone(), tokens) + place; // [B, T, C]
         x = dropout.apply(x, Site::Embedding, &device);
         for (layer, block) in self.blocks.iter().enumerate() {
-            let attended =
-                self.attention(block, layer, block.ln_1.forward(x.clone(), &self.config), &positions, dropout);
-            x = x + dropout.apply(attended, Site::AttentionOutput(layer), &device);
-            let fed = self.feed_forward(block, block.ln_2.forward(x.clone(), &self.config));
-            x = x + dropout.apply(fed, Site::FeedForwardOutput(layer), &device);
+            let qkv = block.c_attn.forward(block.ln_1.forward(x.clone(), &self.config)); // [B, T, 3C]
+            let attended = kernels::packed_attention(qkv, self.config.heads, &positions, dropout, layer); // [B, T, C]
+            x = block.attn_proj.project(attended, x, dropout, Site::AttentionOutput(layer));
+            let hidden = block.c_fc.forward(block.ln_2.forward(x.clone(), &self.config)); // [B, T, 4C]
+            x = block.mlp_proj.project(self.activation(hidden), x, dropout, Site::FeedForwardOutput(layer));
         }
         let x = self.ln_f.forward(x, &self.config).reshape([b * t, self.config.width]); // [B·T, C]
-        x.matmul(self.lm_head.clone().transpose()) // [B·T, V]
+        kernels::logits(x, self.lm_head.clone()) // [B·T, V]
     }
 
-    /// Causal multi-head self-attention: `[B, T, C]` to `[B, T, C]`.
-    fn attention(
-        &self,
-        block: &Block,
-        layer: usize,
-        x: Tensor<3>,
-        positions: &Positions,
-        dropout: Dropout,
-    ) -> Tensor<3> {
-        let qkv = block.c_attn.forward(x); // [B, T, 3C]
-        block.attn_proj.forward(kernels::packed_attention(qkv, self.config.heads, positions, dropout, layer))
-    }
-
-    /// Two linear layers with GELU between: `[B, T, C]` to `[B, T, C]`.
-    fn feed_forward(&self, block: &Block, x: Tensor<3>) -> Tensor<3> {
-        let hidden = block.c_fc.forward(x); // [B, T, 4C]
-        let hidden = match self.config.gelu {
-            Gelu::Exact => kernels::gelu(hidden),
-            Gelu::Tanh => gelu_approximate(hidden),
-        };
-        block.mlp_proj.forward(hidden)
+    fn activation(&self, x: Tensor<3>) -> Tensor<3> {
+        match self.config.gelu {
+            Gelu::Exact => kernels::gelu(x),
+            Gelu::Tanh => gelu_approximate(x),
+        }
     }
 }
 
@@ -115,7 +100,12 @@ impl Affine {
 
     /// `x W + b` over the last axis.
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        linear(x, self.weight.clone(), self.bias.clone())
+        kernels::linear(x, self.weight.clone(), self.bias.clone(), None)
+    }
+
+    /// `onto + dropout(y W + b)`.
+    fn project(&self, y: Tensor<3>, onto: Tensor<3>, dropout: Dropout, site: Site) -> Tensor<3> {
+        project(y, &self.weight, self.bias.as_ref(), onto, dropout, site)
     }
 }
 

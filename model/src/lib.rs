@@ -7,6 +7,7 @@
 pub mod batch;
 pub mod bpe;
 pub mod bpe_training;
+pub mod ceiling;
 pub mod checkpoint;
 pub mod compute;
 pub mod config;

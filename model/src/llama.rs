@@ -3,13 +3,14 @@
 //!
 //! Shapes as in [`transformer`](crate::transformer); besides: K heads of keys and values, F feed-forward width.
 
-use burn::tensor::module::{embedding, linear};
+use burn::tensor::module::embedding;
 use burn::tensor::{Int, Tensor};
 
 use crate::compute::Leaves;
 use crate::config::LlamaConfig;
 use crate::dropout::{Dropout, Site};
 use crate::kernels::{self, Positions, split_heads};
+use crate::transformer::project;
 
 /// The parameters of one model, as tensors on a device.
 #[derive(Clone, Debug)]
@@ -67,15 +68,15 @@ impl Llama {
         x = dropout.apply(x, Site::Embedding, &device);
         for (layer, block) in self.blocks.iter().enumerate() {
             let attended = self.attention(block, layer, self.norm(x.clone(), &block.input_norm), &positions, dropout);
-            x = x + dropout.apply(attended, Site::AttentionOutput(layer), &device);
-            let fed = feed_forward(block, self.norm(x.clone(), &block.post_attention_norm));
-            x = x + dropout.apply(fed, Site::FeedForwardOutput(layer), &device);
+            x = project(attended, &block.o_proj, None, x, dropout, Site::AttentionOutput(layer));
+            let hidden = gated(block, self.norm(x.clone(), &block.post_attention_norm));
+            x = project(hidden, &block.down_proj, None, x, dropout, Site::FeedForwardOutput(layer));
         }
         let x = self.norm(x, &self.norm).reshape([b * t, self.config.width]); // [B·T, C]
-        x.matmul(self.lm_head.clone().transpose()) // [B·T, V]
+        kernels::logits(x, self.lm_head.clone()) // [B·T, V]
     }
 
-    /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245): `[B, T, C]` to `[B, T, C]`.
+    /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245): `[B, T, C]` to `[B, T, H·D]`.
     fn attention(
         &self,
         block: &Block,
@@ -85,14 +86,14 @@ impl Llama {
         dropout: Dropout,
     ) -> Tensor<3> {
         let LlamaConfig { heads, kv_heads, .. } = self.config;
-        let mut q = split_heads(linear(x.clone(), block.q_proj.clone(), None), heads); // [B, H, T, D]
-        let mut k = split_heads(linear(x.clone(), block.k_proj.clone(), None), kv_heads); // [B, K, T, D]
-        let v = split_heads(linear(x, block.v_proj.clone(), None), kv_heads); // [B, K, T, D]
+        let mut q = split_heads(linear(&x, &block.q_proj), heads); // [B, H, T, D]
+        let mut k = split_heads(linear(&x, &block.k_proj), kv_heads); // [B, K, T, D]
+        let v = split_heads(linear(&x, &block.v_proj), kv_heads); // [B, K, T, D]
         if let Some((q_norm, k_norm)) = &block.qk_norms {
             (q, k) = (self.norm(q, q_norm), self.norm(k, k_norm));
         }
         let (q, k) = (kernels::rotate(q, positions), kernels::rotate(k, positions));
-        linear(kernels::attention(q, k, v, positions, dropout, layer), block.o_proj.clone(), None)
+        kernels::attention(q, k, v, positions, dropout, layer)
     }
 
     /// The root-mean-square norm over the last axis.
@@ -101,9 +102,12 @@ impl Llama {
     }
 }
 
-/// Two linear layers, the first gated by a third (SwiGLU: Shazeer, arXiv:2002.05202): `[B, T, C]` to `[B, T, C]`.
-fn feed_forward(block: &Block, x: Tensor<3>) -> Tensor<3> {
-    let gate = linear(x.clone(), block.gate_proj.clone(), None); // [B, T, F]
-    let up = linear(x, block.up_proj.clone(), None); // [B, T, F]
-    linear(kernels::swiglu(gate, up), block.down_proj.clone(), None)
+/// A linear layer gated by another (SwiGLU: Shazeer, arXiv:2002.05202): `[B, T, C]` to `[B, T, F]`.
+fn gated(block: &Block, x: Tensor<3>) -> Tensor<3> {
+    kernels::swiglu(linear(&x, &block.gate_proj), linear(&x, &block.up_proj))
+}
+
+/// `x W` over the last axis.
+fn linear(x: &Tensor<3>, weight: &Tensor<2>) -> Tensor<3> {
+    kernels::linear(x.clone(), weight.clone(), None, None)
 }

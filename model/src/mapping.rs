@@ -1,4 +1,4 @@
-//! Files as memory. The one place with unsafe code.
+//! Files as memory.
 
 use std::fs::File;
 use std::io;

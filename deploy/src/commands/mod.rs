@@ -1,6 +1,7 @@
 //! One file for each command.
 
 mod assemble;
+mod bench;
 mod check;
 mod coordinator;
 mod devices;
@@ -42,6 +43,7 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Prepare(args) => prepare::run(&args),
         Command::Status(args) => status::run(args),
         Command::Verify(args) => verify::run(&args),
+        Command::Bench(bench) => bench::run(bench),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "lockstep", &mut std::io::stdout());
             Ok(())

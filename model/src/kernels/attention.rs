@@ -3,6 +3,7 @@
 use macerator::AutoArch;
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
 use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
 use super::head::{self, Backward, Forward, Rows, tiles_by_element, tiles_by_key};
 use super::lanes::LANES;
@@ -63,7 +64,7 @@ impl Operation<1> for PackedAttention {
         let (sizes, [qkv]) = (saved.sizes, &saved.inputs);
         let parts = backward(sizes, packed_views(sizes, qkv), &saved.statistics, gradient);
         let (length, width) = (sizes.length, sizes.heads * sizes.head_width);
-        let mut packed = vec![0.0; sizes.batch * length * 3 * width];
+        let mut packed = Buffer::of_any(sizes.batch * length * 3 * width);
         packed.par_chunks_mut(length * 3 * width).enumerate().for_each(|(batch, rows)| {
             for (part, values) in parts.iter().enumerate() {
                 let values = &values[batch * length * width..][..length * width];
@@ -131,7 +132,7 @@ fn forward(sizes: Sizes, [q, k, v]: [View<'_>; 3]) -> (CpuTensor, Vec<[f32; 2]>)
     let Sizes { batch, heads, kv_heads, length, head_width } = sizes;
     let (group, width) = (heads / kv_heads, heads * head_width);
     let of_head = head::Sizes { length, width: head_width };
-    let mut by_head = vec![0.0; batch * length * width];
+    let mut by_head = Buffer::of_any(batch * length * width);
     let mut statistics = vec![[0.0; 2]; batch * heads * length];
     let groups = by_head.par_chunks_mut(group * length * head_width).zip(statistics.par_chunks_mut(group * length));
     groups.enumerate().for_each(|(index, (output, statistics))| {
@@ -150,21 +151,20 @@ fn forward(sizes: Sizes, [q, k, v]: [View<'_>; 3]) -> (CpuTensor, Vec<[f32; 2]>)
             });
         }
     });
-    let mut output = vec![0.0; batch * length * width];
+    let mut output = Buffer::of_any(batch * length * width);
     let rows = output.par_chunks_mut(length * width).zip(by_head.par_chunks(length * width));
     rows.for_each(|(rows, values)| interleave(sizes, heads, values, rows, width, 0));
     (tensor(output, &[batch, length, width]), statistics)
 }
 
 /// The gradients of q, `[B, H, T, D]`, and of k and v, `[B, K, T, D]`.
-fn backward(sizes: Sizes, [q, k, v]: [View<'_>; 3], statistics: &[[f32; 2]], gradient: CpuTensor) -> [Vec<f32>; 3] {
+fn backward(sizes: Sizes, [q, k, v]: [View<'_>; 3], statistics: &[[f32; 2]], gradient: CpuTensor) -> [Buffer; 3] {
     let Sizes { batch, heads, kv_heads, length, head_width } = sizes;
     let (group, head) = (heads / kv_heads, length * head_width);
     let (of_head, gradient) = (head::Sizes { length, width: head_width }, row_major(gradient));
     let (data, row_stride) = (gradient.storage::<f32>(), heads * head_width);
     let upper = View { data, start: 0, batch_stride: length * row_stride, head_stride: head_width, row_stride };
-    let mut dq = vec![0.0; batch * heads * head];
-    let (mut dk, mut dv) = (vec![0.0; batch * kv_heads * head], vec![0.0; batch * kv_heads * head]);
+    let [mut dq, mut dk, mut dv] = [heads, kv_heads, kv_heads].map(|heads| Buffer::of_any(batch * heads * head));
     let groups = dq.par_chunks_mut(group * head).zip(dk.par_chunks_mut(head).zip(dv.par_chunks_mut(head)));
     groups.enumerate().for_each(|(index, (dq, (dk, dv)))| {
         let (batch, kv_head) = (index / kv_heads, index % kv_heads);

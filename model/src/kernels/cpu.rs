@@ -10,7 +10,9 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, BackendTensor, DispatchKindConversion, DispatchTensor, Flex};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
+
+use super::buffer::Buffer;
 
 /// A tensor of the CPU backend.
 pub(super) type CpuTensor = FloatTensor<Flex>;
@@ -90,8 +92,8 @@ impl<const N: usize, O: Operation<N>> Backward<Flex, N> for Recorded<O> {
 }
 
 /// A tensor of `values`, row-major.
-pub(super) fn tensor(values: Vec<f32>, shape: &[usize]) -> CpuTensor {
-    CpuTensor::from_data(TensorData::new(values, shape.to_vec()))
+pub(super) fn tensor(values: impl Into<Buffer>, shape: &[usize]) -> CpuTensor {
+    CpuTensor::from_data(TensorData::from_bytes(values.into().into_bytes(), shape.to_vec(), DType::F32))
 }
 
 /// The shape of `x`.

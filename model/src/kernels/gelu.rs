@@ -3,6 +3,7 @@
 use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
 use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
 use super::elementary::gelu;
 
@@ -14,21 +15,21 @@ const BLOCK: usize = 1 << 14;
 pub(super) struct Gelu;
 
 impl Operation<1> for Gelu {
-    type Saved = Vec<f32>; // The derivative.
+    type Saved = CpuTensor; // The derivative.
 
-    fn forward(self, [x]: [CpuTensor; 1]) -> (CpuTensor, Vec<f32>) {
+    fn forward(self, [x]: [CpuTensor; 1]) -> (CpuTensor, CpuTensor) {
         let x = row_major(x);
         let shape = shape(&x);
         let x = x.storage::<f32>();
-        let (mut value, mut slope) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+        let [mut value, mut slope] = [x.len(); 2].map(Buffer::of_any);
         let blocks = value.par_chunks_mut(BLOCK).zip(slope.par_chunks_mut(BLOCK)).zip(x.par_chunks(BLOCK));
         blocks.for_each(|((value, slope), x)| AutoArch::new().dispatch(Forward { x, value, slope }));
-        (tensor(value, &shape), slope)
+        (tensor(value, &shape), tensor(slope, &shape))
     }
 
-    fn backward(slope: Vec<f32>, gradient: CpuTensor) -> [CpuTensor; 1] {
+    fn backward(slope: CpuTensor, gradient: CpuTensor) -> [CpuTensor; 1] {
         let mut gradient = row_major(gradient);
-        let blocks = gradient.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(slope.par_chunks(BLOCK));
+        let blocks = gradient.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(slope.storage::<f32>().par_chunks(BLOCK));
         blocks.for_each(|(gradient, slope)| {
             gradient.iter_mut().zip(slope).for_each(|(gradient, slope)| *gradient *= slope);
         });

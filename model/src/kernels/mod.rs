@@ -5,6 +5,8 @@
 #[cfg(feature = "cpu")]
 mod attention;
 #[cfg(feature = "cpu")]
+mod buffer;
+#[cfg(feature = "cpu")]
 mod cpu;
 #[cfg(feature = "cpu")]
 mod cross_entropy;
@@ -17,8 +19,12 @@ mod head;
 #[cfg(feature = "cpu")]
 mod lanes;
 #[cfg(feature = "cpu")]
+mod linear;
+#[cfg(feature = "cpu")]
 mod norm;
 mod plain;
+#[cfg(feature = "cpu")]
+pub(crate) mod product;
 #[cfg(feature = "cpu")]
 mod rotate;
 #[cfg(feature = "cpu")]
@@ -33,6 +39,12 @@ use burn::tensor::{Device, Tensor};
 
 use crate::dropout::Dropout;
 
+/// Whether operations on `x` are those of this module, not the plain ones.
+#[cfg(feature = "cpu")]
+pub(crate) fn are_own<const D: usize>(x: &Tensor<D>) -> bool {
+    cpu::holds(x)
+}
+
 /// Exact GELU (Hendrycks and Gimpel, arXiv:1606.08415) of each element.
 pub(crate) fn gelu(x: Tensor<3>) -> Tensor<3> {
     #[cfg(feature = "cpu")]
@@ -40,6 +52,38 @@ pub(crate) fn gelu(x: Tensor<3>) -> Tensor<3> {
         return cpu::run(gelu::Gelu, [x.into_dispatch()]);
     }
     plain::gelu(x)
+}
+
+/// `x W + b + residual` over the last axis of `x` `[.., in]`, with W `[in, out]`, and b `[out]` and residual `[.., out]` where
+/// they are.
+pub(crate) fn linear<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    residual: Option<Tensor<D>>,
+) -> Tensor<D> {
+    #[cfg(feature = "cpu")]
+    if cpu::holds(&x) {
+        let linear = linear::Linear { transposed: false, has_bias: bias.is_some(), has_residual: residual.is_some() };
+        let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+        let (bias, residual) = (bias.map(Tensor::into_dispatch), residual.map(Tensor::into_dispatch));
+        return match (bias, residual) {
+            (None, None) => cpu::run(linear, [x, weight]),
+            (Some(added), None) | (None, Some(added)) => cpu::run(linear, [x, weight, added]),
+            (Some(bias), Some(residual)) => cpu::run(linear, [x, weight, bias, residual]),
+        };
+    }
+    plain::linear(x, weight, bias, residual)
+}
+
+/// Logits `[rows, V]`: the product of each row of `x` `[rows, C]` with each of `table` `[V, C]`.
+pub(crate) fn logits(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
+    #[cfg(feature = "cpu")]
+    if cpu::holds(&x) {
+        let linear = linear::Linear { transposed: true, has_bias: false, has_residual: false };
+        return cpu::run(linear, [x.into_dispatch(), table.into_dispatch()]);
+    }
+    plain::logits(x, table)
 }
 
 /// Layer normalisation over the last axis (Ba et al., arXiv:1607.06450).
@@ -134,9 +178,7 @@ pub(crate) fn packed_attention(
     if !dropout.is_active() && cpu::holds(&qkv) {
         return cpu::run(attention::PackedAttention { heads }, [qkv.into_dispatch()]);
     }
-    let width = qkv.dims()[2] / 3;
-    let part = |index: usize| split_heads(qkv.clone().narrow(2, index * width, width), heads);
-    plain::attention(part(0), part(1), part(2), positions, dropout, layer)
+    plain::packed_attention(qkv, heads, positions, dropout, layer)
 }
 
 /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245) of q `[B, H, T, D]` to k and v `[B, K, T, D]`, each of

@@ -8,6 +8,7 @@
 use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
 use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
 use super::lanes::sum;
 
@@ -64,7 +65,7 @@ impl Norm {
         let (shape, values, weights) = (shape(&x), x.storage::<f32>(), weight.storage::<f32>());
         let width = weights.len();
         let biases = bias.as_ref().map(|bias| bias.storage::<f32>());
-        let mut y = vec![0.0; values.len()];
+        let mut y = Buffer::of_any(values.len());
         let mut statistics = vec![[0.0; 2]; values.len() / width];
         let blocks = values.par_chunks(ROWS * width).zip(y.par_chunks_mut(ROWS * width));
         blocks.zip(statistics.par_chunks_mut(ROWS)).for_each(|((x, y), statistics)| {

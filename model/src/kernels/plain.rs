@@ -3,7 +3,7 @@
 use burn::tensor::activation::{self, log_softmax, silu, softmax};
 use burn::tensor::{Int, Tensor, TensorData, module};
 
-use super::{Angles, Positions};
+use super::{Angles, Positions, split_heads};
 use crate::dropout::{Dropout, Site};
 
 /// Added to the scores of positions that a query must not see. Finite, so that no backend meets an infinity; its
@@ -12,6 +12,23 @@ const MASKED: f32 = -1e30;
 
 pub(super) fn gelu(x: Tensor<3>) -> Tensor<3> {
     activation::gelu(x)
+}
+
+pub(super) fn linear<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    residual: Option<Tensor<D>>,
+) -> Tensor<D> {
+    let y = module::linear(x, weight, bias);
+    match residual {
+        Some(residual) => residual + y,
+        None => y,
+    }
+}
+
+pub(super) fn logits(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
+    x.matmul(table.transpose())
 }
 
 pub(super) fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>>, epsilon: f64) -> Tensor<3> {
@@ -32,6 +49,18 @@ pub(super) fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<
         None => losses.sum(),
         Some(weights) => (losses * Tensor::from_data(TensorData::new(weights.to_vec(), [rows]), &device)).sum(),
     }
+}
+
+pub(super) fn packed_attention(
+    qkv: Tensor<3>,
+    heads: usize,
+    positions: &Positions,
+    dropout: Dropout,
+    layer: usize,
+) -> Tensor<3> {
+    let width = qkv.dims()[2] / 3;
+    let part = |index: usize| split_heads(qkv.clone().narrow(2, index * width, width), heads);
+    attention(part(0), part(1), part(2), positions, dropout, layer)
 }
 
 pub(super) fn attention(

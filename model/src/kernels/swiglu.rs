@@ -4,6 +4,7 @@
 use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
 use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
 use super::elementary::logistic;
 
@@ -20,7 +21,7 @@ impl Operation<2> for SwiGlu {
     fn forward(self, inputs: [CpuTensor; 2]) -> (CpuTensor, [CpuTensor; 2]) {
         let inputs = inputs.map(row_major);
         let [gate, up] = inputs.each_ref().map(|input| input.storage::<f32>());
-        let mut value = vec![0.0; gate.len()];
+        let mut value = Buffer::of_any(gate.len());
         let blocks = value.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
         blocks.for_each(|((value, gate), up)| AutoArch::new().dispatch(Forward { gate, up, value }));
         let shape = shape(&inputs[0]);
@@ -30,7 +31,7 @@ impl Operation<2> for SwiGlu {
     fn backward(inputs: [CpuTensor; 2], gradient: CpuTensor) -> [CpuTensor; 2] {
         let [gate, up] = inputs.each_ref().map(|input| input.storage::<f32>());
         let mut gradient = row_major(gradient);
-        let mut of_up = vec![0.0; up.len()];
+        let mut of_up = Buffer::of_any(up.len());
         let blocks = gradient.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(of_up.par_chunks_mut(BLOCK));
         let blocks = blocks.zip(gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)));
         blocks.for_each(|((gradient, of_up), (gate, up))| {

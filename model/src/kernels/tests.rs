@@ -98,6 +98,31 @@ fn activations_are_their_plain_forms() {
 }
 
 #[test]
+fn linear_layers_are_their_plain_forms() {
+    for [batch, t, from, to] in [[1, 1, 1, 1], [2, 3, 5, 7], [3, 32, 40, 300], [2, 64, 250, 250]] {
+        let (x, weight) = (batch * t * from, from * to);
+        for added in [vec![], vec![to], vec![batch * t * to], vec![to, batch * t * to]] {
+            let lengths: Vec<usize> = [x, weight].into_iter().chain(added).collect();
+            let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch, t, from]);
+            let weight = |leaves: &[Tensor<1>]| leaves[1].clone().reshape([from, to]);
+            let bias = |leaves: &[Tensor<1>]| leaves.get(2).filter(|_| lengths[2] == to).cloned();
+            let residual = |leaves: &[Tensor<1>]| {
+                let last = leaves[2..].last().filter(|_| lengths[lengths.len() - 1] == batch * t * to);
+                last.map(|residual| residual.clone().reshape([batch, t, to]))
+            };
+            let fused = |l: &[Tensor<1>]| flat(linear(x(l), weight(l), bias(l), residual(l)));
+            let plain = |l: &[Tensor<1>]| flat(plain::linear(x(l), weight(l), bias(l), residual(l)));
+            check("linear layer", &lengths, &fused, &plain);
+        }
+        let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch * t, from]);
+        let table = |leaves: &[Tensor<1>]| leaves[1].clone().reshape([to, from]);
+        let fused = |leaves: &[Tensor<1>]| flat(logits(x(leaves), table(leaves)));
+        let plain = |leaves: &[Tensor<1>]| flat(plain::logits(x(leaves), table(leaves)));
+        check("logits", &[batch * t * from, to * from], &fused, &plain);
+    }
+}
+
+#[test]
 fn norms_are_their_plain_forms() {
     for (rows, width) in [(1, 3), (5, 16), (67, 20), (130, 37)] {
         let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([1, rows, width]);
@@ -153,10 +178,7 @@ fn attention_is_its_plain_form() {
         let width = heads * head_width;
         let packed = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch, t, 3 * width]);
         let fused = |leaves: &[Tensor<1>]| flat(packed_attention(packed(leaves), heads, &positions(), none, 0));
-        let plain = |leaves: &[Tensor<1>]| {
-            let part = |index| split_heads(packed(leaves).narrow(2, index * width, width), heads);
-            flat(plain::attention(part(0), part(1), part(2), &positions(), none, 0))
-        };
+        let plain = |leaves: &[Tensor<1>]| flat(plain::packed_attention(packed(leaves), heads, &positions(), none, 0));
         check("packed attention", &[batch * t * 3 * width], &fused, &plain);
     }
 }

@@ -1,0 +1,242 @@
+//! `lockstep bench compute`: how fast this machine's workers train, beside how fast it multiplies.
+
+use std::io::IsTerminal as _;
+use std::process::Stdio;
+
+use anyhow::{Context as _, bail};
+use indicatif::{HumanCount, ProgressBar, ProgressStyle};
+use lockstep_model::ceiling;
+use lockstep_model::layout::Layout;
+use serde::Serialize;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout};
+use tokio::task::JoinSet;
+
+use super::measured::{self, Report, Request};
+use super::shape::Shape;
+use crate::child;
+use crate::cli::BenchCompute;
+use crate::commands::{block_on, worker::cores};
+
+/// What was measured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Result {
+    shape: String,
+    device: String,
+    workers: u32,
+    /// Of each worker.
+    threads: u32,
+    /// Of each worker.
+    steps: u32,
+    /// Elements of the flat vector.
+    parameters: usize,
+    /// Of each worker.
+    tokens_per_step: usize,
+    /// Of all workers together: the sum of what each does in its median step.
+    tokens_per_sec: f64,
+    /// Of all workers' steps.
+    step_ms_median: f64,
+    /// The share of a step that its matrix products take when nothing else is done; none where they are not the CPU's.
+    matmul_share: Option<f64>,
+    /// What a worker's products alone reach.
+    matmul_gflop_per_sec: Option<f64>,
+    /// Of the largest worker; none where the system does not say.
+    peak_rss_bytes: Option<u64>,
+    /// Mean loss of the last step, in nats a token.
+    loss: f64,
+}
+
+/// Measures in processes of their own, at the same time, and prints the result.
+pub(crate) fn run(args: BenchCompute) -> anyhow::Result<()> {
+    let threads = args.threads.unwrap_or_else(|| (cores() as u32 / args.workers).max(1));
+    let shape = Shape::load(&args.shape)?;
+    if args.child {
+        return measured::answer(&shape, args.device, threads as usize);
+    }
+    let measured = block_on(measure(&args, threads))?;
+    let result = summary(&args, threads, &shape, &measured)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&result)?);
+    } else {
+        print(&result);
+    }
+    Ok(())
+}
+
+/// What one worker measured.
+struct Measured {
+    device: String,
+    step_secs: Vec<f64>,
+    loss: f64,
+    peak_rss_bytes: Option<u64>,
+    product_secs: Option<f64>,
+}
+
+async fn measure(args: &BenchCompute, threads: u32) -> anyhow::Result<Vec<Measured>> {
+    let bar = bar(u64::from(args.workers) * u64::from(args.steps));
+    let mut workers = Vec::new();
+    for _ in 0..args.workers {
+        workers.push(Process::start(args, threads)?);
+    }
+    let mut measured = Vec::new();
+    for worker in &mut workers {
+        let Report::Ready { device } = worker.hear().await? else { bail!("{}", Process::OUT_OF_TURN) };
+        measured.push(Measured { device, step_secs: Vec::new(), loss: 0.0, peak_rss_bytes: None, product_secs: None });
+    }
+
+    for worker in &mut workers {
+        worker.ask(Request::Steps(args.steps)).await?;
+    }
+    let mut running = JoinSet::new();
+    for (mut worker, mut measured) in workers.into_iter().zip(measured) {
+        let bar = bar.clone();
+        running.spawn(async move {
+            loop {
+                match worker.hear().await? {
+                    Report::Step { secs } => measured.step_secs.push(secs),
+                    Report::Trained { loss, peak_rss_bytes } => {
+                        (measured.loss, measured.peak_rss_bytes) = (loss, peak_rss_bytes);
+                        return anyhow::Ok((worker, measured));
+                    }
+                    _ => bail!("{}", Process::OUT_OF_TURN),
+                }
+                bar.inc(1);
+            }
+        });
+    }
+    let mut trained = Vec::new();
+    while let Some(done) = running.join_next().await {
+        trained.push(done??);
+    }
+    bar.finish_and_clear();
+
+    for (worker, _) in &mut trained {
+        worker.ask(Request::Products).await?;
+    }
+    for (worker, measured) in &mut trained {
+        let Report::Multiplied { secs } = worker.hear().await? else { bail!("{}", Process::OUT_OF_TURN) };
+        measured.product_secs = secs;
+    }
+    Ok(trained.into_iter().map(|(_, measured)| measured).collect())
+}
+
+/// Shown on a terminal only.
+fn bar(steps: u64) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:30.cyan/blue} step {pos} of {len} · {eta} left");
+    ProgressBar::new(steps).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// A worker: this program, told when to do what so that all do the same at once.
+struct Process {
+    process: Child,
+    requests: ChildStdin,
+    reports: Lines<BufReader<ChildStdout>>,
+}
+
+impl Process {
+    const OUT_OF_TURN: &str = "a measuring process said something out of turn; are all of one version?";
+
+    fn start(args: &BenchCompute, threads: u32) -> anyhow::Result<Self> {
+        let mut command = child::command("bench")?;
+        command.args(["compute", "--child", "--shape", &args.shape]);
+        command.args(["--device", &args.device.to_string(), "--threads", &threads.to_string()]);
+        let mut process = command.stdout(Stdio::piped()).spawn().context("a measuring process cannot be started")?;
+        let (requests, reports) = (process.stdin.take(), process.stdout.take());
+        let pipes = requests.zip(reports).context("a measuring process has no pipes")?;
+        Ok(Self { process, requests: pipes.0, reports: BufReader::new(pipes.1).lines() })
+    }
+
+    async fn ask(&mut self, request: Request) -> anyhow::Result<()> {
+        let line = format!("{}\n", serde_json::to_string(&request)?);
+        Ok(self.requests.write_all(line.as_bytes()).await?)
+    }
+
+    async fn hear(&mut self) -> anyhow::Result<Report> {
+        match self.reports.next_line().await? {
+            Some(line) => Ok(serde_json::from_str(&line)?),
+            None => bail!("a measuring process ended: {}", self.process.wait().await?),
+        }
+    }
+}
+
+fn summary(args: &BenchCompute, threads: u32, shape: &Shape, measured: &[Measured]) -> anyhow::Result<Result> {
+    let (tokens, workers) = (shape.tokens() as f64, measured.len() as f64);
+    let medians: Vec<f64> = measured.iter().map(|worker| median(worker.step_secs.clone())).collect();
+    let product_secs: Option<f64> = measured.iter().map(|worker| worker.product_secs).sum();
+    let product_secs = product_secs.map(|secs| secs / workers);
+    let operations = ceiling::operations(&ceiling::layers(&shape.model, shape.rows, shape.length));
+    let first = measured.first().context("no worker measured anything")?;
+    Ok(Result {
+        shape: args.shape.clone(),
+        device: first.device.clone(),
+        workers: args.workers,
+        threads,
+        steps: args.steps,
+        parameters: Layout::of(&shape.model).len(),
+        tokens_per_step: shape.tokens(),
+        tokens_per_sec: medians.iter().map(|secs| tokens / secs).sum(),
+        step_ms_median: 1e3 * median(measured.iter().flat_map(|worker| worker.step_secs.clone()).collect()),
+        matmul_share: product_secs.map(|secs| secs * workers / medians.iter().sum::<f64>()),
+        matmul_gflop_per_sec: product_secs.map(|secs| operations / secs / 1e9),
+        peak_rss_bytes: measured.iter().map(|worker| worker.peak_rss_bytes).max().flatten(),
+        loss: first.loss,
+    })
+}
+
+/// The value in the middle; 0 of none.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
+}
+
+fn print(result: &Result) {
+    let Result { shape, device, workers, threads, steps, tokens_per_step, .. } = result;
+    println!(
+        "shape            {shape}, {} parameters, {tokens_per_step} tokens a step",
+        HumanCount(result.parameters as u64)
+    );
+    println!("workers          {workers} with {threads} CPU thread(s) each, on {device}");
+    println!("tokens_per_sec   {:.0}", result.tokens_per_sec);
+    println!("step_ms_median   {:.2} of {steps} steps", result.step_ms_median);
+    if let (Some(share), Some(rate)) = (result.matmul_share, result.matmul_gflop_per_sec) {
+        println!(
+            "matmul_share     {share:.3}: what the step's matrix products take alone, at {rate:.1} GFLOP/s a worker"
+        );
+    }
+    if let Some(bytes) = result.peak_rss_bytes {
+        println!("peak_rss_bytes   {bytes}");
+    }
+    println!("loss             {:.6}", result.loss);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Bench, Cli, Command};
+    use clap::Parser as _;
+
+    #[test]
+    fn workers_add_up_and_the_share_is_of_the_median_step() {
+        let cli = Cli::try_parse_from(["lockstep", "bench", "compute", "--shape", "tiny", "--workers", "2"]).unwrap();
+        let Command::Bench(Bench::Compute(args)) = cli.command else { panic!("another command") };
+        let worker = |step_secs: [f64; 3], product_secs, peak_rss_bytes| Measured {
+            device: "cpu".into(),
+            step_secs: step_secs.into(),
+            loss: 4.0,
+            peak_rss_bytes,
+            product_secs,
+        };
+        let measured = [worker([0.3, 0.1, 0.2], Some(0.1), Some(7)), worker([0.4, 0.4, 9.0], Some(0.2), Some(9))];
+        let shape = Shape::load("tiny").unwrap();
+        let result = summary(&args, 1, &shape, &measured).unwrap();
+        assert_eq!(result.tokens_per_sec, 768.0 / 0.2 + 768.0 / 0.4);
+        assert_eq!(result.step_ms_median, 400.0);
+        assert!((result.matmul_share.unwrap() - 0.5).abs() < 1e-12);
+        assert_eq!((result.peak_rss_bytes, result.parameters, result.tokens_per_step), (Some(9), 818_176, 768));
+        let unknown = summary(&args, 1, &shape, &[worker([0.1; 3], None, None)]).unwrap();
+        assert_eq!((unknown.matmul_share, unknown.peak_rss_bytes), (None, None));
+    }
+}
