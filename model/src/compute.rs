@@ -2,6 +2,8 @@
 //!
 //! The gradient is that of the *sum* of weighted losses; the mean is taken once, over the whole step, by the optimizer.
 
+use std::sync::{Mutex, PoisonError};
+
 use burn::tensor::{Device, Gradients, Int, Tensor, TensorData, Transaction};
 
 use crate::batch::{Batch, BatchError, Sums};
@@ -76,6 +78,8 @@ pub struct Computer {
     /// Whether sums may be made on the device, to the bits that they have here.
     adds_exactly: bool,
     leaves: Vec<Leaf>,
+    /// A flat vector that nobody needs any more.
+    spare: Mutex<Vec<f32>>,
 }
 
 /// A slot's loss, still on the device: `[1]`, and the weight it is to be divided by.
@@ -91,7 +95,7 @@ impl Computer {
         let place = if adds_exactly { "there" } else { "here: it flushes small numbers to 0" };
         tracing::debug!("{}: gradients of a block's slots are added {place}", device.description);
         let (layout, device) = (Layout::of(model), device.handle().clone().autodiff());
-        Self { model: model.clone(), layout, device, adds_exactly, leaves: Vec::new() }
+        Self { model: model.clone(), layout, device, adds_exactly, leaves: Vec::new(), spare: Mutex::default() }
     }
 
     /// The flat vector's layout.
@@ -167,6 +171,11 @@ impl Computer {
         Ok(BlockGradient { slot_sums, gradient })
     }
 
+    /// Takes a gradient back, so that the next one need not ask the system for memory.
+    pub fn reuse(&self, gradient: Vec<f32>) {
+        *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = gradient;
+    }
+
     /// Starts forward and backward of one slot: its loss, and the gradient of each trainable tensor, on the device. Runs as
     /// one of the threads that the CPU backend's operations are split among, so that none of these has to wake another.
     fn backward(&self, slot: (&Batch, SlotKey)) -> Result<(PendingLoss, Vec<Leaf>), ComputeError> {
@@ -188,7 +197,9 @@ impl Computer {
     /// The flat vector of the trainable tensors' gradients. Frozen tensors have gradient 0.
     fn flat(&self, gradient: Vec<TensorData>) -> Result<Vec<f32>, ComputeError> {
         let mut gradient = gradient.into_iter();
-        let mut vector = Vec::with_capacity(self.layout.len());
+        let mut vector = std::mem::take(&mut *self.spare.lock().unwrap_or_else(PoisonError::into_inner));
+        vector.clear();
+        vector.reserve_exact(self.layout.len());
         for tensor in &self.layout.tensors {
             if tensor.trainable {
                 let of_tensor = gradient.next();

@@ -240,6 +240,9 @@ impl DeviceWorker {
         let compute_time = started.elapsed();
         let gradient = gradient.map(|gradient| {
             let bytes = chunk::to_bytes(&gradient);
+            if let Some(computer) = &self.computer {
+                computer.reuse(gradient);
+            }
             Gradient { sha256: bytes_sha256(&bytes), bytes }
         });
         let batch_sha256 = block_sha256(work.slots.iter().map(|slot| slot_sha256(slot.number, &slot.batch)));

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
-use super::head::{self, Backward, Forward, Rows, tiles_by_element, tiles_by_key};
+use super::head::{self, Backward, Forward, Rows};
 use super::lanes::LANES;
 
 /// Attention of `heads` heads out of `qkv` `[B, T, 3·H·D]`, which holds queries, keys and values side by side, to
@@ -138,17 +138,9 @@ fn forward(sizes: Sizes, [q, k, v]: [View<'_>; 3]) -> (CpuTensor, Vec<[f32; 2]>)
     groups.enumerate().for_each(|(index, (output, statistics))| {
         let (k, v) = (k.head(index / kv_heads, index % kv_heads), v.head(index / kv_heads, index % kv_heads));
         let outputs = output.chunks_exact_mut(length * head_width).zip(statistics.chunks_exact_mut(length));
-        let (k_by_key, v_by_element) = (tiles_by_key(k, of_head), tiles_by_element(v, of_head));
         for (member, (output, statistics)) in outputs.enumerate() {
             let q = q.head(index / kv_heads, index % kv_heads * group + member);
-            AutoArch::new().dispatch(Forward {
-                sizes: of_head,
-                q,
-                k_by_key: &k_by_key,
-                v_by_element: &v_by_element,
-                output,
-                statistics,
-            });
+            AutoArch::new().dispatch(Forward { sizes: of_head, q, k, v, output, statistics });
         }
     });
     let mut output = Buffer::of_any(batch * length * width);
@@ -169,26 +161,13 @@ fn backward(sizes: Sizes, [q, k, v]: [View<'_>; 3], statistics: &[[f32; 2]], gra
     groups.enumerate().for_each(|(index, (dq, (dk, dv)))| {
         let (batch, kv_head) = (index / kv_heads, index % kv_heads);
         let (k, v) = (k.head(batch, kv_head), v.head(batch, kv_head));
-        let (k_by_key, k_by_element) = (tiles_by_key(k, of_head), tiles_by_element(k, of_head));
-        let v_by_key = tiles_by_key(v, of_head);
-        let (k_by_key, k_by_element, v_by_key) = (&*k_by_key, &*k_by_element, &*v_by_key);
         let mut sums = [vec![[0.0; LANES]; of_head.panels() * of_head.padded_keys()], Vec::new()];
         sums[1] = sums[0].clone();
         for (member, dq) in dq.chunks_exact_mut(head).enumerate() {
             let head = kv_head * group + member;
             let statistics = &statistics[(batch * heads + head) * length..][..length];
             let (q, upper) = (q.head(batch, head), upper.head(batch, head));
-            AutoArch::new().dispatch(Backward {
-                sizes: of_head,
-                q,
-                upper,
-                k_by_key,
-                k_by_element,
-                v_by_key,
-                statistics,
-                dq,
-                sums: &mut sums,
-            });
+            AutoArch::new().dispatch(Backward { sizes: of_head, q, upper, k, v, statistics, dq, sums: &mut sums });
         }
         for (sum, gradient) in sums.iter().zip([dk, dv]) {
             for (panel, lanes) in sum.chunks_exact(of_head.padded_keys()).enumerate() {

@@ -3,17 +3,16 @@
 //!
 //! With `q` scaled by 1 / √D, for a block of queries: `S = k qᵀ`, `P = e^(S - max) / Σ`, `o = Pᵀ v`. Backward computes S
 //! and P again, from each query's maximum and sum (Dao et al., arXiv:2205.14135): `dP = v doᵀ`, `dS = P (dP - Σ P dP)`,
-//! `dq = dSᵀ k`, `dk = dS q`, `dv = P do`. Everything is laid out with 16 queries, or 16 of D elements, side by side.
+//! `dq = dSᵀ k`, `dk = dS q`, `dv = P do`. What is computed is laid out with 16 queries, or 16 of D elements, side by side;
+//! k and v are read where they are.
 
 use macerator::{Simd, WithSimd};
 
 use super::elementary::exp;
 use super::lanes::{LANES, Lanes};
 
-/// Rows of a product that are accumulated in registers at once.
+/// Keys whose products are accumulated in registers at once.
 const TILE: usize = 6;
-/// Numbers of as many rows, side by side.
-pub(super) type Tile = [f32; TILE];
 /// The score of a key that the query must not see.
 const MASKED: f32 = -1e30;
 
@@ -33,10 +32,31 @@ pub(super) struct Rows<'a> {
     pub(super) stride: usize,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
     #[inline(always)]
-    fn row(&self, index: usize, width: usize) -> &[f32] {
+    fn row(&self, index: usize, width: usize) -> &'a [f32] {
         &self.data[index * self.stride..][..width]
+    }
+
+    /// The rows from `first` on; `nothing` after the last.
+    #[inline(always)]
+    fn some<const N: usize>(&self, first: usize, nothing: &'a [f32], sizes: Sizes) -> [&'a [f32]; N] {
+        let row = |index| if index < sizes.length { self.row(index, sizes.width) } else { nothing };
+        std::array::from_fn(|index| row(first + index))
+    }
+
+    /// 16 elements of a row from `start` on; 0 after the last.
+    #[inline(always)]
+    fn lanes(&self, index: usize, start: usize, width: usize) -> Lanes {
+        let row = &self.data[index * self.stride + start..];
+        match row.first_chunk() {
+            Some(lanes) if start + LANES <= width => *lanes,
+            _ => {
+                let mut lanes = [0.0; LANES];
+                lanes[..width - start].copy_from_slice(&row[..width - start]);
+                lanes
+            }
+        }
     }
 }
 
@@ -50,37 +70,6 @@ impl Sizes {
     pub(super) fn panels(self) -> usize {
         self.width.div_ceil(LANES)
     }
-}
-
-/// k or v of one head as `[tile of keys][D][TILE]`, for products over D; 0 where a tile is not full.
-pub(super) fn tiles_by_key(rows: Rows<'_>, sizes: Sizes) -> Vec<Tile> {
-    let width = sizes.width;
-    let mut tiles = vec![[0.0; TILE]; sizes.length.div_ceil(TILE) * width];
-    for (tile, tiles) in tiles.chunks_exact_mut(width).enumerate() {
-        for key in 0..TILE.min(sizes.length - tile * TILE) {
-            for (tile, x) in tiles.iter_mut().zip(rows.row(tile * TILE + key, width)) {
-                tile[key] = *x;
-            }
-        }
-    }
-    tiles
-}
-
-/// k or v of one head as `[tile of D][T][TILE]`, for products over keys; 0 where a tile is not full.
-pub(super) fn tiles_by_element(rows: Rows<'_>, sizes: Sizes) -> Vec<Tile> {
-    let (length, width) = (sizes.length, sizes.width);
-    let mut tiles = vec![[0.0; TILE]; width.div_ceil(TILE) * length];
-    for (tile, tiles) in tiles.chunks_exact_mut(length).enumerate() {
-        let (start, end) = (tile * TILE, width.min((tile + 1) * TILE));
-        for (key, tile) in tiles.iter_mut().enumerate() {
-            let row = &rows.row(key, width)[start..end];
-            match <&[f32; TILE]>::try_from(row) {
-                Ok(row) => *tile = *row,
-                Err(_) => tile[..row.len()].copy_from_slice(row),
-            }
-        }
-    }
-    tiles
 }
 
 /// 16 queries, or what is upstream of them: as columns for products over D, and as rows for products over queries.
@@ -98,34 +87,35 @@ impl Block {
 
     /// Takes rows `first` and on, times `scale`; 0 after the last.
     #[inline(always)]
-    fn load(&mut self, rows: Rows<'_>, first: usize, scale: f32, sizes: Sizes) {
-        for lane in 0..LANES {
-            if first + lane < sizes.length {
-                let row = rows.row(first + lane, sizes.width);
-                for (column, x) in self.columns.iter_mut().zip(row) {
-                    column[lane] = x * scale;
+    fn load(&mut self, rows: Rows<'_>, first: usize, scale: f32, nothing: &[f32], sizes: Sizes) {
+        let queries: [&[f32]; LANES] = rows.some(first, nothing, sizes);
+        let queries = queries.map(|query| &query[..self.columns.len()]);
+        for (element, column) in self.columns.iter_mut().enumerate() {
+            for lane in 0..LANES {
+                column[lane] = queries[lane][element] * scale;
+            }
+        }
+        for (panel, to) in self.rows.iter_mut().enumerate() {
+            for (to, query) in to.iter_mut().zip(queries) {
+                for (to, x) in to.iter_mut().zip(&query[panel * LANES..]) {
+                    *to = x * scale;
                 }
-                for (panel, x) in self.rows.iter_mut().zip(row.chunks(LANES)) {
-                    for (to, x) in panel[lane].iter_mut().zip(x) {
-                        *to = x * scale;
-                    }
-                }
-            } else {
-                self.columns.iter_mut().for_each(|column| column[lane] = 0.0);
-                self.rows.iter_mut().for_each(|panel| panel[lane] = [0.0; LANES]);
             }
         }
     }
 }
 
-/// `Σ a[i] b[i]ᵀ`: a tile of rows by 16 columns, added in the order of i.
+/// Products over D of a tile of keys, or values, with 16 columns.
 #[inline(always)]
-fn product(a: &[Tile], b: &[Lanes]) -> [Lanes; TILE] {
+fn products([a, b, c, d, e, f]: [&[f32]; TILE], columns: &[Lanes]) -> [Lanes; TILE] {
     let mut sums = [[0.0; LANES]; TILE];
-    for (a, b) in a.iter().zip(b) {
-        for row in 0..TILE {
+    // Side by side, so that nobody asks at each element whether there is one.
+    let elements = a.iter().zip(b).zip(c.iter().zip(d)).zip(e.iter().zip(f));
+    for (column, (((a, b), (c, d)), (e, f))) in columns.iter().zip(elements) {
+        let (column, keys) = (*column, [a, b, c, d, e, f]);
+        for key in 0..TILE {
             for lane in 0..LANES {
-                sums[row][lane] = a[row].mul_add(b[lane], sums[row][lane]);
+                sums[key][lane] = keys[key].mul_add(column[lane], sums[key][lane]);
             }
         }
     }
@@ -146,13 +136,17 @@ fn add_product(sums: &mut [Lanes; TILE], a: &[Lanes; TILE], b: &[Lanes; LANES]) 
     *sums = local;
 }
 
-/// Scores of 16 queries from `first` on with the first `keys` keys, filled up to whole tiles, masked: `[key][query]`.
+/// Products of the first keys, or values, in whole tiles, with 16 columns: `[key][query]`.
 #[inline(always)]
-fn score(scores: &mut [Lanes], k_by_key: &[Tile], columns: &[Lanes], first: usize) {
-    let width = columns.len();
-    for (tile, scores) in scores.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
-        *scores = product(&k_by_key[tile * width..][..width], columns);
+fn all_products(found: &mut [Lanes], rows: Rows<'_>, columns: &[Lanes], nothing: &[f32], sizes: Sizes) {
+    for (tile, found) in found.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+        *found = products(rows.some(tile * TILE, nothing, sizes), columns);
     }
+}
+
+/// Masks the scores of keys after each of the 16 queries from `first` on.
+#[inline(always)]
+fn mask(scores: &mut [Lanes], first: usize) {
     for (key, scores) in scores.iter_mut().enumerate().skip(first) {
         for (lane, score) in scores.iter_mut().enumerate() {
             if key > first + lane {
@@ -162,19 +156,42 @@ fn score(scores: &mut [Lanes], k_by_key: &[Tile], columns: &[Lanes], first: usiz
     }
 }
 
-/// `Σ over keys of tiles[key] · lanes[key]`, times `scale`, as rows of the queries from `first` on.
+/// `Σ over keys of factors[key] · rows[key]`, times `scale`, as rows of the queries from `first` on.
 #[inline(always)]
-fn gather(rows: &mut [f32], tiles: &[Tile], lanes: &[Lanes], first: usize, scale: &Lanes, sizes: Sizes) {
-    let (length, width) = (sizes.length, sizes.width);
-    let queries = LANES.min(length - first);
-    for (tile, tiles) in tiles.chunks_exact(length).enumerate() {
-        let sums = product(tiles, lanes);
-        let elements = TILE.min(width - tile * TILE);
-        for query in 0..queries {
-            let row = &mut rows[(first + query) * width + tile * TILE..][..elements];
-            for element in 0..elements {
-                row[element] = sums[element][query] * scale[query];
+fn gather(output: &mut [f32], rows: Rows<'_>, factors: &[Lanes], first: usize, scale: &Lanes, sizes: Sizes) {
+    let width = sizes.width;
+    let output = &mut output[first * width..];
+    for start in (0..width).step_by(LANES) {
+        // As many queries as registers hold on any machine, in three parts.
+        gather_some::<0, 6>(output, rows, factors, start, scale, width);
+        gather_some::<6, 5>(output, rows, factors, start, scale, width);
+        gather_some::<11, 5>(output, rows, factors, start, scale, width);
+    }
+}
+
+/// N queries of 16 from the FROMth on, and 16 of D elements from `start` on.
+#[inline(always)]
+fn gather_some<const FROM: usize, const N: usize>(
+    output: &mut [f32],
+    rows: Rows<'_>,
+    factors: &[Lanes],
+    start: usize,
+    scale: &Lanes,
+    width: usize,
+) {
+    let mut sums = [[0.0; LANES]; N];
+    for (key, factors) in factors.iter().enumerate() {
+        let row = rows.lanes(key, start, width);
+        for query in 0..N {
+            for lane in 0..LANES {
+                sums[query][lane] = factors[FROM + query].mul_add(row[lane], sums[query][lane]);
             }
+        }
+    }
+    let queries = output.chunks_exact_mut(width).skip(FROM);
+    for ((query, sums), scale) in queries.zip(&sums).zip(&scale[FROM..]) {
+        for (to, sum) in query[start..].iter_mut().zip(sums) {
+            *to = sum * scale;
         }
     }
 }
@@ -183,8 +200,8 @@ fn gather(rows: &mut [f32], tiles: &[Tile], lanes: &[Lanes], first: usize, scale
 pub(super) struct Forward<'a> {
     pub(super) sizes: Sizes,
     pub(super) q: Rows<'a>,
-    pub(super) k_by_key: &'a [Tile],
-    pub(super) v_by_element: &'a [Tile],
+    pub(super) k: Rows<'a>,
+    pub(super) v: Rows<'a>,
     /// `[T, D]`.
     pub(super) output: &'a mut [f32],
     pub(super) statistics: &'a mut [[f32; 2]],
@@ -197,13 +214,15 @@ impl WithSimd for Forward<'_> {
     fn with_simd<S: Simd>(self) {
         let sizes = self.sizes;
         let scale = 1.0 / (sizes.width as f32).sqrt();
+        let nothing = vec![0.0; sizes.width];
         let mut q = Block::new(sizes);
         let mut scores = vec![[0.0; LANES]; sizes.padded_keys()];
         for first in (0..sizes.length).step_by(LANES) {
             let keys = sizes.length.min(first + LANES);
             let scores = &mut scores[..keys.div_ceil(TILE) * TILE];
-            q.load(self.q, first, scale, sizes);
-            score(scores, self.k_by_key, &q.columns, first);
+            q.load(self.q, first, scale, &nothing, sizes);
+            all_products(scores, self.k, &q.columns, &nothing, sizes);
+            mask(scores, first);
             let mut largest = [MASKED; LANES];
             for scores in &*scores {
                 for lane in 0..LANES {
@@ -218,7 +237,7 @@ impl WithSimd for Forward<'_> {
                 }
             }
             let inverse = total.map(|total| 1.0 / total);
-            gather(self.output, self.v_by_element, &scores[..keys], first, &inverse, sizes);
+            gather(self.output, self.v, &scores[..keys], first, &inverse, sizes);
             for (lane, statistics) in self.statistics[first..].iter_mut().take(LANES).enumerate() {
                 *statistics = [largest[lane], inverse[lane]];
             }
@@ -232,9 +251,8 @@ pub(super) struct Backward<'a> {
     pub(super) q: Rows<'a>,
     /// Of the output's gradient.
     pub(super) upper: Rows<'a>,
-    pub(super) k_by_key: &'a [Tile],
-    pub(super) k_by_element: &'a [Tile],
-    pub(super) v_by_key: &'a [Tile],
+    pub(super) k: Rows<'a>,
+    pub(super) v: Rows<'a>,
     pub(super) statistics: &'a [[f32; 2]],
     /// `[T, D]`.
     pub(super) dq: &'a mut [f32],
@@ -249,6 +267,7 @@ impl WithSimd for Backward<'_> {
     fn with_simd<S: Simd>(self) {
         let sizes = self.sizes;
         let scale = 1.0 / (sizes.width as f32).sqrt();
+        let nothing = vec![0.0; sizes.width];
         let (mut q, mut upper) = (Block::new(sizes), Block::new(sizes));
         let mut scores = vec![[0.0; LANES]; sizes.padded_keys()];
         let mut slopes = scores.clone();
@@ -256,17 +275,15 @@ impl WithSimd for Backward<'_> {
             let keys = sizes.length.min(first + LANES);
             let padded = keys.div_ceil(TILE) * TILE;
             let (scores, slopes) = (&mut scores[..padded], &mut slopes[..padded]);
-            q.load(self.q, first, scale, sizes);
-            upper.load(self.upper, first, 1.0, sizes);
+            q.load(self.q, first, scale, &nothing, sizes);
+            upper.load(self.upper, first, 1.0, &nothing, sizes);
 
-            score(scores, self.k_by_key, &q.columns, first);
+            all_products(scores, self.k, &q.columns, &nothing, sizes);
+            mask(scores, first);
+            all_products(slopes, self.v, &upper.columns, &nothing, sizes);
             let (mut largest, mut inverse) = ([0.0; LANES], [0.0; LANES]);
             for (lane, statistics) in self.statistics[first..].iter().take(LANES).enumerate() {
                 [largest[lane], inverse[lane]] = *statistics;
-            }
-            let width = sizes.width;
-            for (tile, slopes) in slopes.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
-                *slopes = product(&self.v_by_key[tile * width..][..width], &upper.columns);
             }
             let mut along = [0.0; LANES];
             for (scores, slopes) in scores.iter_mut().zip(&*slopes) {
@@ -280,7 +297,7 @@ impl WithSimd for Backward<'_> {
                     slopes[lane] = scores[lane] * (slopes[lane] - along[lane]);
                 }
             }
-            gather(self.dq, self.k_by_element, &slopes[..keys], first, &[scale; LANES], sizes);
+            gather(self.dq, self.k, &slopes[..keys], first, &[scale; LANES], sizes);
             for (sum, (factors, block)) in self.sums.iter_mut().zip([(&*slopes, &q), (&*scores, &upper)]) {
                 for (sum, rows) in sum.chunks_exact_mut(sizes.padded_keys()).zip(&block.rows) {
                     let tiles = sum.as_chunks_mut::<TILE>().0.iter_mut().zip(factors.as_chunks::<TILE>().0);

@@ -64,9 +64,11 @@ pub(super) fn answer(shape: &Shape, device: DeviceChoice, threads: usize) -> any
     let mut computer = Computer::new(&shape.model, &device);
     computer.load(&initial_parameters(&shape.model, 1))?;
     let slots: Vec<Batch> = (0..SLOTS).map(|slot| shape.batch(slot)).collect();
-    let step = |step: u32| -> anyhow::Result<SlotGradient> {
+    let step = |step: u32| -> anyhow::Result<f64> {
         let key = SlotKey { seed: 1, step: u64::from(step), slot: 0 };
-        Ok(computer.gradient(&slots[(step % SLOTS) as usize], key)?)
+        let SlotGradient { sums, gradient } = computer.gradient(&slots[(step % SLOTS) as usize], key)?;
+        computer.reuse(gradient);
+        Ok(sums.mean())
     };
     (0..WARM_UP).try_for_each(|index| step(index).map(drop))?;
 
@@ -78,7 +80,7 @@ pub(super) fn answer(shape: &Shape, device: DeviceChoice, threads: usize) -> any
                 let mut loss = f64::NAN;
                 for index in 0..steps {
                     let start = Instant::now();
-                    loss = step(index)?.sums.mean();
+                    loss = step(index)?;
                     say(&Report::Step { secs: start.elapsed().as_secs_f64() })?;
                 }
                 say(&Report::Trained { loss, peak_rss_bytes: peak_rss_bytes() })?;
