@@ -4,14 +4,17 @@
 //! `e / 8`: half `e % 2` of word `(e % 8) / 2`, low half first. It is zeroed where these bits, as a number, are below
 //! `round(rate · 65536)`, and multiplied by `1 / (1 - rate)`, rounded to f32, otherwise.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use rayon::prelude::*;
 
 use crate::compute::SlotKey;
 use crate::random::{Draws, Stream};
 
+/// Elements that one thread draws factors for at a time.
+const PART: usize = 1 << 14;
+
 /// Where in the Transformer a mask is applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Site {
+pub enum Site {
     /// After token and position embeddings.
     Embedding,
     /// Attention probabilities of a layer.
@@ -35,19 +38,19 @@ impl Site {
 
 /// Dropout for one slot; inactive in evaluation and generation.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Dropout {
+pub struct Dropout {
     /// Rate and key, where active.
     active: Option<(f64, SlotKey)>,
 }
 
 impl Dropout {
     /// Dropout of `rate` for the slot `key`.
-    pub(crate) fn training(rate: f64, key: SlotKey) -> Self {
+    pub fn training(rate: f64, key: SlotKey) -> Self {
         Self { active: (rate > 0.0).then_some((rate, key)) }
     }
 
     /// No dropout.
-    pub(crate) fn inactive() -> Self {
+    pub fn inactive() -> Self {
         Self { active: None }
     }
 
@@ -56,29 +59,45 @@ impl Dropout {
         self.active.is_some()
     }
 
-    /// `x` with the mask of `site` applied; same shape.
-    pub(crate) fn apply<const D: usize>(self, x: Tensor<D>, site: Site, device: &Device) -> Tensor<D> {
-        let Some((rate, key)) = self.active else { return x };
-        let shape = x.dims();
-        let mask = mask(rate, key, site, shape.iter().product());
-        x * Tensor::from_data(TensorData::new(mask, shape), device)
+    /// What the elements of a tensor at `site` are multiplied by, where dropout is active.
+    pub fn factors(self, site: Site) -> Option<Factors> {
+        let (rate, SlotKey { seed, step, slot }) = self.active?;
+        let draws = Draws::new(seed, Stream::Dropout).derive(step, u64::from(slot) << 32 | site.number());
+        Some(Factors { draws, threshold: (rate * 65536.0).round() as u32, kept: (1.0 / (1.0 - rate)) as f32 })
     }
 }
 
-/// The factors of `elements` elements: 0 or `1 / (1 - rate)`.
-fn mask(rate: f64, key: SlotKey, site: Site, elements: usize) -> Vec<f32> {
-    let draws = Draws::new(key.seed, Stream::Dropout).derive(key.step, u64::from(key.slot) << 32 | site.number());
-    let threshold = (rate * 65536.0).round() as u32;
-    let kept = (1.0 / (1.0 - rate)) as f32;
-    let mut mask = Vec::with_capacity(elements + 7);
-    for block in 0..elements.div_ceil(8) {
-        for word in draws.words(0, block as u64) {
-            mask.push(if word & 0xFFFF < threshold { 0.0 } else { kept });
-            mask.push(if word >> 16 < threshold { 0.0 } else { kept });
+/// Factors of a tensor's elements, row-major: 0 or `1 / (1 - rate)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Factors {
+    draws: Draws,
+    threshold: u32,
+    kept: f32,
+}
+
+impl Factors {
+    /// Those of the elements from `first` on.
+    pub(crate) fn fill(self, first: u64, factors: &mut [f32]) {
+        let factor = |bits: u32| if bits < self.threshold { 0.0 } else { self.kept };
+        let mut filled = 0;
+        while filled < factors.len() {
+            let element = first + filled as u64;
+            let words = self.draws.words(0, element / 8);
+            let of_block: [f32; 8] = std::array::from_fn(|i| factor(words[i / 2] >> (16 * (i % 2)) & 0xFFFF));
+            let of_block = &of_block[(element % 8) as usize..];
+            let count = of_block.len().min(factors.len() - filled);
+            factors[filled..][..count].copy_from_slice(&of_block[..count]);
+            filled += count;
         }
     }
-    mask.truncate(elements);
-    mask
+
+    /// Those of the first `elements`.
+    pub(crate) fn mask(self, elements: usize) -> Vec<f32> {
+        let mut mask = vec![0.0; elements];
+        let parts = mask.par_chunks_mut(PART).enumerate();
+        parts.for_each(|(index, part)| self.fill((index * PART) as u64, part));
+        mask
+    }
 }
 
 #[cfg(test)]
@@ -86,6 +105,22 @@ mod tests {
     use super::*;
 
     const KEY: SlotKey = SlotKey { seed: 1, step: 2, slot: 3 };
+
+    fn mask(rate: f64, key: SlotKey, site: Site, elements: usize) -> Vec<f32> {
+        Dropout::training(rate, key).factors(site).unwrap().mask(elements)
+    }
+
+    #[test]
+    fn factors_from_any_element_on_are_those_of_the_whole() {
+        let whole = mask(0.3, KEY, Site::Embedding, PART + 100);
+        let factors = Dropout::training(0.3, KEY).factors(Site::Embedding).unwrap();
+        for (first, count) in [(0, 0), (0, 5), (3, 30), (8, 8), (PART - 3, 50)] {
+            let mut some = vec![9.0; count];
+            factors.fill(first as u64, &mut some);
+            assert_eq!(some, whole[first..first + count]);
+        }
+        assert!(Dropout::inactive().factors(Site::Embedding).is_none());
+    }
 
     #[test]
     fn a_mask_keeps_its_share_and_the_mean() {

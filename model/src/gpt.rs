@@ -2,12 +2,11 @@
 //!
 //! Shapes as in [`transformer`](crate::transformer).
 
-use burn::tensor::activation::gelu_approximate;
 use burn::tensor::module::embedding;
 use burn::tensor::{Int, Tensor};
 
 use crate::compute::Leaves;
-use crate::config::{Gelu, GptConfig};
+use crate::config::GptConfig;
 use crate::dropout::{Dropout, Site};
 use crate::kernels::{self, Positions};
 use crate::transformer::project;
@@ -73,23 +72,21 @@ impl Gpt {
         let positions = Positions::new(t, &device);
         let place = self.wpe.clone().slice(0..t).unsqueeze::<3>(); // [1, T, C]
         let mut x = embedding(self.wte.clone(), tokens) + place; // [B, T, C]
-        x = dropout.apply(x, Site::Embedding, &device);
+        x = kernels::dropout(x, dropout, Site::Embedding);
         for (layer, block) in self.blocks.iter().enumerate() {
             let qkv = block.c_attn.forward(block.ln_1.forward(x.clone(), &self.config)); // [B, T, 3C]
             let attended = kernels::packed_attention(qkv, self.config.heads, &positions, dropout, layer); // [B, T, C]
             x = block.attn_proj.project(attended, x, dropout, Site::AttentionOutput(layer));
             let hidden = block.c_fc.forward(block.ln_2.forward(x.clone(), &self.config)); // [B, T, 4C]
-            x = block.mlp_proj.project(self.activation(hidden), x, dropout, Site::FeedForwardOutput(layer));
+            x = block.mlp_proj.project(
+                kernels::gelu(hidden, self.config.gelu),
+                x,
+                dropout,
+                Site::FeedForwardOutput(layer),
+            );
         }
         let x = self.ln_f.forward(x, &self.config).reshape([b * t, self.config.width]); // [B·T, C]
         kernels::logits(x, self.lm_head.clone()) // [B·T, V]
-    }
-
-    fn activation(&self, x: Tensor<3>) -> Tensor<3> {
-        match self.config.gelu {
-            Gelu::Exact => kernels::gelu(x),
-            Gelu::Tanh => gelu_approximate(x),
-        }
     }
 }
 

@@ -65,7 +65,7 @@ impl Llama {
         let positions = Positions::rotary(t, self.config.head_width(), self.config.rope_theta, &device);
 
         let mut x = embedding(self.embed_tokens.clone(), tokens); // [B, T, C]
-        x = dropout.apply(x, Site::Embedding, &device);
+        x = kernels::dropout(x, dropout, Site::Embedding);
         for (layer, block) in self.blocks.iter().enumerate() {
             let attended = self.attention(block, layer, self.norm(x.clone(), &block.input_norm), &positions, dropout);
             x = project(attended, &block.o_proj, None, x, dropout, Site::AttentionOutput(layer));

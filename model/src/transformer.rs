@@ -40,6 +40,5 @@ pub(crate) fn project(
     if !dropout.is_active() {
         return kernels::linear(y, weight, bias, Some(onto));
     }
-    let device = onto.device();
-    onto + dropout.apply(kernels::linear(y, weight, bias, None), site, &device)
+    onto + kernels::dropout(kernels::linear(y, weight, bias, None), dropout, site)
 }

@@ -5,26 +5,33 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
-use super::head::{self, Backward, Forward, Rows};
+use super::head::{self, Backward, Dropout, Forward, Rows};
 use super::lanes::LANES;
+use crate::dropout::Factors;
 
 /// Attention of `heads` heads out of `qkv` `[B, T, 3·H·D]`, which holds queries, keys and values side by side, to
 /// `[B, T, H·D]`.
 #[derive(Debug)]
 pub(super) struct PackedAttention {
     pub(super) heads: usize,
+    /// Of the probabilities `[B, H, T, T]`.
+    pub(super) dropout: Option<Factors>,
 }
 
 /// Attention of q `[B, H, T, D]` to k and v `[B, K, T, D]`, each of whose heads serves H / K of q's in turn, to
 /// `[B, T, H·D]`.
 #[derive(Debug)]
-pub(super) struct GroupedAttention;
+pub(super) struct GroupedAttention {
+    /// Of the probabilities `[B, H, T, T]`.
+    pub(super) dropout: Option<Factors>,
+}
 
 /// What backward needs: the inputs, and maximum and inverse sum of each query, `[B, H, T]`.
 #[derive(Clone, Debug)]
 pub(super) struct Saved<const N: usize> {
     inputs: [CpuTensor; N],
     sizes: Sizes,
+    dropout: Option<Factors>,
     statistics: Vec<[f32; 2]>,
 }
 
@@ -56,13 +63,13 @@ impl Operation<1> for PackedAttention {
         let (heads, shape) = (self.heads, shape(&qkv));
         let (batch, length, head_width) = (shape[0], shape[1], shape[2] / 3 / heads);
         let sizes = Sizes { batch, heads, kv_heads: heads, length, head_width };
-        let (output, statistics) = forward(sizes, packed_views(sizes, &qkv));
-        (output, Saved { inputs: [qkv], sizes, statistics })
+        let (output, statistics) = forward(sizes, self.dropout, packed_views(sizes, &qkv));
+        (output, Saved { inputs: [qkv], sizes, dropout: self.dropout, statistics })
     }
 
     fn backward(saved: Saved<1>, gradient: CpuTensor) -> [CpuTensor; 1] {
         let (sizes, [qkv]) = (saved.sizes, &saved.inputs);
-        let parts = backward(sizes, packed_views(sizes, qkv), &saved.statistics, gradient);
+        let parts = backward(sizes, saved.dropout, packed_views(sizes, qkv), &saved.statistics, gradient);
         let (length, width) = (sizes.length, sizes.heads * sizes.head_width);
         let mut packed = Buffer::of_any(sizes.batch * length * 3 * width);
         packed.par_chunks_mut(length * 3 * width).enumerate().for_each(|(batch, rows)| {
@@ -83,14 +90,15 @@ impl Operation<3> for GroupedAttention {
         let (queries, keys) = (shape(&inputs[0]), shape(&inputs[1]));
         let (batch, heads, length, head_width) = (queries[0], queries[1], queries[2], queries[3]);
         let sizes = Sizes { batch, heads, kv_heads: keys[1], length, head_width };
-        let (output, statistics) = forward(sizes, inputs.each_ref().map(|input| head_view(sizes, input)));
-        (output, Saved { inputs, sizes, statistics })
+        let views = inputs.each_ref().map(|input| head_view(sizes, input));
+        let (output, statistics) = forward(sizes, self.dropout, views);
+        (output, Saved { inputs, sizes, dropout: self.dropout, statistics })
     }
 
     fn backward(saved: Saved<3>, gradient: CpuTensor) -> [CpuTensor; 3] {
         let Sizes { batch, heads, kv_heads, length, head_width } = saved.sizes;
         let views = saved.inputs.each_ref().map(|input| head_view(saved.sizes, input));
-        let [q, k, v] = backward(saved.sizes, views, &saved.statistics, gradient);
+        let [q, k, v] = backward(saved.sizes, saved.dropout, views, &saved.statistics, gradient);
         let keys = [batch, kv_heads, length, head_width];
         [tensor(q, &[batch, heads, length, head_width]), tensor(k, &keys), tensor(v, &keys)]
     }
@@ -128,7 +136,7 @@ fn interleave(sizes: Sizes, heads: usize, values: &[f32], rows: &mut [f32], stri
 }
 
 /// The output `[B, T, H·D]`, and the statistics of each query.
-fn forward(sizes: Sizes, [q, k, v]: [View<'_>; 3]) -> (CpuTensor, Vec<[f32; 2]>) {
+fn forward(sizes: Sizes, dropout: Option<Factors>, [q, k, v]: [View<'_>; 3]) -> (CpuTensor, Vec<[f32; 2]>) {
     let Sizes { batch, heads, kv_heads, length, head_width } = sizes;
     let (group, width) = (heads / kv_heads, heads * head_width);
     let of_head = head::Sizes { length, width: head_width };
@@ -139,8 +147,9 @@ fn forward(sizes: Sizes, [q, k, v]: [View<'_>; 3]) -> (CpuTensor, Vec<[f32; 2]>)
         let (k, v) = (k.head(index / kv_heads, index % kv_heads), v.head(index / kv_heads, index % kv_heads));
         let outputs = output.chunks_exact_mut(length * head_width).zip(statistics.chunks_exact_mut(length));
         for (member, (output, statistics)) in outputs.enumerate() {
-            let q = q.head(index / kv_heads, index % kv_heads * group + member);
-            AutoArch::new().dispatch(Forward { sizes: of_head, q, k, v, output, statistics });
+            let (batch, head) = (index / kv_heads, index % kv_heads * group + member);
+            let (q, dropout) = (q.head(batch, head), dropout.map(|factors| sizes.dropout(factors, batch, head)));
+            AutoArch::new().dispatch(Forward { sizes: of_head, q, k, v, dropout, output, statistics });
         }
     });
     let mut output = Buffer::of_any(batch * length * width);
@@ -150,7 +159,13 @@ fn forward(sizes: Sizes, [q, k, v]: [View<'_>; 3]) -> (CpuTensor, Vec<[f32; 2]>)
 }
 
 /// The gradients of q, `[B, H, T, D]`, and of k and v, `[B, K, T, D]`.
-fn backward(sizes: Sizes, [q, k, v]: [View<'_>; 3], statistics: &[[f32; 2]], gradient: CpuTensor) -> [Buffer; 3] {
+fn backward(
+    sizes: Sizes,
+    dropout: Option<Factors>,
+    [q, k, v]: [View<'_>; 3],
+    statistics: &[[f32; 2]],
+    gradient: CpuTensor,
+) -> [Buffer; 3] {
     let Sizes { batch, heads, kv_heads, length, head_width } = sizes;
     let (group, head) = (heads / kv_heads, length * head_width);
     let (of_head, gradient) = (head::Sizes { length, width: head_width }, row_major(gradient));
@@ -167,7 +182,9 @@ fn backward(sizes: Sizes, [q, k, v]: [View<'_>; 3], statistics: &[[f32; 2]], gra
             let head = kv_head * group + member;
             let statistics = &statistics[(batch * heads + head) * length..][..length];
             let (q, upper) = (q.head(batch, head), upper.head(batch, head));
-            AutoArch::new().dispatch(Backward { sizes: of_head, q, upper, k, v, statistics, dq, sums: &mut sums });
+            let dropout = dropout.map(|factors| sizes.dropout(factors, batch, head));
+            let sums = &mut sums;
+            AutoArch::new().dispatch(Backward { sizes: of_head, q, upper, k, v, dropout, statistics, dq, sums });
         }
         for (sum, gradient) in sums.iter().zip([dk, dv]) {
             for (panel, lanes) in sum.chunks_exact(of_head.padded_keys()).enumerate() {
@@ -179,6 +196,13 @@ fn backward(sizes: Sizes, [q, k, v]: [View<'_>; 3], statistics: &[[f32; 2]], gra
         }
     });
     [dq, dk, dv]
+}
+
+impl Sizes {
+    /// The part of `factors` for one head's probabilities.
+    fn dropout(self, factors: Factors, batch: usize, head: usize) -> Dropout {
+        Dropout { factors, first: ((batch * self.heads + head) * self.length * self.length) as u64 }
+    }
 }
 
 impl<'a> View<'a> {

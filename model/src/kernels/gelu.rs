@@ -1,18 +1,19 @@
-//! Exact GELU. Forward computes value and derivative in one pass; backward is one product.
+//! GELU, exact or by tanh. Forward computes value and derivative in one pass; backward is one product.
 
 use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
-use super::elementary::gelu;
+use super::elementary::{gelu, gelu_by_tanh};
+use crate::config;
 
 /// Elements that one thread works on at a time.
 const BLOCK: usize = 1 << 14;
 
-/// `x Φ(x)`, element by element.
+/// `x Φ(x)`, or its approximation, element by element.
 #[derive(Debug)]
-pub(super) struct Gelu;
+pub(super) struct Gelu(pub(super) config::Gelu);
 
 impl Operation<1> for Gelu {
     type Saved = CpuTensor; // The derivative.
@@ -23,7 +24,7 @@ impl Operation<1> for Gelu {
         let x = x.storage::<f32>();
         let [mut value, mut slope] = [x.len(); 2].map(Buffer::of_any);
         let blocks = value.par_chunks_mut(BLOCK).zip(slope.par_chunks_mut(BLOCK)).zip(x.par_chunks(BLOCK));
-        blocks.for_each(|((value, slope), x)| AutoArch::new().dispatch(Forward { x, value, slope }));
+        blocks.for_each(|((value, slope), x)| AutoArch::new().dispatch(Forward { gelu: self.0, x, value, slope }));
         (tensor(value, &shape), tensor(slope, &shape))
     }
 
@@ -38,6 +39,7 @@ impl Operation<1> for Gelu {
 }
 
 struct Forward<'a> {
+    gelu: config::Gelu,
     x: &'a [f32],
     value: &'a mut [f32],
     slope: &'a mut [f32],
@@ -48,8 +50,10 @@ impl WithSimd for Forward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self) {
-        for ((x, value), slope) in self.x.iter().zip(self.value).zip(self.slope) {
-            (*value, *slope) = gelu(*x);
+        let elements = self.x.iter().zip(self.value).zip(self.slope);
+        match self.gelu {
+            config::Gelu::Exact => elements.for_each(|((x, value), slope)| (*value, *slope) = gelu(*x)),
+            config::Gelu::Tanh => elements.for_each(|((x, value), slope)| (*value, *slope) = gelu_by_tanh(*x)),
         }
     }
 }

@@ -3,13 +3,15 @@
 //!
 //! With `q` scaled by 1 / √D, for a block of queries: `S = k qᵀ`, `P = e^(S - max) / Σ`, `o = Pᵀ v`. Backward computes S
 //! and P again, from each query's maximum and sum (Dao et al., arXiv:2205.14135): `dP = v doᵀ`, `dS = P (dP - Σ P dP)`,
-//! `dq = dSᵀ k`, `dk = dS q`, `dv = P do`. What is computed is laid out with 16 queries, or 16 of D elements, side by side;
+//! `dq = dSᵀ k`, `dk = dS q`, `dv = P do`. With dropout, P is multiplied by its factors where it meets v or do, and so is dP.
+//! What is computed is laid out with 16 queries, or 16 of D elements, side by side;
 //! k and v are read where they are.
 
 use macerator::{Simd, WithSimd};
 
 use super::elementary::exp;
 use super::lanes::{LANES, Lanes};
+use crate::dropout::Factors;
 
 /// Keys whose products are accumulated in registers at once.
 const TILE: usize = 6;
@@ -156,6 +158,49 @@ fn mask(scores: &mut [Lanes], first: usize) {
     }
 }
 
+/// Dropout on the probabilities `[T, T]` of one head.
+#[derive(Clone, Copy)]
+pub(super) struct Dropout {
+    pub(super) factors: Factors,
+    /// The number of the head's first probability.
+    pub(super) first: u64,
+}
+
+/// Factors `[key][query]` of 16 queries.
+struct Masks {
+    dropout: Dropout,
+    factors: Vec<Lanes>,
+    /// Those of one query.
+    row: Vec<f32>,
+}
+
+impl Masks {
+    fn new(dropout: Dropout, sizes: Sizes) -> Self {
+        Self { dropout, factors: vec![[0.0; LANES]; sizes.padded_keys()], row: vec![0.0; sizes.length] }
+    }
+
+    /// Takes the factors of the queries from `first` on, for the keys that they see.
+    fn draw(&mut self, first: usize, sizes: Sizes) {
+        for query in first..sizes.length.min(first + LANES) {
+            let row = &mut self.row[..=query];
+            self.dropout.factors.fill(self.dropout.first + (query * sizes.length) as u64, row);
+            for (factors, factor) in self.factors.iter_mut().zip(row) {
+                factors[query - first] = *factor;
+            }
+        }
+    }
+
+    /// Multiplies `values` `[key][query]`.
+    #[inline(always)]
+    fn apply(&self, values: &mut [Lanes]) {
+        for (values, factors) in values.iter_mut().zip(&self.factors) {
+            for lane in 0..LANES {
+                values[lane] *= factors[lane];
+            }
+        }
+    }
+}
+
 /// `Σ over keys of factors[key] · rows[key]`, times `scale`, as rows of the queries from `first` on.
 #[inline(always)]
 fn gather(output: &mut [f32], rows: Rows<'_>, factors: &[Lanes], first: usize, scale: &Lanes, sizes: Sizes) {
@@ -202,6 +247,7 @@ pub(super) struct Forward<'a> {
     pub(super) q: Rows<'a>,
     pub(super) k: Rows<'a>,
     pub(super) v: Rows<'a>,
+    pub(super) dropout: Option<Dropout>,
     /// `[T, D]`.
     pub(super) output: &'a mut [f32],
     pub(super) statistics: &'a mut [[f32; 2]],
@@ -216,6 +262,7 @@ impl WithSimd for Forward<'_> {
         let scale = 1.0 / (sizes.width as f32).sqrt();
         let nothing = vec![0.0; sizes.width];
         let mut q = Block::new(sizes);
+        let mut masks = self.dropout.map(|dropout| Masks::new(dropout, sizes));
         let mut scores = vec![[0.0; LANES]; sizes.padded_keys()];
         for first in (0..sizes.length).step_by(LANES) {
             let keys = sizes.length.min(first + LANES);
@@ -236,6 +283,10 @@ impl WithSimd for Forward<'_> {
                     total[lane] += scores[lane];
                 }
             }
+            if let Some(masks) = &mut masks {
+                masks.draw(first, sizes);
+                masks.apply(scores);
+            }
             let inverse = total.map(|total| 1.0 / total);
             gather(self.output, self.v, &scores[..keys], first, &inverse, sizes);
             for (lane, statistics) in self.statistics[first..].iter_mut().take(LANES).enumerate() {
@@ -253,6 +304,7 @@ pub(super) struct Backward<'a> {
     pub(super) upper: Rows<'a>,
     pub(super) k: Rows<'a>,
     pub(super) v: Rows<'a>,
+    pub(super) dropout: Option<Dropout>,
     pub(super) statistics: &'a [[f32; 2]],
     /// `[T, D]`.
     pub(super) dq: &'a mut [f32],
@@ -269,6 +321,7 @@ impl WithSimd for Backward<'_> {
         let scale = 1.0 / (sizes.width as f32).sqrt();
         let nothing = vec![0.0; sizes.width];
         let (mut q, mut upper) = (Block::new(sizes), Block::new(sizes));
+        let mut masks = self.dropout.map(|dropout| Masks::new(dropout, sizes));
         let mut scores = vec![[0.0; LANES]; sizes.padded_keys()];
         let mut slopes = scores.clone();
         for first in (0..sizes.length).step_by(LANES) {
@@ -281,6 +334,10 @@ impl WithSimd for Backward<'_> {
             all_products(scores, self.k, &q.columns, &nothing, sizes);
             mask(scores, first);
             all_products(slopes, self.v, &upper.columns, &nothing, sizes);
+            if let Some(masks) = &mut masks {
+                masks.draw(first, sizes);
+                masks.apply(slopes);
+            }
             let (mut largest, mut inverse) = ([0.0; LANES], [0.0; LANES]);
             for (lane, statistics) in self.statistics[first..].iter().take(LANES).enumerate() {
                 [largest[lane], inverse[lane]] = *statistics;
@@ -296,6 +353,9 @@ impl WithSimd for Backward<'_> {
                 for lane in 0..LANES {
                     slopes[lane] = scores[lane] * (slopes[lane] - along[lane]);
                 }
+            }
+            if let Some(masks) = &masks {
+                masks.apply(scores);
             }
             gather(self.dq, self.k, &slopes[..keys], first, &[scale; LANES], sizes);
             for (sum, (factors, block)) in self.sums.iter_mut().zip([(&*slopes, &q), (&*scores, &upper)]) {

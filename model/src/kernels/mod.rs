@@ -11,6 +11,8 @@ mod cpu;
 #[cfg(feature = "cpu")]
 mod cross_entropy;
 #[cfg(feature = "cpu")]
+mod dropout;
+#[cfg(feature = "cpu")]
 mod elementary;
 #[cfg(feature = "cpu")]
 mod gelu;
@@ -22,7 +24,7 @@ mod lanes;
 mod linear;
 #[cfg(feature = "cpu")]
 mod norm;
-mod plain;
+pub mod plain;
 #[cfg(feature = "cpu")]
 pub(crate) mod product;
 #[cfg(feature = "cpu")]
@@ -37,7 +39,8 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 
-use crate::dropout::Dropout;
+use crate::config::Gelu;
+use crate::dropout::{Dropout, Site};
 
 /// Whether operations on `x` are those of this module, not the plain ones.
 #[cfg(feature = "cpu")]
@@ -45,18 +48,30 @@ pub(crate) fn are_own<const D: usize>(x: &Tensor<D>) -> bool {
     cpu::holds(x)
 }
 
-/// Exact GELU (Hendrycks and Gimpel, arXiv:1606.08415) of each element.
-pub(crate) fn gelu(x: Tensor<3>) -> Tensor<3> {
+/// Dropout at `site`, where it is active.
+pub fn dropout<const D: usize>(x: Tensor<D>, dropout: Dropout, site: Site) -> Tensor<D> {
+    let factors = dropout.factors(site);
+    #[cfg(feature = "cpu")]
+    if let Some(factors) = factors
+        && cpu::holds(&x)
+    {
+        return cpu::run(dropout::Dropout(factors), [x.into_dispatch()]);
+    }
+    plain::dropout(x, factors)
+}
+
+/// GELU (Hendrycks and Gimpel, arXiv:1606.08415) of each element.
+pub fn gelu(x: Tensor<3>, gelu: Gelu) -> Tensor<3> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
-        return cpu::run(gelu::Gelu, [x.into_dispatch()]);
+        return cpu::run(gelu::Gelu(gelu), [x.into_dispatch()]);
     }
-    plain::gelu(x)
+    plain::gelu(x, gelu)
 }
 
 /// `x W + b + residual` over the last axis of `x` `[.., in]`, with W `[in, out]`, and b `[out]` and residual `[.., out]` where
 /// they are.
-pub(crate) fn linear<const D: usize>(
+pub fn linear<const D: usize>(
     x: Tensor<D>,
     weight: Tensor<2>,
     bias: Option<Tensor<1>>,
@@ -77,7 +92,7 @@ pub(crate) fn linear<const D: usize>(
 }
 
 /// Logits `[rows, V]`: the product of each row of `x` `[rows, C]` with each of `table` `[V, C]`.
-pub(crate) fn logits(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
+pub fn logits(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
         let linear = linear::Linear { transposed: true, has_bias: false, has_residual: false };
@@ -87,7 +102,7 @@ pub(crate) fn logits(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
 }
 
 /// Layer normalisation over the last axis (Ba et al., arXiv:1607.06450).
-pub(crate) fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>>, epsilon: f64) -> Tensor<3> {
+pub fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>>, epsilon: f64) -> Tensor<3> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
         let norm = norm::Norm { centred: true, epsilon: epsilon as f32 };
@@ -101,7 +116,7 @@ pub(crate) fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>
 }
 
 /// Root-mean-square normalisation over the last axis (Zhang and Sennrich, arXiv:1910.07467).
-pub(crate) fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
+pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
         let norm = norm::Norm { centred: false, epsilon: epsilon as f32 };
@@ -112,7 +127,7 @@ pub(crate) fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon:
 
 /// The sum, `[1]`, of weighted cross-entropies of `logits` `[rows, V]`. `targets` are below V, one for each row, and so are
 /// `weights`; 1 where there are none.
-pub(crate) fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
+pub fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&logits) {
         let operation =
@@ -123,7 +138,7 @@ pub(crate) fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<
 }
 
 /// The gate of SwiGLU (Shazeer, arXiv:2002.05202): `silu(gate) · up`.
-pub(crate) fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
+pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&gate) {
         return cpu::run(swiglu::SwiGlu, [gate.into_dispatch(), up.into_dispatch()]);
@@ -132,7 +147,8 @@ pub(crate) fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
 }
 
 /// What attention and rotation need to know of positions. What only the plain forms need is made when they first ask.
-pub(crate) struct Positions {
+#[derive(Debug)]
+pub struct Positions {
     device: Device,
     /// T.
     length: usize,
@@ -141,6 +157,7 @@ pub(crate) struct Positions {
 }
 
 /// Cosines and sines `[T, D/2]` of the angles by which a head's elements are turned.
+#[derive(Debug)]
 struct Angles {
     cos: Arc<Vec<f32>>,
     sin: Arc<Vec<f32>>,
@@ -149,13 +166,13 @@ struct Angles {
 
 impl Positions {
     /// Positions 0 to `length - 1`.
-    pub(crate) fn new(length: usize, device: &Device) -> Self {
+    pub fn new(length: usize, device: &Device) -> Self {
         Self { device: device.clone(), length, mask: OnceCell::new(), angles: None }
     }
 
     /// Positions 0 to `length - 1` that turn element i of a head's first half, and of its second, by `position · theta^(-2i/D)`.
     /// Angles are computed in f64 by `libm`, so that every machine has the same.
-    pub(crate) fn rotary(length: usize, head_width: usize, theta: f64, device: &Device) -> Self {
+    pub fn rotary(length: usize, head_width: usize, theta: f64, device: &Device) -> Self {
         let half = head_width / 2;
         let angle = |i: usize| (i / half) as f64 * libm::pow(theta, -((i % half) as f64) / half as f64);
         let table =
@@ -167,7 +184,7 @@ impl Positions {
 
 /// Causal attention (Vaswani et al., arXiv:1706.03762) of `heads` heads out of `qkv` `[B, T, 3·C]`, which holds queries,
 /// keys and values side by side, to `[B, T, C]`; with `dropout` of layer `layer` on the probabilities.
-pub(crate) fn packed_attention(
+pub fn packed_attention(
     qkv: Tensor<3>,
     heads: usize,
     positions: &Positions,
@@ -175,8 +192,9 @@ pub(crate) fn packed_attention(
     layer: usize,
 ) -> Tensor<3> {
     #[cfg(feature = "cpu")]
-    if !dropout.is_active() && cpu::holds(&qkv) {
-        return cpu::run(attention::PackedAttention { heads }, [qkv.into_dispatch()]);
+    if cpu::holds(&qkv) {
+        let dropout = dropout.factors(Site::Attention(layer));
+        return cpu::run(attention::PackedAttention { heads, dropout }, [qkv.into_dispatch()]);
     }
     plain::packed_attention(qkv, heads, positions, dropout, layer)
 }
@@ -184,7 +202,7 @@ pub(crate) fn packed_attention(
 /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245) of q `[B, H, T, D]` to k and v `[B, K, T, D]`, each of
 /// whose heads serves H / K consecutive ones of q, to `[B, T, H·D]`; with `dropout` of layer `layer` on the
 /// probabilities.
-pub(crate) fn attention(
+pub fn attention(
     q: Tensor<4>,
     k: Tensor<4>,
     v: Tensor<4>,
@@ -193,23 +211,25 @@ pub(crate) fn attention(
     layer: usize,
 ) -> Tensor<3> {
     #[cfg(feature = "cpu")]
-    if !dropout.is_active() && cpu::holds(&q) {
+    if cpu::holds(&q) {
+        let dropout = dropout.factors(Site::Attention(layer));
         let inputs = [q.into_dispatch(), k.into_dispatch(), v.into_dispatch()];
-        return cpu::run(attention::GroupedAttention, inputs);
+        return cpu::run(attention::GroupedAttention { dropout }, inputs);
     }
     plain::attention(q, k, v, positions, dropout, layer)
 }
 
 /// Rotary positions (Su et al., arXiv:2104.09864): element i of the first half of each head of `x` `[B, H, T, D]` and
 /// element i of its second are turned, as a point of the plane. As it is, where positions have no angles.
-pub(crate) fn rotate(x: Tensor<4>, positions: &Positions) -> Tensor<4> {
-    let Some(angles) = &positions.angles else { return x };
+pub fn rotate(x: Tensor<4>, positions: &Positions) -> Tensor<4> {
     #[cfg(feature = "cpu")]
-    if cpu::holds(&x) {
+    if let Some(angles) = &positions.angles
+        && cpu::holds(&x)
+    {
         let rotate = rotate::Rotate { cos: angles.cos.clone(), sin: angles.sin.clone() };
         return cpu::run(rotate, [x.into_dispatch()]);
     }
-    plain::rotate(x, positions, angles)
+    plain::rotate(x, positions)
 }
 
 /// `[B, T, H·D]` as `heads` slices, `[B, H, T, D]`.

@@ -1,20 +1,33 @@
-//! The operations out of burn's own, differentiated by burn.
+//! The operations out of burn's own, differentiated by burn: what those of the parent module are, on any backend.
 
 use burn::tensor::activation::{self, log_softmax, silu, softmax};
 use burn::tensor::{Int, Tensor, TensorData, module};
 
-use super::{Angles, Positions, split_heads};
-use crate::dropout::{Dropout, Site};
+use super::{Positions, split_heads};
+use crate::config::Gelu;
+use crate::dropout::{Dropout, Factors, Site};
 
 /// Added to the scores of positions that a query must not see. Finite, so that no backend meets an infinity; its
 /// exponential is exactly 0.
 const MASKED: f32 = -1e30;
 
-pub(super) fn gelu(x: Tensor<3>) -> Tensor<3> {
-    activation::gelu(x)
+/// Multiplied by the factors, where there are any.
+pub fn dropout<const D: usize>(x: Tensor<D>, factors: Option<Factors>) -> Tensor<D> {
+    let Some(factors) = factors else { return x };
+    let (shape, device) = (x.dims(), x.device());
+    x * Tensor::from_data(TensorData::new(factors.mask(shape.iter().product()), shape), &device)
 }
 
-pub(super) fn linear<const D: usize>(
+/// As [`super::gelu`].
+pub fn gelu(x: Tensor<3>, gelu: Gelu) -> Tensor<3> {
+    match gelu {
+        Gelu::Exact => activation::gelu(x),
+        Gelu::Tanh => activation::gelu_approximate(x),
+    }
+}
+
+/// As [`super::linear`].
+pub fn linear<const D: usize>(
     x: Tensor<D>,
     weight: Tensor<2>,
     bias: Option<Tensor<1>>,
@@ -27,20 +40,24 @@ pub(super) fn linear<const D: usize>(
     }
 }
 
-pub(super) fn logits(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
+/// As [`super::logits`].
+pub fn logits(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
     x.matmul(table.transpose())
 }
 
-pub(super) fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>>, epsilon: f64) -> Tensor<3> {
+/// As [`super::layer_norm`].
+pub fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>>, epsilon: f64) -> Tensor<3> {
     module::layer_norm(x, weight, bias, epsilon)
 }
 
-pub(super) fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
+/// As [`super::rms_norm`].
+pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
     let mean_square = (x.clone() * x.clone()).mean_dim(D - 1);
     x / (mean_square + epsilon).sqrt() * weight.unsqueeze::<D>()
 }
 
-pub(super) fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
+/// As [`super::cross_entropy`].
+pub fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
     let (rows, device) = (targets.len(), logits.device());
     let targets: Vec<i32> = targets.iter().map(|&target| target as i32).collect();
     let targets = Tensor::<2, Int>::from_data(TensorData::new(targets, [rows, 1]), &device);
@@ -51,7 +68,8 @@ pub(super) fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<
     }
 }
 
-pub(super) fn packed_attention(
+/// As [`super::packed_attention`].
+pub fn packed_attention(
     qkv: Tensor<3>,
     heads: usize,
     positions: &Positions,
@@ -63,7 +81,8 @@ pub(super) fn packed_attention(
     attention(part(0), part(1), part(2), positions, dropout, layer)
 }
 
-pub(super) fn attention(
+/// As [`super::attention`].
+pub fn attention(
     q: Tensor<4>,
     k: Tensor<4>,
     v: Tensor<4>,
@@ -75,15 +94,18 @@ pub(super) fn attention(
     let (k, v) = (repeat_heads(k, heads), repeat_heads(v, heads)); // [B, H, T, D]
     let scores = q.matmul(k.transpose()) * (1.0 / (head_width as f64).sqrt()); // [B, H, T, T]
     let probabilities = softmax(scores + positions.causal_mask(), 3);
-    let y = dropout.apply(probabilities, Site::Attention(layer), &positions.device).matmul(v); // [B, H, T, D]
+    let y = self::dropout(probabilities, dropout.factors(Site::Attention(layer))).matmul(v); // [B, H, T, D]
     y.swap_dims(1, 2).reshape([b, t, heads * head_width])
 }
 
-pub(super) fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
+/// As [`super::swiglu`].
+pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
     silu(gate) * up
 }
 
-pub(super) fn rotate(x: Tensor<4>, positions: &Positions, angles: &Angles) -> Tensor<4> {
+/// As [`super::rotate`].
+pub fn rotate(x: Tensor<4>, positions: &Positions) -> Tensor<4> {
+    let Some(angles) = &positions.angles else { return x };
     let half = x.dims()[3] / 2;
     let table = |values: &[f32]| {
         let values = TensorData::new(values.to_vec(), [1, 1, positions.length, half]);

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 
 use super::*;
+use crate::compute::SlotKey;
 use crate::random::{Stream, normal};
 
 /// What is computed of flat inputs.
@@ -90,10 +91,24 @@ fn activations_are_their_plain_forms() {
     for shape in [[1, 1, 1], [2, 3, 7], [3, 50, 130]] {
         let count = shape.iter().product();
         let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape(shape);
-        check("gelu", &[count], &|leaves| flat(gelu(x(leaves))), &|leaves| flat(plain::gelu(x(leaves))));
+        for kind in [Gelu::Exact, Gelu::Tanh] {
+            let plain = |leaves: &[Tensor<1>]| flat(plain::gelu(x(leaves), kind));
+            check("gelu", &[count], &|leaves| flat(gelu(x(leaves), kind)), &plain);
+        }
         let up = |leaves: &[Tensor<1>]| leaves[1].clone().reshape(shape);
         let plain = |leaves: &[Tensor<1>]| flat(plain::swiglu(x(leaves), up(leaves)));
         check("swiglu", &[count; 2], &|leaves| flat(swiglu(x(leaves), up(leaves))), &plain);
+    }
+}
+
+#[test]
+fn dropout_is_its_plain_form() {
+    let active = Dropout::training(0.3, SlotKey { seed: 1, step: 2, slot: 3 });
+    for shape in [[1, 1, 1], [3, 50, 130]] {
+        let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape(shape);
+        let plain = |leaves: &[Tensor<1>]| flat(plain::dropout(x(leaves), active.factors(Site::Embedding)));
+        let fused = |leaves: &[Tensor<1>]| flat(dropout(x(leaves), active, Site::Embedding));
+        check("dropout", &[shape.iter().product()], &fused, &plain);
     }
 }
 
@@ -155,10 +170,10 @@ fn cross_entropy_is_its_plain_form() {
 
 #[test]
 fn attention_is_its_plain_form() {
-    let none = Dropout::inactive();
-    for [batch, heads, kv_heads, t, head_width] in
-        [[1, 1, 1, 1, 1], [2, 4, 2, 8, 4], [2, 3, 1, 37, 6], [1, 2, 2, 50, 33]]
-    {
+    let sizes = [[1, 1, 1, 1, 1], [2, 4, 2, 8, 4], [2, 3, 1, 37, 6], [1, 2, 2, 50, 33]];
+    let dropouts = [Dropout::inactive(), Dropout::training(0.3, SlotKey { seed: 1, step: 2, slot: 3 })];
+    let cases = sizes.into_iter().flat_map(|sizes| dropouts.map(|dropout| (sizes, dropout)));
+    for ([batch, heads, kv_heads, t, head_width], dropout) in cases {
         let positions = || Positions::new(t, &Device::flex().autodiff());
         let (queries, keys) = ([batch, heads, t, head_width], [batch, kv_heads, t, head_width]);
         let parts = |leaves: &[Tensor<1>]| {
@@ -166,19 +181,20 @@ fn attention_is_its_plain_form() {
         };
         let fused = |leaves: &[Tensor<1>]| {
             let (q, k, v) = parts(leaves);
-            flat(attention(q, k, v, &positions(), none, 0))
+            flat(attention(q, k, v, &positions(), dropout, 1))
         };
         let plain = |leaves: &[Tensor<1>]| {
             let (q, k, v) = parts(leaves);
-            flat(plain::attention(q, k, v, &positions(), none, 0))
+            flat(plain::attention(q, k, v, &positions(), dropout, 1))
         };
         let lengths = [queries, keys, keys].map(|shape| shape.iter().product());
         check("attention", &lengths, &fused, &plain);
 
         let width = heads * head_width;
         let packed = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch, t, 3 * width]);
-        let fused = |leaves: &[Tensor<1>]| flat(packed_attention(packed(leaves), heads, &positions(), none, 0));
-        let plain = |leaves: &[Tensor<1>]| flat(plain::packed_attention(packed(leaves), heads, &positions(), none, 0));
+        let fused = |leaves: &[Tensor<1>]| flat(packed_attention(packed(leaves), heads, &positions(), dropout, 1));
+        let plain =
+            |leaves: &[Tensor<1>]| flat(plain::packed_attention(packed(leaves), heads, &positions(), dropout, 1));
         check("packed attention", &[batch * t * 3 * width], &fused, &plain);
     }
 }
@@ -188,10 +204,7 @@ fn rotation_is_its_plain_form() {
     for [batch, heads, t, head_width] in [[1, 1, 1, 2], [2, 3, 5, 6], [1, 2, 9, 34]] {
         let positions = || Positions::rotary(t, head_width, 100.0, &Device::flex().autodiff());
         let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch, t, heads, head_width]).swap_dims(1, 2);
-        let plain = |leaves: &[Tensor<1>]| {
-            let positions = positions();
-            flat(plain::rotate(x(leaves), &positions, positions.angles.as_ref().unwrap()))
-        };
+        let plain = |leaves: &[Tensor<1>]| flat(plain::rotate(x(leaves), &positions()));
         check("rotation", &[batch * heads * t * head_width], &|leaves| flat(rotate(x(leaves), &positions())), &plain);
     }
 }
