@@ -4,6 +4,7 @@
 //! interpreter named by `LOCKSTEP_PYTHON` (or `python3`); without them they say why they skip.
 
 mod bad_input;
+mod bench;
 mod cluster;
 mod distrust;
 mod equal_runs;

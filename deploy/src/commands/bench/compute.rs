@@ -20,7 +20,7 @@ use crate::commands::{block_on, worker::cores};
 
 /// What was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-struct Result {
+struct Summary {
     shape: String,
     device: String,
     workers: u32,
@@ -46,7 +46,7 @@ struct Result {
     loss: f64,
 }
 
-/// Measures in processes of their own, at the same time, and prints the result.
+/// Measures in processes of their own, at the same time, and prints the summary.
 pub(crate) fn run(args: BenchCompute) -> anyhow::Result<()> {
     let threads = args.threads.unwrap_or_else(|| (cores() as u32 / args.workers).max(1));
     let shape = Shape::load(&args.shape)?;
@@ -54,11 +54,11 @@ pub(crate) fn run(args: BenchCompute) -> anyhow::Result<()> {
         return measured::answer(&shape, args.device, threads as usize);
     }
     let measured = block_on(measure(&args, threads))?;
-    let result = summary(&args, threads, &shape, &measured)?;
+    let summary = summarise(&args, threads, &shape, &measured)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&result)?);
+        println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
-        print(&result);
+        print(&summary);
     }
     Ok(())
 }
@@ -162,14 +162,14 @@ impl Process {
     }
 }
 
-fn summary(args: &BenchCompute, threads: u32, shape: &Shape, measured: &[Measured]) -> anyhow::Result<Result> {
+fn summarise(args: &BenchCompute, threads: u32, shape: &Shape, measured: &[Measured]) -> anyhow::Result<Summary> {
     let (tokens, workers) = (shape.tokens() as f64, measured.len() as f64);
     let medians: Vec<f64> = measured.iter().map(|worker| median(worker.step_secs.clone())).collect();
     let product_secs: Option<f64> = measured.iter().map(|worker| worker.product_secs).sum();
     let product_secs = product_secs.map(|secs| secs / workers);
     let operations = ceiling::operations(&ceiling::layers(&shape.model, shape.rows, shape.length));
     let first = measured.first().context("no worker measured anything")?;
-    Ok(Result {
+    Ok(Summary {
         shape: args.shape.clone(),
         device: first.device.clone(),
         workers: args.workers,
@@ -192,24 +192,24 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
-fn print(result: &Result) {
-    let Result { shape, device, workers, threads, steps, tokens_per_step, .. } = result;
+fn print(summary: &Summary) {
+    let Summary { shape, device, workers, threads, steps, tokens_per_step, .. } = summary;
     println!(
         "shape            {shape}, {} parameters, {tokens_per_step} tokens a step",
-        HumanCount(result.parameters as u64)
+        HumanCount(summary.parameters as u64)
     );
     println!("workers          {workers} with {threads} CPU thread(s) each, on {device}");
-    println!("tokens_per_sec   {:.0}", result.tokens_per_sec);
-    println!("step_ms_median   {:.2} of {steps} steps", result.step_ms_median);
-    if let (Some(share), Some(rate)) = (result.matmul_share, result.matmul_gflop_per_sec) {
+    println!("tokens_per_sec   {:.0}", summary.tokens_per_sec);
+    println!("step_ms_median   {:.2} of {steps} steps", summary.step_ms_median);
+    if let (Some(share), Some(rate)) = (summary.matmul_share, summary.matmul_gflop_per_sec) {
         println!(
             "matmul_share     {share:.3}: what the step's matrix products take alone, at {rate:.1} GFLOP/s a worker"
         );
     }
-    if let Some(bytes) = result.peak_rss_bytes {
+    if let Some(bytes) = summary.peak_rss_bytes {
         println!("peak_rss_bytes   {bytes}");
     }
-    println!("loss             {:.6}", result.loss);
+    println!("loss             {:.6}", summary.loss);
 }
 
 #[cfg(test)]
@@ -231,12 +231,12 @@ mod tests {
         };
         let measured = [worker([0.3, 0.1, 0.2], Some(0.1), Some(7)), worker([0.4, 0.4, 9.0], Some(0.2), Some(9))];
         let shape = Shape::load("tiny").unwrap();
-        let result = summary(&args, 1, &shape, &measured).unwrap();
-        assert_eq!(result.tokens_per_sec, 768.0 / 0.2 + 768.0 / 0.4);
-        assert_eq!(result.step_ms_median, 400.0);
-        assert!((result.matmul_share.unwrap() - 0.5).abs() < 1e-12);
-        assert_eq!((result.peak_rss_bytes, result.parameters, result.tokens_per_step), (Some(9), 818_176, 768));
-        let unknown = summary(&args, 1, &shape, &[worker([0.1; 3], None, None)]).unwrap();
+        let summary = summarise(&args, 1, &shape, &measured).unwrap();
+        assert_eq!(summary.tokens_per_sec, 768.0 / 0.2 + 768.0 / 0.4);
+        assert_eq!(summary.step_ms_median, 400.0);
+        assert!((summary.matmul_share.unwrap() - 0.5).abs() < 1e-12);
+        assert_eq!((summary.peak_rss_bytes, summary.parameters, summary.tokens_per_step), (Some(9), 818_176, 768));
+        let unknown = summarise(&args, 1, &shape, &[worker([0.1; 3], None, None)]).unwrap();
         assert_eq!((unknown.matmul_share, unknown.peak_rss_bytes), (None, None));
     }
 }

@@ -1,0 +1,27 @@
+//! `lockstep bench`: that it measures training, not how fast.
+
+use serde_json::Value;
+
+use crate::cluster::{fail, lockstep, succeed, text};
+
+#[test]
+fn compute_is_measured_in_as_many_processes_as_are_asked_for() {
+    let arguments = ["bench", "compute", "--shape", "tiny", "--device", "cpu", "--workers", "2", "--threads", "1"];
+    let arguments = [&arguments[..], &["--steps", "3", "--json"]].concat();
+    let result: Value = serde_json::from_str(&text(&succeed(lockstep(&arguments, &[])).stdout)).unwrap();
+    let number = |key: &str| result[key].as_f64().unwrap_or_else(|| panic!("{key} in {result}"));
+    assert_eq!(["workers", "threads", "steps", "tokens_per_step"].map(number), [2.0, 1.0, 3.0, 768.0]);
+    assert!((number("loss") - 65f64.ln()).abs() < 0.1, "tokens drawn from 65 cost ln 65 nats at first: {result}");
+    assert!(number("tokens_per_sec") > 0.0 && number("step_ms_median") > 0.0 && number("matmul_share") > 0.0);
+    if cfg!(target_os = "linux") {
+        assert!(number("peak_rss_bytes") > 4.0 * number("parameters"), "{result}");
+    }
+}
+
+#[test]
+fn what_cannot_be_measured_is_said() {
+    for (shape, said) in [("nonsense", "nonsense"), ("line", "its model is no Transformer")] {
+        let words = fail(lockstep(&["bench", "compute", "--shape", shape], &[]), 2);
+        assert!(words.contains(said), "{words}");
+    }
+}
