@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use criterion::{Criterion, criterion_group, criterion_main};
 use lockstep_model::compute::SlotKey;
 use lockstep_model::config::Gelu;
-use lockstep_model::dropout::{Dropout, Site};
+use lockstep_model::dropout::Dropout;
 use lockstep_model::kernels::{self, Positions, plain};
 use lockstep_model::random::{Stream, normal};
 
@@ -44,9 +44,6 @@ fn elementwise(c: &mut Criterion) {
     }
     let swiglu = || plain::swiglu(hidden.clone(), up.clone());
     compare(c, "swiglu", || kernels::swiglu(hidden.clone(), up.clone()), swiglu);
-    let (dropout, x) = (Dropout::training(0.1, SlotKey { seed: 1, step: 1, slot: 0 }), leaf([B, T, C], 2));
-    let plain = || plain::dropout(x.clone(), dropout.factors(Site::Embedding));
-    compare(c, "dropout", || kernels::dropout(x.clone(), dropout, Site::Embedding), plain);
 }
 
 fn norms(c: &mut Criterion) {

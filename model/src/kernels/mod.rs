@@ -11,8 +11,6 @@ mod cpu;
 #[cfg(feature = "cpu")]
 mod cross_entropy;
 #[cfg(feature = "cpu")]
-mod dropout;
-#[cfg(feature = "cpu")]
 mod elementary;
 #[cfg(feature = "cpu")]
 mod gelu;
@@ -48,16 +46,9 @@ pub(crate) fn are_own<const D: usize>(x: &Tensor<D>) -> bool {
     cpu::holds(x)
 }
 
-/// Dropout at `site`, where it is active.
+/// Dropout at `site`, where it is active; by the plain form everywhere, which draws the mask once and holds it.
 pub fn dropout<const D: usize>(x: Tensor<D>, dropout: Dropout, site: Site) -> Tensor<D> {
-    let factors = dropout.factors(site);
-    #[cfg(feature = "cpu")]
-    if let Some(factors) = factors
-        && cpu::holds(&x)
-    {
-        return cpu::run(dropout::Dropout(factors), [x.into_dispatch()]);
-    }
-    plain::dropout(x, factors)
+    plain::dropout(x, dropout.factors(site))
 }
 
 /// GELU (Hendrycks and Gimpel, arXiv:1606.08415) of each element.

@@ -102,17 +102,6 @@ fn activations_are_their_plain_forms() {
 }
 
 #[test]
-fn dropout_is_its_plain_form() {
-    let active = Dropout::training(0.3, SlotKey { seed: 1, step: 2, slot: 3 });
-    for shape in [[1, 1, 1], [3, 50, 130]] {
-        let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape(shape);
-        let plain = |leaves: &[Tensor<1>]| flat(plain::dropout(x(leaves), active.factors(Site::Embedding)));
-        let fused = |leaves: &[Tensor<1>]| flat(dropout(x(leaves), active, Site::Embedding));
-        check("dropout", &[shape.iter().product()], &fused, &plain);
-    }
-}
-
-#[test]
 fn linear_layers_are_their_plain_forms() {
     for [batch, t, from, to] in [[1, 1, 1, 1], [2, 3, 5, 7], [3, 32, 40, 300], [2, 64, 250, 250]] {
         let (x, weight) = (batch * t * from, from * to);
