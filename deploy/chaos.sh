@@ -53,17 +53,15 @@ judge() {
         verdict="no fault in the middle of a step"
     elif (($(count leased\ again "$log") == 0)); then
         verdict="no block was leased again"
-    elif [[ $verify == yes ]] && ! "$program" verify "$dir/$1" >>"$log" 2>&1; then
+    elif ! "$program" verify "$dir/$1" >>"$log" 2>&1; then
         verdict="not verified"
-    elif [[ $verify == yes && -z $(value draws\ lost "$log") ]]; then
+    elif [[ -z $(value draws\ lost "$log") ]]; then
         verdict="verified, and nothing said of what it was trained on"
     else
         verdict=equal
     fi
-    if [[ $verify == yes ]]; then
-        lost=$((lost + $(count draws\ lost "$log")))
-        repeated=$((repeated + $(count draws\ repeated "$log")))
-    fi
+    lost=$((lost + $(count draws\ lost "$log")))
+    repeated=$((repeated + $(count draws\ repeated "$log")))
 }
 
 main() {
@@ -77,8 +75,6 @@ main() {
     find_program
     dir=${CHAOS_DIR:-$(mktemp -d)}
     mkdir -p "$dir"
-    verify=no
-    ! "$program" verify --help >/dev/null 2>&1 || verify=yes
 
     train quiet "$@" || die "the quiet run failed: $(tail -n 3 "$dir/quiet.log")"
     quiet=$("$program" inspect "$dir/quiet" | sed -n 's/^params_sha256 *//p')
@@ -101,11 +97,7 @@ main() {
             rm -r "$dir/seed-$seed" "$log"
         fi
     done
-    if [[ $verify == yes ]]; then
-        printf '%s of %s equal, %s lost, %s repeated\n' "$equal" "$runs" "$lost" "$repeated"
-    else
-        printf '%s of %s equal; this program cannot verify what they were trained on\n' "$equal" "$runs"
-    fi
+    printf '%s of %s equal, %s lost, %s repeated\n' "$equal" "$runs" "$lost" "$repeated"
     ((equal == runs)) || die "see $dir"
     [[ -n ${CHAOS_DIR:-} ]] || rm -r "$dir"
 }

@@ -2,7 +2,7 @@
 
 use crate::config::ModelConfig;
 #[cfg(feature = "cpu")]
-use crate::kernels::product::{Before, Matrix, multiply};
+use crate::kernels::cpu::product::{Before, Matrix, multiply};
 use crate::layout::Layout;
 
 /// Layers of one size, each of which multiplies three times in a training step: rows by weights, and backward for the

@@ -3,32 +3,8 @@
 //! the plain form out of burn's operations, which is their definition, too.
 
 #[cfg(feature = "cpu")]
-mod attention;
-#[cfg(feature = "cpu")]
-mod buffer;
-#[cfg(feature = "cpu")]
-mod cpu;
-#[cfg(feature = "cpu")]
-mod cross_entropy;
-#[cfg(feature = "cpu")]
-mod elementary;
-#[cfg(feature = "cpu")]
-mod gelu;
-#[cfg(feature = "cpu")]
-mod head;
-#[cfg(feature = "cpu")]
-mod lanes;
-#[cfg(feature = "cpu")]
-mod linear;
-#[cfg(feature = "cpu")]
-mod norm;
+pub(crate) mod cpu;
 pub mod plain;
-#[cfg(feature = "cpu")]
-pub(crate) mod product;
-#[cfg(feature = "cpu")]
-mod rotate;
-#[cfg(feature = "cpu")]
-mod swiglu;
 #[cfg(all(test, feature = "cpu"))]
 mod tests;
 
@@ -40,12 +16,6 @@ use burn::tensor::{Device, Tensor};
 use crate::config::Gelu;
 use crate::dropout::{Dropout, Site};
 
-/// Whether operations on `x` are those of this module, not the plain ones.
-#[cfg(feature = "cpu")]
-pub(crate) fn are_own<const D: usize>(x: &Tensor<D>) -> bool {
-    cpu::holds(x)
-}
-
 /// Dropout at `site`, where it is active; by the plain form everywhere, which draws the mask once and holds it.
 pub fn dropout<const D: usize>(x: Tensor<D>, dropout: Dropout, site: Site) -> Tensor<D> {
     plain::dropout(x, dropout.factors(site))
@@ -55,7 +25,7 @@ pub fn dropout<const D: usize>(x: Tensor<D>, dropout: Dropout, site: Site) -> Te
 pub fn gelu(x: Tensor<3>, gelu: Gelu) -> Tensor<3> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
-        return cpu::run(gelu::Gelu(gelu), [x.into_dispatch()]);
+        return cpu::run(cpu::gelu::Gelu(gelu), [x.into_dispatch()]);
     }
     plain::gelu(x, gelu)
 }
@@ -70,7 +40,8 @@ pub fn linear<const D: usize>(
 ) -> Tensor<D> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
-        let linear = linear::Linear { transposed: false, has_bias: bias.is_some(), has_residual: residual.is_some() };
+        let linear =
+            cpu::linear::Linear { transposed: false, has_bias: bias.is_some(), has_residual: residual.is_some() };
         let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
         let (bias, residual) = (bias.map(Tensor::into_dispatch), residual.map(Tensor::into_dispatch));
         return match (bias, residual) {
@@ -86,7 +57,7 @@ pub fn linear<const D: usize>(
 pub fn logits(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
-        let linear = linear::Linear { transposed: true, has_bias: false, has_residual: false };
+        let linear = cpu::linear::Linear { transposed: true, has_bias: false, has_residual: false };
         return cpu::run(linear, [x.into_dispatch(), table.into_dispatch()]);
     }
     plain::logits(x, table)
@@ -96,7 +67,7 @@ pub fn logits(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
 pub fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>>, epsilon: f64) -> Tensor<3> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
-        let norm = norm::Norm { centred: true, epsilon: epsilon as f32 };
+        let norm = cpu::norm::Norm { centred: true, epsilon: epsilon as f32 };
         let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
         return match bias {
             Some(bias) => cpu::run(norm, [x, weight, bias.into_dispatch()]),
@@ -110,7 +81,7 @@ pub fn layer_norm(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>>, epsi
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
-        let norm = norm::Norm { centred: false, epsilon: epsilon as f32 };
+        let norm = cpu::norm::Norm { centred: false, epsilon: epsilon as f32 };
         return cpu::run(norm, [x.into_dispatch(), weight.into_dispatch()]);
     }
     plain::rms_norm(x, weight, epsilon)
@@ -122,7 +93,7 @@ pub fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<&[f32]>
     #[cfg(feature = "cpu")]
     if cpu::holds(&logits) {
         let operation =
-            cross_entropy::CrossEntropy { targets: targets.to_vec(), weights: weights.map(<[f32]>::to_vec) };
+            cpu::cross_entropy::CrossEntropy { targets: targets.to_vec(), weights: weights.map(<[f32]>::to_vec) };
         return cpu::run(operation, [logits.into_dispatch()]);
     }
     plain::cross_entropy(logits, targets, weights)
@@ -132,7 +103,7 @@ pub fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<&[f32]>
 pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&gate) {
-        return cpu::run(swiglu::SwiGlu, [gate.into_dispatch(), up.into_dispatch()]);
+        return cpu::run(cpu::swiglu::SwiGlu, [gate.into_dispatch(), up.into_dispatch()]);
     }
     plain::swiglu(gate, up)
 }
@@ -185,7 +156,7 @@ pub fn packed_attention(
     #[cfg(feature = "cpu")]
     if cpu::holds(&qkv) {
         let dropout = dropout.factors(Site::Attention(layer));
-        return cpu::run(attention::PackedAttention { heads, dropout }, [qkv.into_dispatch()]);
+        return cpu::run(cpu::attention::PackedAttention { heads, dropout }, [qkv.into_dispatch()]);
     }
     plain::packed_attention(qkv, heads, positions, dropout, layer)
 }
@@ -205,7 +176,7 @@ pub fn attention(
     if cpu::holds(&q) {
         let dropout = dropout.factors(Site::Attention(layer));
         let inputs = [q.into_dispatch(), k.into_dispatch(), v.into_dispatch()];
-        return cpu::run(attention::GroupedAttention { dropout }, inputs);
+        return cpu::run(cpu::attention::GroupedAttention { dropout }, inputs);
     }
     plain::attention(q, k, v, positions, dropout, layer)
 }
@@ -217,7 +188,7 @@ pub fn rotate(x: Tensor<4>, positions: &Positions) -> Tensor<4> {
     if let Some(angles) = &positions.angles
         && cpu::holds(&x)
     {
-        let rotate = rotate::Rotate { cos: angles.cos.clone(), sin: angles.sin.clone() };
+        let rotate = cpu::rotate::Rotate { cos: angles.cos.clone(), sin: angles.sin.clone() };
         return cpu::run(rotate, [x.into_dispatch()]);
     }
     plain::rotate(x, positions)

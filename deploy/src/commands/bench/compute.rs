@@ -13,6 +13,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout};
 use tokio::task::JoinSet;
 
 use super::measured::{self, Report, Request};
+use super::median;
 use super::shape::Shape;
 use crate::child;
 use crate::cli::BenchCompute;
@@ -184,12 +185,6 @@ fn summarise(args: &BenchCompute, threads: u32, shape: &Shape, measured: &[Measu
         peak_rss_bytes: measured.iter().map(|worker| worker.peak_rss_bytes).max().flatten(),
         loss: first.loss,
     })
-}
-
-/// The value in the middle; 0 of none.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
 fn print(summary: &Summary) {

@@ -118,14 +118,12 @@ fn product_secs(shape: &Shape, device: &ComputeDevice) -> Option<f64> {
 
     let median_secs = |layers: Layers| {
         let mut operands = Operands::new(layers);
-        let mut secs = [0.0; REPETITIONS];
-        for secs in &mut secs {
+        let mut secs = || {
             let start = Instant::now();
             operands.multiply();
-            *secs = start.elapsed().as_secs_f64();
-        }
-        secs.sort_by(f64::total_cmp);
-        secs[REPETITIONS / 2]
+            start.elapsed().as_secs_f64()
+        };
+        super::median((0..REPETITIONS).map(|_| secs()).collect())
     };
     let all = layers(&shape.model, shape.rows, shape.length);
     device.is_cpu().then(|| all.into_iter().map(|layers| median_secs(layers) * layers.count as f64).sum())

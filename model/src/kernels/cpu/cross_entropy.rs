@@ -4,20 +4,20 @@
 use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
 use super::elementary::exp;
 use super::lanes::{LANES, reduce, sum};
+use super::{CpuTensor, Operation, row_major, shape, tensor};
 
 /// Rows that one thread works on at a time.
 const ROWS: usize = 16;
 
 /// The sum of weighted losses, `[1]`, of logits `[rows, V]`.
 #[derive(Debug)]
-pub(super) struct CrossEntropy {
+pub(crate) struct CrossEntropy {
     /// Below V, one for each row.
-    pub(super) targets: Vec<u32>,
+    pub(crate) targets: Vec<u32>,
     /// One for each row; 1 where there are none.
-    pub(super) weights: Option<Vec<f32>>,
+    pub(crate) weights: Option<Vec<f32>>,
 }
 
 impl Operation<1> for CrossEntropy {

@@ -4,31 +4,31 @@ use macerator::AutoArch;
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
 use super::head::{self, Backward, Dropout, Forward, Rows};
 use super::lanes::LANES;
+use super::{CpuTensor, Operation, row_major, shape, tensor};
 use crate::dropout::Factors;
 
 /// Attention of `heads` heads out of `qkv` `[B, T, 3·H·D]`, which holds queries, keys and values side by side, to
 /// `[B, T, H·D]`.
 #[derive(Debug)]
-pub(super) struct PackedAttention {
-    pub(super) heads: usize,
+pub(crate) struct PackedAttention {
+    pub(crate) heads: usize,
     /// Of the probabilities `[B, H, T, T]`.
-    pub(super) dropout: Option<Factors>,
+    pub(crate) dropout: Option<Factors>,
 }
 
 /// Attention of q `[B, H, T, D]` to k and v `[B, K, T, D]`, each of whose heads serves H / K of q's in turn, to
 /// `[B, T, H·D]`.
 #[derive(Debug)]
-pub(super) struct GroupedAttention {
+pub(crate) struct GroupedAttention {
     /// Of the probabilities `[B, H, T, T]`.
-    pub(super) dropout: Option<Factors>,
+    pub(crate) dropout: Option<Factors>,
 }
 
 /// What backward needs: the inputs, and maximum and inverse sum of each query, `[B, H, T]`.
 #[derive(Clone, Debug)]
-pub(super) struct Saved<const N: usize> {
+pub(crate) struct Saved<const N: usize> {
     inputs: [CpuTensor; N],
     sizes: Sizes,
     dropout: Option<Factors>,

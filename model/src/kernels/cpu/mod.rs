@@ -1,5 +1,18 @@
-//! How an operation with a backward pass of our own becomes part of burn's graph: on the CPU backend, burn-flex, with or
-//! without gradients.
+//! The operations on the CPU backend, burn-flex, one file each; and how one with a backward pass of our own becomes part of
+//! burn's graph, with or without gradients.
+
+pub(super) mod attention;
+mod buffer;
+pub(super) mod cross_entropy;
+mod elementary;
+pub(super) mod gelu;
+mod head;
+mod lanes;
+pub(super) mod linear;
+pub(super) mod norm;
+pub(crate) mod product;
+pub(super) mod rotate;
+pub(super) mod swiglu;
 
 use std::fmt::Debug;
 use std::marker::PhantomData;
@@ -12,7 +25,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, BackendTensor, DispatchKindConversion, DispatchTensor, Flex};
 use burn::tensor::{DType, Tensor, TensorData};
 
-use super::buffer::Buffer;
+use self::buffer::Buffer;
 
 /// A tensor of the CPU backend.
 pub(super) type CpuTensor = FloatTensor<Flex>;
@@ -92,17 +105,17 @@ impl<const N: usize, O: Operation<N>> Backward<Flex, N> for Recorded<O> {
 }
 
 /// A tensor of `values`, row-major.
-pub(super) fn tensor(values: impl Into<Buffer>, shape: &[usize]) -> CpuTensor {
+fn tensor(values: impl Into<Buffer>, shape: &[usize]) -> CpuTensor {
     CpuTensor::from_data(TensorData::from_bytes(values.into().into_bytes(), shape.to_vec(), DType::F32))
 }
 
 /// The shape of `x`.
-pub(super) fn shape(x: &CpuTensor) -> Vec<usize> {
+fn shape(x: &CpuTensor) -> Vec<usize> {
     x.layout().shape().iter().copied().collect()
 }
 
 /// `x`, row-major: itself, or a copy if it is a view that is not.
-pub(super) fn row_major(x: CpuTensor) -> CpuTensor {
+fn row_major(x: CpuTensor) -> CpuTensor {
     if x.is_contiguous() && x.as_slice::<f32>().is_some_and(|all| all.len() == x.storage::<f32>().len()) {
         x
     } else {

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::cpu::{CpuTensor, Operation, row_major, shape};
+use super::{CpuTensor, Operation, row_major, shape};
 
 /// Turns `[B, H, T, D]`.
 #[derive(Debug)]
-pub(super) struct Rotate {
+pub(crate) struct Rotate {
     /// Cosines `[T, D/2]`.
-    pub(super) cos: Arc<Vec<f32>>,
+    pub(crate) cos: Arc<Vec<f32>>,
     /// Sines `[T, D/2]`.
-    pub(super) sin: Arc<Vec<f32>>,
+    pub(crate) sin: Arc<Vec<f32>>,
 }
 
 impl Operation<1> for Rotate {

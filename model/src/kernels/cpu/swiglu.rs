@@ -5,15 +5,15 @@ use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
 use super::elementary::logistic;
+use super::{CpuTensor, Operation, row_major, shape, tensor};
 
 /// Elements that one thread works on at a time.
 const BLOCK: usize = 1 << 14;
 
 /// Of gate g and u, element by element.
 #[derive(Debug)]
-pub(super) struct SwiGlu;
+pub(crate) struct SwiGlu;
 
 impl Operation<2> for SwiGlu {
     type Saved = [CpuTensor; 2]; // The inputs.

@@ -26,6 +26,14 @@ impl<'a> Matrix<'a> {
         Self { values, rows, columns, row_stride: columns, column_stride: 1 }
     }
 
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
     /// The same buffer, read with rows as columns.
     pub(crate) fn transposed(self) -> Self {
         let Self { values, rows, columns, row_stride, column_stride } = self;

@@ -3,8 +3,8 @@
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
 use super::product::{Before, Matrix, multiply};
+use super::{CpuTensor, Operation, row_major, shape, tensor};
 
 /// Elements of a row that one thread sums over all rows.
 const COLUMNS: usize = 256;
@@ -14,16 +14,16 @@ const ROWS: usize = 16;
 /// `x W + b + residual` of x `[.., in]`, W `[in, out]`, or its transpose, and, where they are, b `[out]` and residual
 /// `[.., out]`, in this order.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Linear {
+pub(crate) struct Linear {
     /// Whether W is given as `[out, in]`.
-    pub(super) transposed: bool,
-    pub(super) has_bias: bool,
-    pub(super) has_residual: bool,
+    pub(crate) transposed: bool,
+    pub(crate) has_bias: bool,
+    pub(crate) has_residual: bool,
 }
 
 /// What backward needs.
 #[derive(Clone, Debug)]
-pub(super) struct Saved {
+pub(crate) struct Saved {
     linear: Linear,
     x: CpuTensor,
     weight: CpuTensor,
@@ -47,12 +47,10 @@ impl<const N: usize> Operation<N> for Linear {
         let bias = self.has_bias.then(&mut next);
         let residual = self.has_residual.then(next);
 
-        let mut shape_of_y = shape(&x);
-        let width = shape(&weight)[usize::from(!self.transposed)];
-        let rows = x.storage::<f32>().len() / shape_of_y.last().copied().unwrap_or(1).max(1);
-        if let Some(last) = shape_of_y.last_mut() {
-            *last = width;
-        }
+        let (matrix, mut shape) = (self.matrix(&weight), shape(&x));
+        let (inputs, width) = (Matrix::new(x.storage(), matrix.rows()), matrix.columns());
+        let rows = inputs.rows();
+        shape.splice(shape.len() - 1.., [width]);
         let (mut y, before) = match (&bias, &residual) {
             (None, None) => (Buffer::of_any(rows * width), Before::Replaced),
             (Some(bias), None) => {
@@ -68,19 +66,19 @@ impl<const N: usize> Operation<N> for Linear {
                 (y, Before::Kept)
             }
         };
-        multiply(&mut y, before, Matrix::new(x.storage(), shape(&x)[shape_of_y.len() - 1]), self.matrix(&weight));
-        (tensor(y, &shape_of_y), Saved { linear: self, x, weight })
+        multiply(&mut y, before, inputs, matrix);
+        (tensor(y, &shape), Saved { linear: self, x, weight })
     }
 
     fn backward(saved: Saved, gradient: CpuTensor) -> [CpuTensor; N] {
         let Saved { linear, x, weight } = saved;
         let gradient = row_major(gradient);
-        let (shape_of_x, width) = (shape(&x), shape(&weight)[usize::from(!linear.transposed)]);
-        let inputs = Matrix::new(x.storage(), shape_of_x[shape_of_x.len() - 1]);
+        let (matrix, shape_of_x) = (linear.matrix(&weight), shape(&x));
+        let (inputs, width) = (Matrix::new(x.storage(), matrix.rows()), matrix.columns());
         let upper = Matrix::new(gradient.storage(), width);
 
         let mut of_x = Buffer::of_any(x.storage::<f32>().len());
-        multiply(&mut of_x, Before::Replaced, upper, linear.matrix(&weight).transposed());
+        multiply(&mut of_x, Before::Replaced, upper, matrix.transposed());
         let mut of_weight = Buffer::of_any(weight.storage::<f32>().len());
         if linear.transposed {
             multiply(&mut of_weight, Before::Replaced, upper.transposed(), inputs);

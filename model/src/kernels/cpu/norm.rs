@@ -9,24 +9,24 @@ use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
 use super::lanes::sum;
+use super::{CpuTensor, Operation, row_major, shape, tensor};
 
 /// Rows that one thread works on at a time, and whose share of the parameters' gradients is added up at once.
 const ROWS: usize = 64;
 
 /// Which of the two.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Norm {
+pub(crate) struct Norm {
     /// Whether μ is subtracted.
-    pub(super) centred: bool,
+    pub(crate) centred: bool,
     /// ε.
-    pub(super) epsilon: f32,
+    pub(crate) epsilon: f32,
 }
 
 /// What backward needs.
 #[derive(Clone, Debug)]
-pub(super) struct Saved {
+pub(crate) struct Saved {
     norm: Norm,
     x: CpuTensor,
     weight: CpuTensor,

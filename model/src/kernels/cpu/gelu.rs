@@ -4,8 +4,8 @@ use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::cpu::{CpuTensor, Operation, row_major, shape, tensor};
 use super::elementary::{gelu, gelu_by_tanh};
+use super::{CpuTensor, Operation, row_major, shape, tensor};
 use crate::config;
 
 /// Elements that one thread works on at a time.
@@ -13,7 +13,7 @@ const BLOCK: usize = 1 << 14;
 
 /// `x Φ(x)`, or its approximation, element by element.
 #[derive(Debug)]
-pub(super) struct Gelu(pub(super) config::Gelu);
+pub(crate) struct Gelu(pub(crate) config::Gelu);
 
 impl Operation<1> for Gelu {
     type Saved = CpuTensor; // The derivative.
