@@ -157,7 +157,7 @@ pub(crate) fn engine_config(
     manifest: &Manifest,
     resumed: bool,
 ) -> EngineConfig {
-    let slot_bytes = config.source.training_slot(1, 0).positions() * 8;
+    let slot_bytes = config.source.training_slot(1, 0).bytes();
     let fitting = (MAX_LEASE_BYTES / slot_bytes.max(1)).max(1) as u32;
     let start = match resumed {
         false => engine::Start::Fresh,

@@ -8,6 +8,7 @@ use clap_complete::Shell;
 use lockstep_model::device::DeviceChoice;
 
 use crate::chaos::Fault;
+use crate::commands::threads_each;
 
 /// Train language models on whatever machines there are: every run is the same run.
 #[derive(Debug, Parser)]
@@ -277,6 +278,38 @@ pub(crate) struct Verify {
 pub(crate) enum Bench {
     /// Measure how fast workers compute loss and gradient.
     Compute(BenchCompute),
+    /// Measure how fast a cluster trains, beside its workers without one.
+    Cluster(BenchCluster),
+}
+
+/// What is measured.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Measurement {
+    /// tiny, small, gpt2s, llama, or a recipe: embedded, or the path of a TOML file.
+    #[arg(long, default_value = "small")]
+    pub(crate) shape: String,
+    /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: DeviceChoice,
+    /// CPU threads of each worker [default: cores / workers, at least 1].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+    /// Workers at the same time.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) workers: u32,
+    /// Steps, of each worker.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) steps: u32,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl Measurement {
+    /// CPU threads of each worker.
+    pub(crate) fn threads(&self) -> u32 {
+        threads_each(self.threads, self.workers)
+    }
 }
 
 #[derive(Args, Debug)]
@@ -289,25 +322,24 @@ Examples:
   lockstep bench compute --shape shakespeare-char-cpu --device wgpu:0 --json"
 )]
 pub(crate) struct BenchCompute {
-    /// tiny, small, gpt2s, llama, or a recipe: embedded, or the path of a TOML file.
-    #[arg(long, default_value = "small")]
-    pub(crate) shape: String,
-    /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
-    #[arg(long, default_value = "auto")]
-    pub(crate) device: DeviceChoice,
-    /// CPU threads of each worker [default: cores / workers, at least 1].
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub(crate) threads: Option<u32>,
-    /// Workers at the same time.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub(crate) workers: u32,
-    /// Steps of each worker.
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) steps: u32,
-    /// Print JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) measurement: Measurement,
     /// Be one of the workers: requests on standard input, reports on standard output.
     #[arg(long, hide = true)]
     pub(crate) child: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "A coordinator and its workers train, with AdamW, on tokens drawn at random, one slot a worker and step. Before and after,
+the same workers compute without exchanging anything. A cluster's step lasts from one commit to the next: parameters fetched,
+loss and gradient, gradients sent and added, optimizer, publication.
+
+Examples:
+  lockstep bench cluster --shape small --workers 2
+  lockstep bench cluster --shape tiny --workers 2 --steps 100 --json"
+)]
+pub(crate) struct BenchCluster {
+    #[command(flatten)]
+    pub(crate) measurement: Measurement,
 }

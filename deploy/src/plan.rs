@@ -6,7 +6,7 @@ use indicatif::{DecimalBytes, HumanCount};
 use lockstep_model::config::{ModelConfig, UpdateRule};
 use lockstep_model::layout::Layout;
 
-use crate::recipe::{BYTES_PER_TOKEN, Recipe};
+use crate::recipe::Recipe;
 
 /// A further worker is worth having if it makes the step shorter by this share.
 const WORTHWHILE: f64 = 0.05;
@@ -30,6 +30,8 @@ pub(crate) struct Plan {
     pub(crate) sequences_per_slot: u32,
     /// Tokens of a sequence; 1 for a row of the straight line.
     pub(crate) tokens_per_sequence: u64,
+    /// Of a token in a batch.
+    pub(crate) bytes_per_token: u64,
     /// Memory of a worker.
     pub(crate) worker: WorkerMemory,
     /// Memory of the coordinator, beside the corpus.
@@ -126,6 +128,7 @@ impl Plan {
             slots: recipe.batch.slots,
             sequences_per_slot: recipe.batch.sequences_per_slot,
             tokens_per_sequence: recipe.model.tokens_per_sequence() as u64,
+            bytes_per_token: recipe.bytes_per_token(),
             worker: WorkerMemory {
                 parameters: 2 * vector,
                 gradients: (2 + waiting_sums) * vector,
@@ -162,7 +165,7 @@ impl Plan {
     /// message, then another until all are done.
     fn step(&self, workers: u32) -> Step {
         let share = (self.slots / workers).max(1);
-        let slot_bytes = self.tokens_per_slot() * BYTES_PER_TOKEN;
+        let slot_bytes = self.tokens_per_slot() * self.bytes_per_token;
         let fitting = (lockstep_proto::MAX_LEASE_BYTES as u64 / slot_bytes).max(1);
         let fitting = 1u64 << fitting.ilog2();
         let largest = if workers == 1 { share.next_power_of_two() } else { 1 << share.ilog2() };
@@ -172,7 +175,7 @@ impl Plan {
 
         let vector = self.parameters * FLOAT_BYTES;
         let vectors = u64::from(workers) + u64::from(blocks);
-        let wire_bytes = vectors * vector + self.tokens_per_step() * BYTES_PER_TOKEN;
+        let wire_bytes = vectors * vector + self.tokens_per_step() * self.bytes_per_token;
         Step {
             workers,
             blocks,
@@ -260,7 +263,7 @@ impl fmt::Display for Plan {
         writeln!(f, "on the wire, a step")?;
         writeln!(f, "  parameters      {vector} to each worker")?;
         writeln!(f, "  gradients       {vector} for each block of slots that is leased")?;
-        writeln!(f, "  tokens          {} in all", DecimalBytes(tokens * BYTES_PER_TOKEN))?;
+        writeln!(f, "  tokens          {} in all", DecimalBytes(tokens * self.bytes_per_token))?;
         writeln!(f)?;
         writeln!(f, "memory, about, beside program and corpus")?;
         writeln!(

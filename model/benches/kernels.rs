@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use criterion::{Criterion, criterion_group, criterion_main};
 use lockstep_model::compute::SlotKey;
 use lockstep_model::config::Gelu;
-use lockstep_model::dropout::Dropout;
+use lockstep_model::dropout::{Dropout, Site};
 use lockstep_model::kernels::{self, Positions, plain};
 use lockstep_model::random::{Stream, normal};
 
@@ -46,6 +46,13 @@ fn elementwise(c: &mut Criterion) {
     compare(c, "swiglu", || kernels::swiglu(hidden.clone(), up.clone()), swiglu);
 }
 
+fn dropout(c: &mut Criterion) {
+    let (x, onto) = (leaf([B, T, C], 0), leaf([B, T, C], 1));
+    let active = Dropout::training(0.1, SlotKey { seed: 1, step: 1, slot: 0 });
+    let own = || kernels::dropout(x.clone(), Some(onto.clone()), active, Site::Embedding);
+    compare(c, "dropout", own, || onto.clone() + plain::dropout(x.clone(), active.factors(Site::Embedding)));
+}
+
 fn norms(c: &mut Criterion) {
     let (x, weight, bias): (_, Tensor<1>, Tensor<1>) = (leaf([B, T, C], 0), leaf([C], 1), leaf([C], 2));
     let own = || kernels::layer_norm(x.clone(), weight.clone(), Some(bias.clone()), 1e-5);
@@ -63,15 +70,17 @@ fn layers(c: &mut Criterion) {
     let (x, table) = (leaf([B * T, C], 0), leaf([VOCAB_SIZE, C], 1));
     let plain = || plain::logits(x.clone(), table.clone());
     compare(c, "logits", || kernels::logits(x.clone(), table.clone()), plain);
-    let logits = leaf([B * T, VOCAB_SIZE], 0);
     let targets: Vec<u32> = (0..B * T).map(|row| (row * 31 % VOCAB_SIZE) as u32).collect();
-    let plain = || plain::cross_entropy(logits.clone(), &targets, None);
-    compare(c, "cross-entropy", || kernels::cross_entropy(logits.clone(), &targets, None), plain);
+    let own = || kernels::cross_entropy(x.clone(), table.clone(), &targets, None);
+    compare(c, "head and cross-entropy", own, || plain::cross_entropy(x.clone(), table.clone(), &targets, None));
+    let (positions, places) = (Positions::new([B, T], None, &Device::flex().autodiff()), leaf([T, C], 2));
+    let own = || kernels::embed(&targets, table.clone(), Some(places.clone()), &positions);
+    compare(c, "embedding", own, || plain::embed(&targets, table.clone(), Some(places.clone()), &positions));
 }
 
 fn attention(c: &mut Criterion) {
     let device = Device::flex().autodiff();
-    let positions = Positions::rotary(T, D, 10_000.0, &device);
+    let positions = Positions::new([B, T], None, &device).rotary(D, 10_000.0);
     let (qkv, q, k, v) = (leaf([B, T, 3 * C], 0), leaf([B, H, T, D], 1), leaf([B, K, T, D], 2), leaf([B, K, T, D], 3));
     let active = Dropout::training(0.1, SlotKey { seed: 1, step: 1, slot: 0 });
     for (name, dropout) in [("attention", Dropout::inactive()), ("attention with dropout", active)] {
@@ -85,5 +94,5 @@ fn attention(c: &mut Criterion) {
     compare(c, "rotation", || kernels::rotate(q.clone(), &positions), || plain::rotate(q.clone(), &positions));
 }
 
-criterion_group!(kernels_beside_plain, elementwise, norms, layers, attention);
+criterion_group!(kernels_beside_plain, elementwise, dropout, norms, layers, attention);
 criterion_main!(kernels_beside_plain);

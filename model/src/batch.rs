@@ -29,7 +29,8 @@ impl std::ops::Add for Sums {
 /// The rows of one slot, as named columns.
 ///
 /// A Transformer reads `tokens` and `targets`, u32 `[rows, length]`, and where present `weights`, f32 `[rows, length]`,
-/// by which each position's loss counts (1 where absent). The straight line reads `x` and `y`, f32 `[rows, 1]`.
+/// by which each position's loss counts (1 where absent), and `segments`, u32 `[rows, length]`: consecutive positions of a
+/// row with one number are a document, or a conversation, of its own (a row is one where absent). The straight line reads `x` and `y`, f32 `[rows, 1]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// The columns, in a fixed order.
@@ -50,7 +51,7 @@ pub struct Column {
 /// The elements of a column.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Values {
-    /// Token numbers.
+    /// Numbers of tokens or segments.
     U32(Vec<u32>),
     /// Weights or measurements.
     F32(Vec<f32>),
@@ -85,15 +86,24 @@ pub enum BatchError {
 pub type Shaped<'a, T> = (&'a [T], [usize; 2]);
 
 impl Batch {
-    /// A column of token numbers and its shape.
+    /// A column of whole numbers and its shape, if there is one.
     ///
     /// # Errors
-    /// If there is none of that name, or its size is not its shape's.
-    pub fn u32(&self, name: &'static str) -> Result<Shaped<'_, u32>, BatchError> {
+    /// If it is of another type, or its size is not its shape's.
+    pub fn optional_u32(&self, name: &'static str) -> Result<Option<Shaped<'_, u32>>, BatchError> {
         match self.column(name)? {
-            Some((Values::U32(values), shape)) => Ok((values, shape)),
-            _ => Err(BatchError::Missing { name, element: "u32" }),
+            Some((Values::U32(values), shape)) => Ok(Some((values, shape))),
+            Some(_) => Err(BatchError::Missing { name, element: "u32" }),
+            None => Ok(None),
         }
+    }
+
+    /// A column of whole numbers and its shape.
+    ///
+    /// # Errors
+    /// If there is none of that name and type, or its size is not its shape's.
+    pub fn u32(&self, name: &'static str) -> Result<Shaped<'_, u32>, BatchError> {
+        self.optional_u32(name)?.ok_or(BatchError::Missing { name, element: "u32" })
     }
 
     /// A column of floats and its shape, if there is one.
@@ -119,6 +129,11 @@ impl Batch {
     /// How many positions (or rows) there are, weighted or not.
     pub fn positions(&self) -> usize {
         self.columns.first().map_or(0, |column| column.shape.iter().product())
+    }
+
+    /// Bytes of all elements.
+    pub fn bytes(&self) -> usize {
+        4 * self.positions() * self.columns.len()
     }
 
     fn column(&self, name: &'static str) -> Result<Option<(&Values, [usize; 2])>, BatchError> {

@@ -2,19 +2,20 @@
 //!
 //! The gradient is that of the *sum* of weighted losses; the mean is taken once, over the whole step, by the optimizer.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use burn::tensor::{Device, Gradients, Int, Tensor, TensorData, Transaction};
+use burn::tensor::{Device, Gradients, Tensor, TensorData, Transaction};
 
 use crate::batch::{Batch, BatchError, Sums};
 use crate::config::ModelConfig;
 use crate::device::ComputeDevice;
 use crate::dropout::Dropout;
 use crate::gpt::Gpt;
-use crate::kernels::cross_entropy;
+use crate::kernels::{Positions, cross_entropy, logits};
 use crate::layout::Layout;
 use crate::line::Line;
 use crate::llama::Llama;
+use crate::traffic::{self, upload};
 use crate::transformer::Transformer;
 use crate::tree::{add_vectors, sum_leaves};
 
@@ -77,10 +78,16 @@ pub struct Computer {
     device: Device,
     /// Whether sums may be made on the device, to the bits that they have here.
     adds_exactly: bool,
+    on_cpu: bool,
     leaves: Vec<Leaf>,
+    /// Positions of the slots computed last, with gradients and without.
+    kept: [KeptPositions; 2],
     /// A flat vector that nobody needs any more.
     spare: Mutex<Vec<f32>>,
 }
+
+/// Positions, whose tables are on the device, for the next slot of the same shape.
+type KeptPositions = Mutex<Option<Arc<Positions>>>;
 
 /// A slot's loss, still on the device: `[1]`, and the weight it is to be divided by.
 struct PendingLoss {
@@ -94,8 +101,16 @@ impl Computer {
         let adds_exactly = device.adds_exactly();
         let place = if adds_exactly { "there" } else { "here: it flushes small numbers to 0" };
         tracing::debug!("{}: gradients of a block's slots are added {place}", device.description);
-        let (layout, device) = (Layout::of(model), device.handle().clone().autodiff());
-        Self { model: model.clone(), layout, device, adds_exactly, leaves: Vec::new(), spare: Mutex::default() }
+        Self {
+            model: model.clone(),
+            layout: Layout::of(model),
+            device: device.handle().clone().autodiff(),
+            adds_exactly,
+            on_cpu: device.is_cpu(),
+            leaves: Vec::new(),
+            kept: Default::default(),
+            spare: Mutex::default(),
+        }
     }
 
     /// The flat vector's layout.
@@ -114,13 +129,13 @@ impl Computer {
         let leaf = |tensor: &crate::layout::TensorSpec| {
             let values = parameters[tensor.range()].to_vec();
             match *tensor.shape.as_slice() {
-                [rows, columns] => Leaf::Matrix(
-                    Tensor::from_data(TensorData::new(values, [rows, columns]), &self.device)
-                        .set_require_grad(tensor.trainable),
-                ),
+                [rows, columns] => {
+                    let values = upload(TensorData::new(values, [rows, columns]));
+                    Leaf::Matrix(Tensor::from_data(values, &self.device).set_require_grad(tensor.trainable))
+                }
                 _ => {
                     let length = values.len();
-                    let values = TensorData::new(values, [length]);
+                    let values = upload(TensorData::new(values, [length]));
                     Leaf::Vector(Tensor::from_data(values, &self.device).set_require_grad(tensor.trainable))
                 }
             }
@@ -176,16 +191,20 @@ impl Computer {
         *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = gradient;
     }
 
-    /// Starts forward and backward of one slot: its loss, and the gradient of each trainable tensor, on the device. Runs as
-    /// one of the threads that the CPU backend's operations are split among, so that none of these has to wake another.
+    /// Starts forward and backward of one slot: its loss, and the gradient of each trainable tensor, on the device. On the
+    /// CPU backend it runs as one of the threads that operations are split among, so that none of these has to wake
+    /// another; a GPU is better asked by one thread, as each has memory of its own there.
     fn backward(&self, slot: (&Batch, SlotKey)) -> Result<(PendingLoss, Vec<Leaf>), ComputeError> {
+        if !self.on_cpu {
+            return self.backward_here(slot);
+        }
         let span = tracing::Span::current();
         rayon::scope(|_| span.in_scope(|| self.backward_here(slot)))
     }
 
     fn backward_here(&self, (batch, key): (&Batch, SlotKey)) -> Result<(PendingLoss, Vec<Leaf>), ComputeError> {
         let forward = tracing::info_span!(target: "lockstep", "forward", step = key.step, slot = key.slot).entered();
-        let (loss, weight) = self.network(&self.leaves).loss(batch, Some(key), &self.device)?;
+        let (loss, weight) = self.network(&self.leaves, &self.kept[0]).loss(batch, Some(key), &self.device)?;
         drop(forward);
         let _backward = tracing::info_span!(target: "lockstep", "backward", step = key.step, slot = key.slot).entered();
         let mut gradients = loss.backward();
@@ -224,7 +243,7 @@ impl Computer {
         batches: impl Iterator<Item = Result<&'a Batch, ComputeError>>,
     ) -> Result<Vec<Sums>, ComputeError> {
         let (device, leaves) = self.inference();
-        let network = self.network(&leaves);
+        let network = self.network(&leaves, &self.kept[1]);
         let loss = |batch: Result<&Batch, ComputeError>| {
             let _forward = tracing::info_span!(target: "lockstep", "forward").entered();
             let (loss, weight) = network.loss(batch?, None, &device)?;
@@ -248,12 +267,14 @@ impl Computer {
     /// If the model is no Transformer, the tokens do not fit it, or the device fails.
     pub fn next_token_logits(&self, tokens: &[u32]) -> Result<Vec<f32>, ComputeError> {
         let (device, leaves) = self.inference();
-        let Network::Text { transformer, vocab_size, context, .. } = self.network(&leaves) else {
+        let Network::Text(text) = self.network(&leaves, &self.kept[1]) else {
             return Err(ComputeError::Input("the straight line generates no text; choose a Transformer's run".into()));
         };
-        let tokens_tensor = token_tensor(tokens, [1, tokens.len()], vocab_size, context, "tokens", &device)?;
-        let logits = transformer.logits(tokens_tensor, Dropout::inactive()); // [T, V]
-        let last = logits.slice(tokens.len() - 1..tokens.len());
+        let shape = [1, tokens.len()];
+        text.check(tokens, shape, "tokens")?;
+        let positions = text.positions(shape, None, &device);
+        let hidden = text.transformer.hidden(tokens, &positions, Dropout::inactive()); // [T, C]
+        let last = logits(hidden.slice(tokens.len() - 1..tokens.len()), text.transformer.head()); // [1, V]
         let last = last.try_into_data().map_err(|error| ComputeError::Device(error.to_string()))?;
         Ok(floats(&last)?.to_vec())
     }
@@ -264,7 +285,7 @@ impl Computer {
     /// If the model is no line, or the device fails.
     pub fn predict(&self, x: f32) -> Result<f32, ComputeError> {
         let (device, leaves) = self.inference();
-        let Network::Line(line) = self.network(&leaves) else {
+        let Network::Line(line) = self.network(&leaves, &self.kept[1]) else {
             return Err(ComputeError::Input("a Transformer predicts tokens, not numbers".into()));
         };
         let y = line.predict(Tensor::from_data([[x]], &device));
@@ -276,7 +297,7 @@ impl Computer {
         (self.device.clone().inner(), self.leaves.iter().map(Leaf::untracked).collect())
     }
 
-    fn network(&self, leaves: &[Leaf]) -> Network {
+    fn network<'a>(&'a self, leaves: &[Leaf], kept: &'a KeptPositions) -> Network<'a> {
         let mut leaves = Leaves(leaves.iter());
         let (transformer, vocab_size, context, dropout) = match &self.model {
             ModelConfig::Gpt(gpt) => {
@@ -288,36 +309,75 @@ impl Computer {
             }
             ModelConfig::Line(_) => return Network::Line(Box::new(Line::assemble(&mut leaves))),
         };
-        Network::Text { transformer, vocab_size, context, dropout }
+        Network::Text(Text { transformer, vocab_size, context, dropout, kept })
     }
 }
 
 /// A model's tensors in working order.
-enum Network {
-    Text { transformer: Transformer, vocab_size: usize, context: usize, dropout: f64 },
+enum Network<'a> {
+    Text(Text<'a>),
     Line(Box<Line>),
 }
 
-impl Network {
+/// A Transformer and what it takes.
+struct Text<'a> {
+    transformer: Transformer,
+    vocab_size: usize,
+    context: usize,
+    dropout: f64,
+    kept: &'a KeptPositions,
+}
+
+impl Text<'_> {
+    /// Checks token numbers `[B, T]` of a column.
+    fn check(&self, tokens: &[u32], [_, length]: [usize; 2], column: &str) -> Result<(), ComputeError> {
+        let Self { vocab_size, context, .. } = *self;
+        if length == 0 || length > context {
+            return Err(ComputeError::Input(format!("{column} of length {length} for a context of {context}")));
+        }
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            return Err(ComputeError::Input(format!("{column}: token {token} in a vocabulary of {vocab_size}")));
+        }
+        Ok(())
+    }
+
+    /// Where the tokens of a slot stand: as those of the last one, or kept for the next, if they have no segments.
+    fn positions(&self, shape: [usize; 2], segments: Option<&[u32]>, device: &Device) -> Arc<Positions> {
+        let new = || Arc::new(self.transformer.positions(shape, segments, device));
+        if segments.is_some() {
+            return new();
+        }
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*kept {
+            Some(kept) if kept.shape() == shape => kept.clone(),
+            _ => kept.insert(new()).clone(),
+        }
+    }
+}
+
+impl Network<'_> {
     /// The weighted loss sum `[1]` and the weight sum; dropout is active where there is a key.
     fn loss(&self, batch: &Batch, key: Option<SlotKey>, device: &Device) -> Result<(Tensor<1>, f64), ComputeError> {
         match self {
-            Self::Text { transformer, vocab_size, context, dropout } => {
+            Self::Text(text) => {
                 let (tokens, shape) = batch.u32("tokens")?;
                 let (targets, _) = batch.u32("targets")?;
-                let weights = batch.optional_f32("weights")?;
-                let tokens = token_tensor(tokens, shape, *vocab_size, *context, "tokens", device)?;
-                check_tokens(targets, shape, *vocab_size, *context, "targets")?;
-                let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(*dropout, key));
-                let weights = weights.map(|(weights, _)| weights);
+                let weights = batch.optional_f32("weights")?.map(|(weights, _)| weights);
+                let segments = batch.optional_u32("segments")?.map(|(segments, _)| segments);
+                text.check(tokens, shape, "tokens")?;
+                text.check(targets, shape, "targets")?;
+                let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(text.dropout, key));
                 let weight =
                     weights.map_or((shape[0] * shape[1]) as f64, |weights| weights.iter().map(|&w| f64::from(w)).sum());
-                Ok((cross_entropy(transformer.logits(tokens, dropout), targets, weights), weight))
+                let positions = text.positions(shape, segments, device);
+                let hidden = text.transformer.hidden(tokens, &positions, dropout);
+                Ok((cross_entropy(hidden, text.transformer.head(), targets, weights), weight))
             }
             Self::Line(line) => {
                 let ((x, shape), (y, _)) = (batch.f32("x")?, batch.f32("y")?);
-                let x = Tensor::from_data(TensorData::new(x.to_vec(), shape), device); // [rows, 1]
-                let y = Tensor::from_data(TensorData::new(y.to_vec(), shape), device);
+                let column =
+                    |values: &[f32]| Tensor::from_data(upload(TensorData::new(values.to_vec(), shape)), device);
+                let (x, y) = (column(x), column(y)); // [rows, 1]
                 let error = line.predict(x) - y;
                 Ok(((error.clone() * error).sum(), shape[0] as f64))
             }
@@ -408,6 +468,7 @@ fn read(losses: Vec<PendingLoss>, tensors: Vec<Leaf>) -> Result<(Vec<Sums>, Vec<
     let read = losses.into_iter().fold(Transaction::default(), |read, pending| read.register(pending.loss));
     let read = tensors.into_iter().fold(read, |read, tensor| tensor.register(read));
     let data = read.try_execute().map_err(|error| ComputeError::Device(error.to_string()))?;
+    data.iter().for_each(traffic::read);
     let mut data = data.into_iter();
     let sums = weights.into_iter().map(|weight| {
         let loss = data.next();
@@ -417,38 +478,6 @@ fn read(losses: Vec<PendingLoss>, tensors: Vec<Leaf>) -> Result<(Vec<Sums>, Vec<
     });
     let sums = sums.collect::<Result<_, ComputeError>>()?;
     Ok((sums, data.collect()))
-}
-
-/// Token numbers `[B, T]` on the device, checked against the model.
-fn token_tensor(
-    tokens: &[u32],
-    shape: [usize; 2],
-    vocab_size: usize,
-    context: usize,
-    column: &str,
-    device: &Device,
-) -> Result<Tensor<2, Int>, ComputeError> {
-    check_tokens(tokens, shape, vocab_size, context, column)?;
-    let numbers: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
-    Ok(Tensor::from_data(TensorData::new(numbers, shape), device))
-}
-
-/// Checks token numbers `[B, T]` against the model.
-fn check_tokens(
-    tokens: &[u32],
-    shape: [usize; 2],
-    vocab_size: usize,
-    context: usize,
-    column: &str,
-) -> Result<(), ComputeError> {
-    if shape[1] == 0 || shape[1] > context {
-        let length = shape[1];
-        return Err(ComputeError::Input(format!("{column} of length {length} for a context of {context}")));
-    }
-    if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
-        return Err(ComputeError::Input(format!("{column}: token {token} in a vocabulary of {vocab_size}")));
-    }
-    Ok(())
 }
 
 /// Read-back data as f32.
@@ -590,6 +619,35 @@ mod tests {
             let difference: Vec<f32> = sum.iter().zip(&whole.gradient).map(|(a, b)| a - b).collect();
             assert!((loss / whole.sums.loss - 1.0).abs() < 1e-6);
             assert!(optimizer::l2_norm(&difference) < 1e-5 * optimizer::l2_norm(&whole.gradient));
+        }
+    }
+
+    #[test]
+    fn documents_in_one_row_are_as_those_in_rows_of_their_own() {
+        for model in [gpt(0.0), llama(0.0)] {
+            let computer = computer(&model, &lively_parameters(&model));
+            let whole = batch(1, None);
+            let part = |range: std::ops::Range<usize>| {
+                let columns = whole.columns.iter().map(|column| {
+                    let Values::U32(values) = &column.values else { unreachable!("tokens and targets") };
+                    Column {
+                        name: column.name.clone(),
+                        shape: [1, range.len()],
+                        values: Values::U32(values[range.clone()].to_vec()),
+                    }
+                });
+                computer.gradient(&Batch { columns: columns.collect() }, KEY).unwrap()
+            };
+            let mut packed = whole.clone();
+            let segments = Values::U32([4, 4, 4, 4, 4, 1, 1, 1].into());
+            packed.columns.push(Column { name: "segments".into(), shape: [1, 8], values: segments });
+            let packed = computer.gradient(&packed, KEY).unwrap();
+            let (first, second) = (part(0..5), part(5..8));
+            assert!((packed.sums.loss / (first.sums.loss + second.sums.loss) - 1.0).abs() < 1e-6);
+            let apart = add_vectors(first.gradient, &second.gradient);
+            let difference: Vec<f32> = apart.iter().zip(&packed.gradient).map(|(a, b)| a - b).collect();
+            assert!(optimizer::l2_norm(&difference) < 1e-5 * optimizer::l2_norm(&apart));
+            assert_ne!(packed.sums, computer.gradient(&whole, KEY).unwrap().sums);
         }
     }
 

@@ -104,9 +104,16 @@ impl ComputeDevice {
     }
 
     /// Whether it is the CPU backend.
-    #[cfg(feature = "cpu")]
     pub fn is_cpu(&self) -> bool {
-        self.handle == Device::flex()
+        #[cfg(feature = "cpu")]
+        return self.handle == Device::flex();
+        #[cfg(not(feature = "cpu"))]
+        false
+    }
+
+    /// Bytes that are taken of the device's memory, in use or for the next tensors; none on the CPU.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        self.handle.memory_pool_usage().map(|usage| usage.bytes_reserved)
     }
 
     /// Whether the device adds f32 as IEEE 754 says, subnormal numbers included, which some flush to 0. Only then are its

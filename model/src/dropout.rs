@@ -4,10 +4,11 @@
 //! `e / 8`: half `e % 2` of word `(e % 8) / 2`, low half first. It is zeroed where these bits, as a number, are below
 //! `round(rate · 65536)`, and multiplied by `1 / (1 - rate)`, rounded to f32, otherwise.
 
+use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::compute::SlotKey;
-use crate::random::{Draws, Stream};
+use crate::random::{Draws, SOME, Stream};
 
 /// Elements that one thread draws factors for at a time.
 const PART: usize = 1 << 14;
@@ -77,26 +78,65 @@ pub struct Factors {
 
 impl Factors {
     /// Those of the elements from `first` on.
+    #[inline(always)]
     pub(crate) fn fill(self, first: u64, factors: &mut [f32]) {
         let factor = |bits: u32| if bits < self.threshold { 0.0 } else { self.kept };
-        let mut filled = 0;
-        while filled < factors.len() {
-            let element = first + filled as u64;
-            let words = self.draws.words(0, element / 8);
-            let of_block: [f32; 8] = std::array::from_fn(|i| factor(words[i / 2] >> (16 * (i % 2)) & 0xFFFF));
-            let of_block = &of_block[(element % 8) as usize..];
-            let count = of_block.len().min(factors.len() - filled);
-            factors[filled..][..count].copy_from_slice(&of_block[..count]);
-            filled += count;
+        let mut element = first;
+        let mut factors = factors;
+        while !factors.is_empty() {
+            // Word by word of all draws, then draw by draw.
+            let words = self.draws.some_words(0, element / 8);
+            let mut in_order = [0; 4 * SOME];
+            for draw in 0..SOME {
+                for word in 0..4 {
+                    in_order[4 * draw + word] = words[word][draw];
+                }
+            }
+            let mut drawn = [0.0; 8 * SOME];
+            for (pair, word) in drawn.as_chunks_mut::<2>().0.iter_mut().zip(in_order) {
+                *pair = [factor(word & 0xFFFF), factor(word >> 16)];
+            }
+            let drawn = &drawn[(element % 8) as usize..];
+            let count = drawn.len().min(factors.len());
+            let (now, later) = factors.split_at_mut(count);
+            now.copy_from_slice(&drawn[..count]);
+            (element, factors) = (element + count as u64, later);
         }
     }
 
-    /// Those of the first `elements`.
-    pub(crate) fn mask(self, elements: usize) -> Vec<f32> {
-        let mut mask = vec![0.0; elements];
-        let parts = mask.par_chunks_mut(PART).enumerate();
-        parts.for_each(|(index, part)| self.fill((index * PART) as u64, part));
-        mask
+    /// Those of the first elements, as many as there are.
+    pub(crate) fn fill_all(self, factors: &mut [f32]) {
+        let parts = factors.par_chunks_mut(PART).enumerate();
+        parts.for_each(|(index, part)| AutoArch::new().dispatch(Fill { of: self, first: (index * PART) as u64, part }));
+    }
+
+    /// Which of the first `elements` are kept: bit `e % 32` of number `e / 32`.
+    pub(crate) fn kept(self, elements: usize) -> Vec<u32> {
+        let mut factors = vec![0.0; elements];
+        self.fill_all(&mut factors);
+        let bits = |factors: &[f32]| (0..).zip(factors).map(|(bit, factor)| u32::from(*factor != 0.0) << bit).sum();
+        factors.chunks(32).map(bits).collect()
+    }
+
+    /// The factor of an element that is kept.
+    pub(crate) fn of_kept(self) -> f32 {
+        self.kept
+    }
+}
+
+/// [`Factors::fill`] with the vector registers that there are.
+struct Fill<'a> {
+    of: Factors,
+    first: u64,
+    part: &'a mut [f32],
+}
+
+impl WithSimd for Fill<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self) {
+        self.of.fill(self.first, self.part);
     }
 }
 
@@ -107,7 +147,12 @@ mod tests {
     const KEY: SlotKey = SlotKey { seed: 1, step: 2, slot: 3 };
 
     fn mask(rate: f64, key: SlotKey, site: Site, elements: usize) -> Vec<f32> {
-        Dropout::training(rate, key).factors(site).unwrap().mask(elements)
+        let factors = Dropout::training(rate, key).factors(site).unwrap();
+        let mut mask = vec![9.0; elements];
+        factors.fill_all(&mut mask);
+        let bits = factors.kept(elements);
+        assert!((0..elements).all(|e| mask[e] == f32::from((bits[e / 32] >> (e % 32) & 1) as u8) * factors.of_kept()));
+        mask
     }
 
     #[test]

@@ -1,9 +1,8 @@
-//! A decoder-only Transformer of GPT-2 shape (Radford et al. 2019), from tokens to logits.
+//! A decoder-only Transformer of GPT-2 shape (Radford et al. 2019), from tokens to what its head makes logits of.
 //!
 //! Shapes as in [`transformer`](crate::transformer).
 
-use burn::tensor::module::embedding;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::Tensor;
 
 use crate::compute::Leaves;
 use crate::config::GptConfig;
@@ -64,18 +63,13 @@ impl Gpt {
         Self { config: config.clone(), wte, wpe, blocks, ln_f, lm_head }
     }
 
-    /// Logits `[B·T, V]` for `tokens` `[B, T]`.
-    pub(crate) fn logits(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<2> {
-        let [b, t] = tokens.dims();
-        let device = tokens.device();
-
-        let positions = Positions::new(t, &device);
-        let place = self.wpe.clone().slice(0..t).unsqueeze::<3>(); // [1, T, C]
-        let mut x = embedding(self.wte.clone(), tokens) + place; // [B, T, C]
-        x = kernels::dropout(x, dropout, Site::Embedding);
+    /// The last layer's normalised output, `[B·T, C]`, for `tokens` `[B, T]`.
+    pub(crate) fn hidden(&self, tokens: &[u32], positions: &Positions, dropout: Dropout) -> Tensor<2> {
+        let mut x = kernels::embed(tokens, self.wte.clone(), Some(self.wpe.clone()), positions); // [B, T, C]
+        x = kernels::dropout(x, None, dropout, Site::Embedding);
         for (layer, block) in self.blocks.iter().enumerate() {
             let qkv = block.c_attn.forward(block.ln_1.forward(x.clone(), &self.config)); // [B, T, 3C]
-            let attended = kernels::packed_attention(qkv, self.config.heads, &positions, dropout, layer); // [B, T, C]
+            let attended = kernels::packed_attention(qkv, self.config.heads, positions, dropout, layer); // [B, T, C]
             x = block.attn_proj.project(attended, x, dropout, Site::AttentionOutput(layer));
             let hidden = block.c_fc.forward(block.ln_2.forward(x.clone(), &self.config)); // [B, T, 4C]
             x = block.mlp_proj.project(
@@ -85,8 +79,12 @@ impl Gpt {
                 Site::FeedForwardOutput(layer),
             );
         }
-        let x = self.ln_f.forward(x, &self.config).reshape([b * t, self.config.width]); // [B·T, C]
-        kernels::logits(x, self.lm_head.clone()) // [B·T, V]
+        self.ln_f.forward(x, &self.config).reshape([tokens.len(), self.config.width])
+    }
+
+    /// What makes logits of it, `[V, C]`.
+    pub(crate) fn head(&self) -> Tensor<2> {
+        self.lm_head.clone()
     }
 }
 

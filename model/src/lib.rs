@@ -34,6 +34,7 @@ pub mod shard;
 pub mod step_filter;
 pub mod tokenizer;
 pub mod tokens;
+pub mod traffic;
 mod transformer;
 pub mod tree;
 pub mod words;

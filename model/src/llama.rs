@@ -1,10 +1,9 @@
-//! A decoder-only Transformer of Llama shape (Touvron et al., arXiv:2302.13971), from tokens to logits: root-mean-square
-//! norms, rotary positions, grouped-query attention, gated feed-forward layers, no biases.
+//! A decoder-only Transformer of Llama shape (Touvron et al., arXiv:2302.13971), from tokens to what its head makes logits
+//! of: root-mean-square norms, rotary positions, grouped-query attention, gated feed-forward layers, no biases.
 //!
 //! Shapes as in [`transformer`](crate::transformer); besides: K heads of keys and values, F feed-forward width.
 
-use burn::tensor::module::embedding;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Tensor};
 
 use crate::compute::Leaves;
 use crate::config::LlamaConfig;
@@ -58,22 +57,27 @@ impl Llama {
         Self { config: config.clone(), embed_tokens, blocks, norm, lm_head }
     }
 
-    /// Logits `[B·T, V]` for `tokens` `[B, T]`.
-    pub(crate) fn logits(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<2> {
-        let [b, t] = tokens.dims();
-        let device = tokens.device();
-        let positions = Positions::rotary(t, self.config.head_width(), self.config.rope_theta, &device);
-
-        let mut x = embedding(self.embed_tokens.clone(), tokens); // [B, T, C]
-        x = kernels::dropout(x, dropout, Site::Embedding);
+    /// The last layer's normalised output, `[B·T, C]`, for `tokens` `[B, T]`.
+    pub(crate) fn hidden(&self, tokens: &[u32], positions: &Positions, dropout: Dropout) -> Tensor<2> {
+        let mut x = kernels::embed(tokens, self.embed_tokens.clone(), None, positions); // [B, T, C]
+        x = kernels::dropout(x, None, dropout, Site::Embedding);
         for (layer, block) in self.blocks.iter().enumerate() {
-            let attended = self.attention(block, layer, self.norm(x.clone(), &block.input_norm), &positions, dropout);
+            let attended = self.attention(block, layer, self.norm(x.clone(), &block.input_norm), positions, dropout);
             x = project(attended, &block.o_proj, None, x, dropout, Site::AttentionOutput(layer));
             let hidden = gated(block, self.norm(x.clone(), &block.post_attention_norm));
             x = project(hidden, &block.down_proj, None, x, dropout, Site::FeedForwardOutput(layer));
         }
-        let x = self.norm(x, &self.norm).reshape([b * t, self.config.width]); // [B·T, C]
-        kernels::logits(x, self.lm_head.clone()) // [B·T, V]
+        self.norm(x, &self.norm).reshape([tokens.len(), self.config.width])
+    }
+
+    /// What makes logits of it, `[V, C]`.
+    pub(crate) fn head(&self) -> Tensor<2> {
+        self.lm_head.clone()
+    }
+
+    /// Positions that turn this model's heads.
+    pub(crate) fn positions(&self, shape: [usize; 2], segments: Option<&[u32]>, device: &Device) -> Positions {
+        Positions::new(shape, segments, device).rotary(self.config.head_width(), self.config.rope_theta)
     }
 
     /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245): `[B, T, C]` to `[B, T, H·D]`.

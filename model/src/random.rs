@@ -28,15 +28,31 @@ pub enum Stream {
     Faults = 9,
 }
 
+/// Draws whose words are computed side by side by [`Draws::some_words`].
+pub(crate) const SOME: usize = 16;
+
 /// Philox4x32 with 10 rounds.
 #[inline]
-fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    philox_of(counter.map(|word| [word]), key).map(|[word]| word)
+}
+
+/// Of N counters, word by word, so that a vector register takes several.
+#[inline(always)]
+fn philox_of<const N: usize>(mut counters: [[u32; N]; 4], mut key: [u32; 2]) -> [[u32; N]; 4] {
     for _ in 0..10 {
-        let (a, b) = (u64::from(counter[0]) * 0xD251_1F53, u64::from(counter[2]) * 0xCD9E_8D57);
-        counter = [(b >> 32) as u32 ^ counter[1] ^ key[0], b as u32, (a >> 32) as u32 ^ counter[3] ^ key[1], a as u32];
+        let before = counters;
+        for i in 0..N {
+            let a = u64::from(before[0][i]) * 0xD251_1F53;
+            let b = u64::from(before[2][i]) * 0xCD9E_8D57;
+            counters[0][i] = (b >> 32) as u32 ^ before[1][i] ^ key[0];
+            counters[1][i] = b as u32;
+            counters[2][i] = (a >> 32) as u32 ^ before[3][i] ^ key[1];
+            counters[3][i] = a as u32;
+        }
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
-    counter
+    counters
 }
 
 /// One stream under one seed, ready to draw from.
@@ -63,6 +79,14 @@ impl Draws {
     #[inline]
     pub fn words(self, high: u64, low: u64) -> [u32; 4] {
         philox([low as u32, (low >> 32) as u32, high as u32, (high >> 32) as u32], self.key)
+    }
+
+    /// The words of the draws `(high, low)`, `(high, low + 1)`, …: word by word, of all draws.
+    #[inline(always)]
+    pub(crate) fn some_words(self, high: u64, low: u64) -> [[u32; SOME]; 4] {
+        let low: [u64; SOME] = std::array::from_fn(|draw| low.wrapping_add(draw as u64));
+        let (low, above) = (low.map(|low| low as u32), low.map(|low| (low >> 32) as u32));
+        philox_of([low, above, [high as u32; SOME], [(high >> 32) as u32; SOME]], self.key)
     }
 
     /// A uniform number below `bound` (at least 1) for the draw `(high, low)`, by multiplication of 64 random bits
@@ -125,6 +149,17 @@ mod tests {
         let mut values = [0.0; 3];
         normal(1, Stream::Initialisation, 0, 0.02, &mut values);
         assert_eq!(values.map(|value| (value * 1e8).round()), [-38_320.0, 2_374_531.0, 1_877_129.0]);
+    }
+
+    #[test]
+    fn draws_side_by_side_are_those_one_by_one() {
+        let draws = Draws::new(1, Stream::Dropout);
+        for (high, low) in [(0, 0), (1 << 40, 7), (3, u64::from(u32::MAX) - 4)] {
+            let words = draws.some_words(high, low);
+            for i in 0..SOME {
+                assert_eq!(words.map(|word| word[i]), draws.words(high, low + i as u64));
+            }
+        }
     }
 
     #[test]

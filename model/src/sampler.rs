@@ -29,6 +29,8 @@ pub struct TokenSource {
     pub seed: u64,
     /// How a step is cut.
     pub batch: BatchConfig,
+    /// The token that ends each document, if those in one row are to be kept apart; else a row is one.
+    pub separator: Option<u32>,
 }
 
 /// One corpus of a mixture.
@@ -171,8 +173,22 @@ impl TokenSource {
             }
             Column { name: name.into(), shape, values: Values::U32(values) }
         };
-        Batch { columns: vec![column("tokens", 0), column("targets", 1)] }
+        let mut columns = vec![column("tokens", 0), column("targets", 1)];
+        if let (Some(separator), Values::U32(tokens)) = (self.separator, &columns[0].values) {
+            let values = Values::U32(tokens.chunks(self.context).flat_map(|row| segments(row, separator)).collect());
+            columns.push(Column { name: "segments".into(), shape, values });
+        }
+        Batch { columns }
     }
+}
+
+/// Of each token, how many documents of its row end before it.
+fn segments(row: &[u32], separator: u32) -> impl Iterator<Item = u32> {
+    row.iter().scan(0, move |ended, &token| {
+        let segment = *ended;
+        *ended += u32::from(token == separator);
+        Some(segment)
+    })
 }
 
 impl LineSource {
@@ -245,6 +261,7 @@ mod tests {
             order,
             seed: 5,
             batch: BatchConfig { slots, sequences_per_slot: rows },
+            separator: None,
         }
     }
 
@@ -256,6 +273,15 @@ mod tests {
         let (targets, _) = batch.u32("targets").unwrap();
         assert_eq!(shape, [3, 4]);
         assert!(tokens.iter().zip(targets).all(|(token, target)| token + 1 == *target));
+    }
+
+    #[test]
+    fn documents_are_told_apart_by_what_ends_them() {
+        let source = |separator| Source::Tokens(TokenSource { separator, ..source(WindowOrder::Epoch, 5, 1, 1) });
+        assert!(source(None).training_slot(1, 0).optional_u32("segments").unwrap().is_none());
+        let batch = source(Some(1)).training_slot(1, 0);
+        assert_eq!(batch.u32("tokens").unwrap(), (&[0, 1, 2, 3][..], [1, 4]));
+        assert_eq!(batch.u32("segments").unwrap(), (&[0, 0, 1, 1][..], [1, 4]));
     }
 
     #[test]

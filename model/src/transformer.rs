@@ -3,11 +3,11 @@
 //! Shapes beside the tensors, here and in the shapes' own files: B rows, T positions, C width, H heads, D = C / H,
 //! V vocabulary.
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Tensor};
 
 use crate::dropout::{Dropout, Site};
 use crate::gpt::Gpt;
-use crate::kernels;
+use crate::kernels::{self, Positions};
 use crate::llama::Llama;
 
 /// A decoder-only Transformer.
@@ -18,11 +18,28 @@ pub(crate) enum Transformer {
 }
 
 impl Transformer {
-    /// Logits `[B·T, V]` for `tokens` `[B, T]`.
-    pub(crate) fn logits(&self, tokens: Tensor<2, Int>, dropout: Dropout) -> Tensor<2> {
+    /// The last layer's normalised output, `[B·T, C]`, for `tokens` `[B, T]` that stand at `positions`, which are
+    /// [`Self::positions`].
+    pub(crate) fn hidden(&self, tokens: &[u32], positions: &Positions, dropout: Dropout) -> Tensor<2> {
         match self {
-            Self::Gpt(gpt) => gpt.logits(tokens, dropout),
-            Self::Llama(llama) => llama.logits(tokens, dropout),
+            Self::Gpt(gpt) => gpt.hidden(tokens, positions, dropout),
+            Self::Llama(llama) => llama.hidden(tokens, positions, dropout),
+        }
+    }
+
+    /// The head, `[V, C]`: a product of the output with each row is a logit.
+    pub(crate) fn head(&self) -> Tensor<2> {
+        match self {
+            Self::Gpt(gpt) => gpt.head(),
+            Self::Llama(llama) => llama.head(),
+        }
+    }
+
+    /// Positions of tokens of `shape`, B and T, of `segments` `[B, T]` where there are any.
+    pub(crate) fn positions(&self, shape: [usize; 2], segments: Option<&[u32]>, device: &Device) -> Positions {
+        match self {
+            Self::Gpt(_) => Positions::new(shape, segments, device),
+            Self::Llama(llama) => llama.positions(shape, segments, device),
         }
     }
 }
@@ -40,5 +57,5 @@ pub(crate) fn project(
     if !dropout.is_active() {
         return kernels::linear(y, weight, bias, Some(onto));
     }
-    onto + kernels::dropout(kernels::linear(y, weight, bias, None), dropout, site)
+    kernels::dropout(kernels::linear(y, weight, bias, None), Some(onto), dropout, site)
 }

@@ -65,6 +65,7 @@ pub(crate) fn data(recipe: &Recipe) -> anyhow::Result<Data> {
     let weights = data.inputs.iter().map(|input| input.weight);
     let bytes_per_token = bytes_per_token(corpora.iter().zip(weights.clone()));
     let tokenizer = corpora.first().map(|corpus| corpus.tokenizer.clone());
+    let separator = recipe.separator(tokenizer.as_ref().and_then(Tokenizer::end_of_text))?;
     let weighted = |(Corpus { training, validation, .. }, weight)| WeightedCorpus { weight, training, validation };
     let source = TokenSource {
         corpora: corpora.into_iter().zip(weights).map(weighted).collect(),
@@ -72,6 +73,7 @@ pub(crate) fn data(recipe: &Recipe) -> anyhow::Result<Data> {
         order: data.order,
         seed: recipe.seed,
         batch: recipe.batch,
+        separator,
     };
     Ok(Data { source: Source::Tokens(source), tokenizer, bytes_per_token })
 }

@@ -51,6 +51,12 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
+/// CPU threads of each of `workers` on this machine, where nothing else is asked for.
+pub(crate) fn threads_each(asked: Option<u32>, workers: u32) -> u32 {
+    let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u32;
+    asked.unwrap_or_else(|| (cores() / workers).max(1))
+}
+
 /// Runs a command's asynchronous part.
 fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(future)

@@ -7,8 +7,7 @@ use lockstep_coordinator::metrics::{self, Line};
 use lockstep_coordinator::run_dir;
 use tokio::sync::{mpsc, watch};
 
-use super::worker::cores;
-use super::{Usage, assemble, block_on};
+use super::{Usage, assemble, block_on, threads_each};
 use crate::chaos::{Chaos, Targets};
 use crate::child::Watched;
 use crate::cli::Train;
@@ -33,7 +32,7 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
     }
     let recipe = assemble::recipe(&args.recipe, args.run.as_deref().filter(|_| resume))?;
     let run = args.run.unwrap_or_else(|| free_run_dir(&recipe.name));
-    let threads = args.threads.unwrap_or_else(|| (cores() as u32 / args.workers).max(1));
+    let threads = threads_each(args.threads, args.workers);
     eprintln!(
         "training {} with {} {} of {threads} {}; everything goes to {}",
         recipe.name,

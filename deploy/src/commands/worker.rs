@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
 use lockstep_worker::{Ended, JoinedHook, WorkerConfig};
 
-use super::{DISMISSED, Said, block_on};
+use super::{DISMISSED, Said, block_on, threads_each};
 use crate::cli::Worker;
 use crate::stop::Requests;
 use crate::{lifeline, telemetry};
@@ -18,7 +18,7 @@ const AT_ONCE: &str = "stopped at once; what this worker held goes to others";
 /// Joins a coordinator and computes for it until it is released.
 pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
     let recorder = telemetry::init("info", true);
-    let threads = args.threads.map_or_else(cores, |threads| threads as usize);
+    let threads = threads_each(args.threads, 1) as usize;
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("CPU threads cannot be started")?;
     // The machine's, not the process's: who computes wrong, and who can confirm whom, goes by it.
     let own_name = || match args.device {
@@ -67,11 +67,6 @@ fn announcing() -> JoinedHook {
         // A parent that is gone takes this process with it.
         let _ = writeln!(std::io::stdout(), "member");
     })
-}
-
-/// Cores of this machine that the process may use.
-pub(crate) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 fn host_name() -> String {

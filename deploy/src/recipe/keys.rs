@@ -146,6 +146,7 @@ pub(super) const KEYS: &[Key] = &[
     key("data.input",                    Required("\"builtin:kjv\""), Text,        Free),
     key("data.weights",                  Default("[]"),               Text,        Fixed),
     key("data.order",                    Default("\"random\""),       Text,        Fixed),
+    key("data.separate_documents",       Default("false"),            Text,        Fixed),
     key("data.train_fraction",           Default("0.9"),              Text,        Fixed),
 
     key("tokenizer.kind",                Default("\"auto\""),         Text,        Fixed),

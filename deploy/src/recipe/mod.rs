@@ -34,7 +34,9 @@ const EMBEDDED: [(&str, &str); 5] = [
 ];
 
 /// Bytes that a position (or the line's row) takes in a batch: what is read and what is to be predicted, 4 each.
-pub(crate) const BYTES_PER_TOKEN: u64 = 8;
+const BYTES_PER_TOKEN: u64 = 8;
+/// Besides, where documents are kept apart: the number of its document.
+const BYTES_PER_SEGMENT: u64 = 4;
 
 /// A whole recipe, validated. To change one, load it with overrides.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,6 +79,8 @@ pub(crate) struct DataRecipe {
     pub(crate) inputs: Vec<WeightedInput>,
     /// In which order windows are drawn.
     pub(crate) order: WindowOrder,
+    /// Whether documents in one row see nothing of one another.
+    pub(crate) separate_documents: bool,
     /// The share of the text, from its beginning, that is trained on, in `(0, 1]`; the rest is validated on.
     pub(crate) train_fraction: f64,
     /// How text becomes tokens.
@@ -179,6 +183,32 @@ impl Recipe {
             longest => format!("model.context = {longest}, or a longer text in data.input"),
         };
         Err(self.values.refuse_for("model.context", reason, example))
+    }
+
+    /// Bytes that a position (or the line's row) takes in a batch.
+    pub(crate) fn bytes_per_token(&self) -> u64 {
+        self.data.as_ref().map_or(BYTES_PER_TOKEN, DataRecipe::bytes_per_token)
+    }
+
+    /// What keeps documents apart, where they are to be, in a corpus whose documents end with `end_of_text`.
+    ///
+    /// # Errors
+    /// If the corpus marks no ends.
+    pub(crate) fn separator(&self, end_of_text: Option<u32>) -> Result<Option<u32>, RecipeError> {
+        if !self.data.as_ref().is_some_and(|data| data.separate_documents) {
+            return Ok(None);
+        }
+        end_of_text.map(Some).ok_or_else(|| {
+            let reason = "nothing in this corpus says where a document ends: its tokenizer has no end of text";
+            self.values.refuse_for("data.separate_documents", reason, "tokenizer.kind = \"bpe\"")
+        })
+    }
+}
+
+impl DataRecipe {
+    /// Bytes that a position takes in a batch.
+    fn bytes_per_token(&self) -> u64 {
+        BYTES_PER_TOKEN + if self.separate_documents { BYTES_PER_SEGMENT } else { 0 }
     }
 }
 

@@ -403,6 +403,15 @@ fn a_context_longer_than_the_corpus_is_refused() {
 }
 
 #[test]
+fn documents_can_be_kept_apart_where_their_ends_are_marked() {
+    let apart = fixed(&["data.separate_documents=true"]).unwrap();
+    assert_eq!((apart.separator(Some(7)).unwrap(), apart.bytes_per_token()), (Some(7), 12));
+    expect![[r#"recipe shakespeare-char-cpu: data.separate_documents = true: nothing in this corpus says where a document ends: its tokenizer has no end of text; for example tokenizer.kind = "bpe""#]].assert_eq(&apart.separator(None).unwrap_err().to_string());
+    let together = fixed(&[]).unwrap();
+    assert_eq!((together.separator(Some(7)).unwrap(), together.bytes_per_token()), (None, 8));
+}
+
+#[test]
 fn a_vocabulary_that_makes_the_model_too_large_is_refused() {
     let wide = fixed(&["model.width=8192", "model.layers=2"]).unwrap();
     wide.check_corpus(80, 1000, 1000).unwrap();

@@ -52,7 +52,8 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
     let context = model.tokens_per_sequence();
     let optimizer = optimizer(v, kinds.optimizer)?;
     let schedule = schedule(v, kinds.decay, optimizer.lr)?;
-    let batch = batch(v, context)?;
+    let bytes_per_token = data.as_ref().map_or(BYTES_PER_TOKEN, DataRecipe::bytes_per_token);
+    let batch = batch(v, context, bytes_per_token)?;
     let evaluation = evaluation(v, data.as_ref(), batch)?;
     check_length(v, &schedule, batch, context)?;
     Ok(Recipe {
@@ -186,6 +187,7 @@ fn data(v: &Values) -> Result<DataRecipe, RecipeError> {
     Ok(DataRecipe {
         inputs,
         order,
+        separate_documents: v.boolean("data.separate_documents")?,
         train_fraction: v.number("data.train_fraction", "above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?,
         tokenizer: tokenizer(v)?,
     })
@@ -297,18 +299,20 @@ fn length_of_decay(v: &Values, steps: u64, warmup_steps: u64) -> Result<u64, Rec
     }
 }
 
-fn batch(v: &Values, context: usize) -> Result<BatchConfig, RecipeError> {
+fn batch(v: &Values, context: usize, bytes_per_token: u64) -> Result<BatchConfig, RecipeError> {
     let slots: u32 = v.integer("batch.slots", 1..=MAX_SLOTS)?;
     let sequences_per_slot: u32 = v.integer("batch.sequences_per_slot", 1..=i64::from(u32::MAX))?;
-    let row_bytes = context as u64 * BYTES_PER_TOKEN;
+    let row_bytes = context as u64 * bytes_per_token;
     let slot_bytes = u64::from(sequences_per_slot) * row_bytes;
     if slot_bytes > MAX_SLOT_BYTES as u64 {
         let reason = format!(
-            "a slot's batch would have {slot_bytes} bytes ({context} tokens a sequence, {BYTES_PER_TOKEN} bytes each), and \
+            "a slot's batch would have {slot_bytes} bytes ({context} tokens a sequence, {bytes_per_token} bytes each), and \
              one message carries at most {MAX_SLOT_BYTES}"
         );
-        let most = MAX_SLOT_BYTES as u64 / row_bytes;
-        let example = format!("batch.sequences_per_slot = {most}");
+        let example = match MAX_SLOT_BYTES as u64 / row_bytes {
+            0 => format!("model.context = {}", MAX_SLOT_BYTES as u64 / bytes_per_token),
+            most => format!("batch.sequences_per_slot = {most}"),
+        };
         return Err(v.refuse_for("batch.sequences_per_slot", reason, example));
     }
     check_sequences(v, "batch.slots", slots, sequences_per_slot)?;

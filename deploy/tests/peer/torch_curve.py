@@ -67,6 +67,8 @@ class Run:
             sys.exit(f"{directory}: its data.input must be one corpus written by `lockstep prepare`, not {inputs}")
         if recipe["data"]["order"] != "random" or recipe["model"]["dropout"] != 0.0:
             sys.exit(f"{directory}: only runs in random order and without dropout can be repeated here")
+        if recipe["data"].get("separate_documents"):
+            sys.exit(f"{directory}: runs that keep documents apart cannot be repeated here")
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
         val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}

@@ -5,20 +5,47 @@
 #[cfg(feature = "cpu")]
 pub(crate) mod cpu;
 pub mod plain;
+mod positions;
 #[cfg(all(test, feature = "cpu"))]
 mod tests;
 
-use std::cell::OnceCell;
-use std::sync::Arc;
+use burn::tensor::Tensor;
 
-use burn::tensor::{Device, Tensor};
-
+pub use self::positions::Positions;
 use crate::config::Gelu;
 use crate::dropout::{Dropout, Site};
 
-/// Dropout at `site`, where it is active; by the plain form everywhere, which draws the mask once and holds it.
-pub fn dropout<const D: usize>(x: Tensor<D>, dropout: Dropout, site: Site) -> Tensor<D> {
-    plain::dropout(x, dropout.factors(site))
+/// `x`, multiplied by the factors of `dropout` at `site` where it is active, plus `onto` where there is one.
+pub fn dropout<const D: usize>(x: Tensor<D>, onto: Option<Tensor<D>>, dropout: Dropout, site: Site) -> Tensor<D> {
+    #[cfg(feature = "cpu")]
+    if let Some(factors) = dropout.factors(site)
+        && cpu::holds(&x)
+    {
+        let operation = cpu::dropout::ApplyDropout { factors };
+        return match onto {
+            None => cpu::run(operation, [x.into_dispatch()]),
+            Some(onto) => cpu::run(operation, [x.into_dispatch(), onto.into_dispatch()]),
+        };
+    }
+    let x = plain::dropout(x, dropout.factors(site));
+    match onto {
+        None => x,
+        Some(onto) => onto + x,
+    }
+}
+
+/// Rows of `table` `[V, C]` for `tokens` `[B, T]`, each below V, and where there are `places` `[T or more, C]`, plus their row
+/// for its position: `[B, T, C]`.
+pub fn embed(tokens: &[u32], table: Tensor<2>, places: Option<Tensor<2>>, positions: &Positions) -> Tensor<3> {
+    #[cfg(feature = "cpu")]
+    if cpu::holds(&table) {
+        let embed = cpu::embed::Embed::new(tokens, positions);
+        return match places {
+            None => cpu::run(embed, [table.into_dispatch()]),
+            Some(places) => cpu::run(embed, [table.into_dispatch(), places.into_dispatch()]),
+        };
+    }
+    plain::embed(tokens, table, places, positions)
 }
 
 /// GELU (Hendrycks and Gimpel, arXiv:1606.08415) of each element.
@@ -87,16 +114,16 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -
     plain::rms_norm(x, weight, epsilon)
 }
 
-/// The sum, `[1]`, of weighted cross-entropies of `logits` `[rows, V]`. `targets` are below V, one for each row, and so are
-/// `weights`; 1 where there are none.
-pub fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
+/// The sum, `[1]`, of weighted cross-entropies of the [`logits`] of `x` `[rows, C]` and `table` `[V, C]`. `targets` are below
+/// V, one for each row, and so are `weights`; 1 where there are none.
+pub fn cross_entropy(x: Tensor<2>, table: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
     #[cfg(feature = "cpu")]
-    if cpu::holds(&logits) {
+    if cpu::holds(&x) {
         let operation =
             cpu::cross_entropy::CrossEntropy { targets: targets.to_vec(), weights: weights.map(<[f32]>::to_vec) };
-        return cpu::run(operation, [logits.into_dispatch()]);
+        return cpu::run(operation, [x.into_dispatch(), table.into_dispatch()]);
     }
-    plain::cross_entropy(logits, targets, weights)
+    plain::cross_entropy(x, table, targets, weights)
 }
 
 /// The gate of SwiGLU (Shazeer, arXiv:2002.05202): `silu(gate) · up`.
@@ -108,44 +135,9 @@ pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
     plain::swiglu(gate, up)
 }
 
-/// What attention and rotation need to know of positions. What only the plain forms need is made when they first ask.
-#[derive(Debug)]
-pub struct Positions {
-    device: Device,
-    /// T.
-    length: usize,
-    mask: OnceCell<Tensor<4>>,
-    angles: Option<Angles>,
-}
-
-/// Cosines and sines `[T, D/2]` of the angles by which a head's elements are turned.
-#[derive(Debug)]
-struct Angles {
-    cos: Arc<Vec<f32>>,
-    sin: Arc<Vec<f32>>,
-    tables: OnceCell<[Tensor<4>; 2]>,
-}
-
-impl Positions {
-    /// Positions 0 to `length - 1`.
-    pub fn new(length: usize, device: &Device) -> Self {
-        Self { device: device.clone(), length, mask: OnceCell::new(), angles: None }
-    }
-
-    /// Positions 0 to `length - 1` that turn element i of a head's first half, and of its second, by `position · theta^(-2i/D)`.
-    /// Angles are computed in f64 by `libm`, so that every machine has the same.
-    pub fn rotary(length: usize, head_width: usize, theta: f64, device: &Device) -> Self {
-        let half = head_width / 2;
-        let angle = |i: usize| (i / half) as f64 * libm::pow(theta, -((i % half) as f64) / half as f64);
-        let table =
-            |function: fn(f64) -> f64| Arc::new((0..length * half).map(|i| function(angle(i)) as f32).collect());
-        let angles = Angles { cos: table(libm::cos), sin: table(libm::sin), tables: OnceCell::new() };
-        Self { angles: Some(angles), ..Self::new(length, device) }
-    }
-}
-
 /// Causal attention (Vaswani et al., arXiv:1706.03762) of `heads` heads out of `qkv` `[B, T, 3·C]`, which holds queries,
-/// keys and values side by side, to `[B, T, C]`; with `dropout` of layer `layer` on the probabilities.
+/// keys and values side by side, to `[B, T, C]`, each within its segment; with `dropout` of layer `layer` on the
+/// probabilities.
 pub fn packed_attention(
     qkv: Tensor<3>,
     heads: usize,
@@ -155,15 +147,15 @@ pub fn packed_attention(
 ) -> Tensor<3> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&qkv) {
-        let dropout = dropout.factors(Site::Attention(layer));
-        return cpu::run(cpu::attention::PackedAttention { heads, dropout }, [qkv.into_dispatch()]);
+        let rules = cpu::attention::Rules::new(positions, dropout.factors(Site::Attention(layer)));
+        return cpu::run(cpu::attention::PackedAttention { heads, rules }, [qkv.into_dispatch()]);
     }
     plain::packed_attention(qkv, heads, positions, dropout, layer)
 }
 
 /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245) of q `[B, H, T, D]` to k and v `[B, K, T, D]`, each of
-/// whose heads serves H / K consecutive ones of q, to `[B, T, H·D]`; with `dropout` of layer `layer` on the
-/// probabilities.
+/// whose heads serves H / K consecutive ones of q, to `[B, T, H·D]`, each within its segment; with `dropout` of layer
+/// `layer` on the probabilities.
 pub fn attention(
     q: Tensor<4>,
     k: Tensor<4>,
@@ -174,9 +166,9 @@ pub fn attention(
 ) -> Tensor<3> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&q) {
-        let dropout = dropout.factors(Site::Attention(layer));
+        let rules = cpu::attention::Rules::new(positions, dropout.factors(Site::Attention(layer)));
         let inputs = [q.into_dispatch(), k.into_dispatch(), v.into_dispatch()];
-        return cpu::run(cpu::attention::GroupedAttention { dropout }, inputs);
+        return cpu::run(cpu::attention::GroupedAttention { rules }, inputs);
     }
     plain::attention(q, k, v, positions, dropout, layer)
 }
@@ -188,8 +180,8 @@ pub fn rotate(x: Tensor<4>, positions: &Positions) -> Tensor<4> {
     if let Some(angles) = &positions.angles
         && cpu::holds(&x)
     {
-        let rotate = cpu::rotate::Rotate { cos: angles.cos.clone(), sin: angles.sin.clone() };
-        return cpu::run(rotate, [x.into_dispatch()]);
+        let (cos, sin, starts) = (angles.cos.clone(), angles.sin.clone(), positions.starts.clone());
+        return cpu::run(cpu::rotate::Rotate { cos, sin, starts }, [x.into_dispatch()]);
     }
     plain::rotate(x, positions)
 }

@@ -6,16 +6,37 @@ use burn::tensor::{Int, Tensor, TensorData, module};
 use super::{Positions, split_heads};
 use crate::config::Gelu;
 use crate::dropout::{Dropout, Factors, Site};
+use crate::traffic::upload;
 
 /// Added to the scores of positions that a query must not see. Finite, so that no backend meets an infinity; its
 /// exponential is exactly 0.
 const MASKED: f32 = -1e30;
 
-/// Multiplied by the factors, where there are any.
+/// Multiplied by the factors, where there are any. One bit an element goes to the device.
 pub fn dropout<const D: usize>(x: Tensor<D>, factors: Option<Factors>) -> Tensor<D> {
     let Some(factors) = factors else { return x };
     let (shape, device) = (x.dims(), x.device());
-    x * Tensor::from_data(TensorData::new(factors.mask(shape.iter().product()), shape), &device)
+    let elements: usize = shape.iter().product();
+    let kept = factors.kept(elements);
+    let words = kept.len();
+    let kept = Tensor::<2, Int>::from_data(numbers(&kept, [words, 1]), &device).expand([words, 32]);
+    let bits = Tensor::<1, Int>::arange(0..32, &device).unsqueeze::<2>().expand([words, 32]);
+    let mask = kept.bitwise_right_shift(bits).bitwise_and_scalar(1).float() * factors.of_kept();
+    x * mask.reshape([words * 32]).slice(0..elements).reshape(shape)
+}
+
+/// As [`super::embed`].
+pub fn embed(tokens: &[u32], table: Tensor<2>, places: Option<Tensor<2>>, positions: &Positions) -> Tensor<3> {
+    let Positions { device, shape: [b, t], starts, .. } = positions;
+    let x = module::embedding(table, Tensor::from_data(numbers(tokens, [*b, *t]), device));
+    match places {
+        None => x,
+        Some(places) if starts.is_none() => x + places.slice(0..*t).unsqueeze::<3>(),
+        Some(places) => {
+            let positions = numbers(&positions.places(), [*b, *t]);
+            x + module::embedding(places, Tensor::from_data(positions, device))
+        }
+    }
 }
 
 /// As [`super::gelu`].
@@ -33,7 +54,12 @@ pub fn linear<const D: usize>(
     bias: Option<Tensor<1>>,
     residual: Option<Tensor<D>>,
 ) -> Tensor<D> {
-    let y = module::linear(x, weight, bias);
+    // As one product of all rows: backward, burn makes one of each index of the first axis, and then sums them.
+    let (mut shape, [inputs, outputs]) = (x.dims(), weight.dims());
+    let rows = shape[..D - 1].iter().product();
+    let y = x.reshape([rows, inputs]).matmul(weight);
+    shape[D - 1] = outputs;
+    let y = bias.map_or(y.clone(), |bias| y + bias.unsqueeze::<2>()).reshape(shape);
     match residual {
         Some(residual) => residual + y,
         None => y,
@@ -57,14 +83,13 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -
 }
 
 /// As [`super::cross_entropy`].
-pub fn cross_entropy(logits: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
-    let (rows, device) = (targets.len(), logits.device());
-    let targets: Vec<i32> = targets.iter().map(|&target| target as i32).collect();
-    let targets = Tensor::<2, Int>::from_data(TensorData::new(targets, [rows, 1]), &device);
-    let losses = -log_softmax(logits, 1).gather(1, targets).reshape([rows]);
+pub fn cross_entropy(x: Tensor<2>, table: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
+    let (rows, device) = (targets.len(), x.device());
+    let targets = Tensor::<2, Int>::from_data(numbers(targets, [rows, 1]), &device);
+    let losses = -log_softmax(logits(x, table), 1).gather(1, targets).reshape([rows]);
     match weights {
         None => losses.sum(),
-        Some(weights) => (losses * Tensor::from_data(TensorData::new(weights.to_vec(), [rows]), &device)).sum(),
+        Some(weights) => (losses * Tensor::from_data(upload(TensorData::new(weights.to_vec(), [rows])), &device)).sum(),
     }
 }
 
@@ -106,10 +131,13 @@ pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
 /// As [`super::rotate`].
 pub fn rotate(x: Tensor<4>, positions: &Positions) -> Tensor<4> {
     let Some(angles) = &positions.angles else { return x };
+    let t = positions.shape[1];
     let half = x.dims()[3] / 2;
     let table = |values: &[f32]| {
-        let values = TensorData::new(values.to_vec(), [1, 1, positions.length, half]);
-        Tensor::<4>::from_data(values, &positions.device)
+        let places = positions.places();
+        let turned = places.iter().flat_map(|&place| &values[place as usize * half..][..half]);
+        let values = TensorData::new(turned.copied().collect(), [places.len() / t, 1, t, half]);
+        Tensor::<4>::from_data(upload(values), &positions.device)
     };
     let [cos, sin] = angles.tables.get_or_init(|| [table(&angles.cos), table(&angles.sin)]).clone();
     let (first, second) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
@@ -128,13 +156,25 @@ fn repeat_heads(x: Tensor<4>, heads: usize) -> Tensor<4> {
     x.reshape([b, heads, t, head_width])
 }
 
+/// Token numbers, positions, or targets.
+fn numbers(values: &[u32], shape: [usize; 2]) -> TensorData {
+    upload(TensorData::new(values.iter().map(|&value| value as i32).collect(), shape))
+}
+
 impl Positions {
-    /// `[1, 1, T, T]`: 0 where the query in the row may see the key in the column, [`MASKED`] where the key comes later.
+    /// `[B, 1, T, T]`, or with 1 for B where rows do not differ: 0 where the query in the row may see the key in the column,
+    /// [`MASKED`] elsewhere.
     fn causal_mask(&self) -> Tensor<4> {
-        let t = self.length;
         let mask = || {
-            let values = (0..t * t).map(|i| if i % t > i / t { MASKED } else { 0.0 }).collect::<Vec<f32>>();
-            Tensor::from_data(TensorData::new(values, [1, 1, t, t]), &self.device)
+            let t = self.shape[1];
+            let nothing = vec![0; t];
+            let starts = self.starts.as_ref().map_or(&nothing, |starts| &**starts);
+            let mut values = Vec::with_capacity(starts.len() * t);
+            for (query, &start) in (0..t).cycle().zip(starts) {
+                let seen = start as usize..=query;
+                values.extend((0..t).map(|key| if seen.contains(&key) { 0.0 } else { MASKED }));
+            }
+            Tensor::from_data(upload(TensorData::new(values, [starts.len() / t, 1, t, t])), &self.device)
         };
         self.mask.get_or_init(mask).clone()
     }

@@ -144,15 +144,56 @@ fn norms_are_their_plain_forms() {
 }
 
 #[test]
+fn embeddings_are_their_plain_forms() {
+    for ([batch, t, width], vocab_size) in [([1, 1, 1], 1), ([2, 5, 3], 4), ([3, 40, 20], 150)] {
+        let tokens: Vec<u32> = (0..batch * t).map(|token| (token * 31 % vocab_size) as u32).collect();
+        for segments in [None, Some(segments(batch * t))] {
+            let positions = Positions::new([batch, t], segments.as_deref(), &Device::flex().autodiff());
+            let table = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([vocab_size, width]);
+            // More places than there are positions.
+            let places = |leaves: &[Tensor<1>]| leaves.get(1).map(|places| places.clone().reshape([t + 2, width]));
+            for lengths in [vec![vocab_size * width], vec![vocab_size * width, (t + 2) * width]] {
+                let fused = |l: &[Tensor<1>]| flat(embed(&tokens, table(l), places(l), &positions));
+                let plain = |l: &[Tensor<1>]| flat(plain::embed(&tokens, table(l), places(l), &positions));
+                check("embedding", &lengths, &fused, &plain);
+            }
+        }
+    }
+}
+
+#[test]
+fn dropout_is_its_plain_form() {
+    let active = Dropout::training(0.3, SlotKey { seed: 1, step: 2, slot: 3 });
+    for (elements, has_residual) in [(1, false), (1000, false), (5000, true), (20_000, true)] {
+        let shape = [1, elements];
+        let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape(shape);
+        let onto = |leaves: &[Tensor<1>]| leaves.get(1).map(|onto| onto.clone().reshape(shape));
+        let plain = |leaves: &[Tensor<1>]| {
+            let x = plain::dropout(x(leaves), active.factors(Site::Embedding));
+            flat(onto(leaves).map_or(x.clone(), |onto| onto + x))
+        };
+        let fused = |leaves: &[Tensor<1>]| flat(dropout(x(leaves), onto(leaves), active, Site::Embedding));
+        check("dropout", &vec![elements; 1 + usize::from(has_residual)], &fused, &plain);
+    }
+}
+
+/// Of some positions, that run on from row to row.
+fn segments(positions: usize) -> Vec<u32> {
+    (0..positions).map(|position| [0, 1, 1, 1, 3, 3, 9][position / 4 % 7]).collect()
+}
+
+#[test]
 fn cross_entropy_is_its_plain_form() {
-    for (rows, vocab_size) in [(1, 2), (5, 65), (37, 33)] {
+    // The last in two parts.
+    for (rows, vocab_size, width) in [(1, 2, 1), (5, 65, 3), (37, 33, 8), (300, 20_000, 2)] {
         let targets: Vec<u32> = (0..rows).map(|row| (row * 31 % vocab_size) as u32).collect();
         let weights: Vec<f32> = (0..rows).map(|row| [1.0, 0.5, 0.0, 2.0][row % 4]).collect();
+        let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([rows, width]);
+        let table = |leaves: &[Tensor<1>]| leaves[1].clone().reshape([vocab_size, width]);
         for weights in [None, Some(weights.as_slice())] {
-            let logits = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([rows, vocab_size]);
-            let fused = |leaves: &[Tensor<1>]| cross_entropy(logits(leaves), &targets, weights);
-            let plain = |leaves: &[Tensor<1>]| plain::cross_entropy(logits(leaves), &targets, weights);
-            check("cross-entropy", &[rows * vocab_size], &fused, &plain);
+            let fused = |leaves: &[Tensor<1>]| cross_entropy(x(leaves), table(leaves), &targets, weights);
+            let plain = |leaves: &[Tensor<1>]| plain::cross_entropy(x(leaves), table(leaves), &targets, weights);
+            check("cross-entropy", &[rows * width, vocab_size * width], &fused, &plain);
         }
     }
 }
@@ -162,8 +203,10 @@ fn attention_is_its_plain_form() {
     let sizes = [[1, 1, 1, 1, 1], [2, 4, 2, 8, 4], [2, 3, 1, 37, 6], [1, 2, 2, 50, 33]];
     let dropouts = [Dropout::inactive(), Dropout::training(0.3, SlotKey { seed: 1, step: 2, slot: 3 })];
     let cases = sizes.into_iter().flat_map(|sizes| dropouts.map(|dropout| (sizes, dropout)));
-    for ([batch, heads, kv_heads, t, head_width], dropout) in cases {
-        let positions = || Positions::new(t, &Device::flex().autodiff());
+    let cases = cases.flat_map(|(sizes, dropout)| [false, true].map(|in_segments| (sizes, dropout, in_segments)));
+    for ([batch, heads, kv_heads, t, head_width], dropout, in_segments) in cases {
+        let segments = in_segments.then(|| segments(batch * t));
+        let positions = || Positions::new([batch, t], segments.as_deref(), &Device::flex().autodiff());
         let (queries, keys) = ([batch, heads, t, head_width], [batch, kv_heads, t, head_width]);
         let parts = |leaves: &[Tensor<1>]| {
             (leaves[0].clone().reshape(queries), leaves[1].clone().reshape(keys), leaves[2].clone().reshape(keys))
@@ -190,8 +233,13 @@ fn attention_is_its_plain_form() {
 
 #[test]
 fn rotation_is_its_plain_form() {
-    for [batch, heads, t, head_width] in [[1, 1, 1, 2], [2, 3, 5, 6], [1, 2, 9, 34]] {
-        let positions = || Positions::rotary(t, head_width, 100.0, &Device::flex().autodiff());
+    let cases = [[1, 1, 1, 2], [2, 3, 5, 6], [2, 2, 9, 34]].into_iter();
+    for ([batch, heads, t, head_width], in_segments) in cases.flat_map(|sizes| [(sizes, false), (sizes, true)]) {
+        let segments = in_segments.then(|| segments(batch * t));
+        let positions = || {
+            let positions = Positions::new([batch, t], segments.as_deref(), &Device::flex().autodiff());
+            positions.rotary(head_width, 100.0)
+        };
         let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch, t, heads, head_width]).swap_dims(1, 2);
         let plain = |leaves: &[Tensor<1>]| flat(plain::rotate(x(leaves), &positions()));
         check("rotation", &[batch * heads * t * head_width], &|leaves| flat(rotate(x(leaves), &positions())), &plain);

@@ -7,17 +7,18 @@ use anyhow::{Context as _, bail};
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use lockstep_model::ceiling;
 use lockstep_model::layout::Layout;
+use lockstep_model::traffic::Traffic;
 use serde::Serialize;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout};
 use tokio::task::JoinSet;
 
-use super::measured::{self, Report, Request};
+use super::measured::{self, Gpu, Report, Request};
 use super::median;
 use super::shape::Shape;
 use crate::child;
-use crate::cli::BenchCompute;
-use crate::commands::{block_on, worker::cores};
+use crate::cli::{BenchCompute, Measurement};
+use crate::commands::block_on;
 
 /// What was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -43,20 +44,22 @@ struct Summary {
     matmul_gflop_per_sec: Option<f64>,
     /// Of the largest worker; none where the system does not say.
     peak_rss_bytes: Option<u64>,
+    /// Of the first worker; none on the CPU.
+    gpu: Option<Gpu>,
     /// Mean loss of the last step, in nats a token.
     loss: f64,
 }
 
 /// Measures in processes of their own, at the same time, and prints the summary.
-pub(crate) fn run(args: BenchCompute) -> anyhow::Result<()> {
-    let threads = args.threads.unwrap_or_else(|| (cores() as u32 / args.workers).max(1));
-    let shape = Shape::load(&args.shape)?;
+pub(crate) fn run(args: &BenchCompute) -> anyhow::Result<()> {
+    let measurement = &args.measurement;
+    let shape = Shape::load(&measurement.shape)?;
     if args.child {
-        return measured::answer(&shape, args.device, threads as usize);
+        return measured::answer(&shape, measurement.device, measurement.threads() as usize);
     }
-    let measured = block_on(measure(&args, threads))?;
-    let summary = summarise(&args, threads, &shape, &measured)?;
-    if args.json {
+    let measured = block_on(measure(measurement, measurement.steps))?;
+    let summary = summarise(measurement, &shape, &measured)?;
+    if measurement.json {
         println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
         print(&summary);
@@ -65,28 +68,31 @@ pub(crate) fn run(args: BenchCompute) -> anyhow::Result<()> {
 }
 
 /// What one worker measured.
-struct Measured {
-    device: String,
-    step_secs: Vec<f64>,
+pub(super) struct Measured {
+    pub(super) device: String,
+    pub(super) step_secs: Vec<f64>,
     loss: f64,
     peak_rss_bytes: Option<u64>,
+    gpu: Option<Gpu>,
     product_secs: Option<f64>,
 }
 
-async fn measure(args: &BenchCompute, threads: u32) -> anyhow::Result<Vec<Measured>> {
-    let bar = bar(u64::from(args.workers) * u64::from(args.steps));
+/// Lets all workers do that many steps at the same time.
+pub(super) async fn measure(measurement: &Measurement, steps: u32) -> anyhow::Result<Vec<Measured>> {
+    let bar = bar(u64::from(measurement.workers) * u64::from(steps));
     let mut workers = Vec::new();
-    for _ in 0..args.workers {
-        workers.push(Process::start(args, threads)?);
+    for _ in 0..measurement.workers {
+        workers.push(Process::start(measurement)?);
     }
     let mut measured = Vec::new();
     for worker in &mut workers {
         let Report::Ready { device } = worker.hear().await? else { bail!("{}", Process::OUT_OF_TURN) };
-        measured.push(Measured { device, step_secs: Vec::new(), loss: 0.0, peak_rss_bytes: None, product_secs: None });
+        let (step_secs, loss) = (Vec::new(), f64::NAN);
+        measured.push(Measured { device, step_secs, loss, peak_rss_bytes: None, gpu: None, product_secs: None });
     }
 
     for worker in &mut workers {
-        worker.ask(Request::Steps(args.steps)).await?;
+        worker.ask(Request::Steps(steps)).await?;
     }
     let mut running = JoinSet::new();
     for (mut worker, mut measured) in workers.into_iter().zip(measured) {
@@ -95,8 +101,8 @@ async fn measure(args: &BenchCompute, threads: u32) -> anyhow::Result<Vec<Measur
             loop {
                 match worker.hear().await? {
                     Report::Step { secs } => measured.step_secs.push(secs),
-                    Report::Trained { loss, peak_rss_bytes } => {
-                        (measured.loss, measured.peak_rss_bytes) = (loss, peak_rss_bytes);
+                    Report::Trained { loss, peak_rss_bytes, gpu } => {
+                        (measured.loss, measured.peak_rss_bytes, measured.gpu) = (loss, peak_rss_bytes, gpu);
                         return anyhow::Ok((worker, measured));
                     }
                     _ => bail!("{}", Process::OUT_OF_TURN),
@@ -140,10 +146,10 @@ struct Process {
 impl Process {
     const OUT_OF_TURN: &str = "a measuring process said something out of turn; are all of one version?";
 
-    fn start(args: &BenchCompute, threads: u32) -> anyhow::Result<Self> {
+    fn start(measurement: &Measurement) -> anyhow::Result<Self> {
         let mut command = child::command("bench")?;
-        command.args(["compute", "--child", "--shape", &args.shape]);
-        command.args(["--device", &args.device.to_string(), "--threads", &threads.to_string()]);
+        command.args(["compute", "--child", "--shape", &measurement.shape]);
+        command.args(["--device", &measurement.device.to_string(), "--threads", &measurement.threads().to_string()]);
         let mut process = command.stdout(Stdio::piped()).spawn().context("a measuring process cannot be started")?;
         let (requests, reports) = (process.stdin.take(), process.stdout.take());
         let pipes = requests.zip(reports).context("a measuring process has no pipes")?;
@@ -163,28 +169,34 @@ impl Process {
     }
 }
 
-fn summarise(args: &BenchCompute, threads: u32, shape: &Shape, measured: &[Measured]) -> anyhow::Result<Summary> {
-    let (tokens, workers) = (shape.tokens() as f64, measured.len() as f64);
+fn summarise(measurement: &Measurement, shape: &Shape, measured: &[Measured]) -> anyhow::Result<Summary> {
+    let workers = measured.len() as f64;
     let medians: Vec<f64> = measured.iter().map(|worker| median(worker.step_secs.clone())).collect();
     let product_secs: Option<f64> = measured.iter().map(|worker| worker.product_secs).sum();
     let product_secs = product_secs.map(|secs| secs / workers);
     let operations = ceiling::operations(&ceiling::layers(&shape.model, shape.rows, shape.length));
     let first = measured.first().context("no worker measured anything")?;
     Ok(Summary {
-        shape: args.shape.clone(),
+        shape: measurement.shape.clone(),
         device: first.device.clone(),
-        workers: args.workers,
-        threads,
-        steps: args.steps,
+        workers: measurement.workers,
+        threads: measurement.threads(),
+        steps: measurement.steps,
         parameters: Layout::of(&shape.model).len(),
         tokens_per_step: shape.tokens(),
-        tokens_per_sec: medians.iter().map(|secs| tokens / secs).sum(),
+        tokens_per_sec: tokens_per_sec(shape, measured),
         step_ms_median: 1e3 * median(measured.iter().flat_map(|worker| worker.step_secs.clone()).collect()),
         matmul_share: product_secs.map(|secs| secs * workers / medians.iter().sum::<f64>()),
         matmul_gflop_per_sec: product_secs.map(|secs| operations / secs / 1e9),
         peak_rss_bytes: measured.iter().map(|worker| worker.peak_rss_bytes).max().flatten(),
+        gpu: first.gpu.clone(),
         loss: first.loss,
     })
+}
+
+/// Of all workers together: the sum of what each does in its median step.
+pub(super) fn tokens_per_sec(shape: &Shape, measured: &[Measured]) -> f64 {
+    measured.iter().map(|worker| shape.tokens() as f64 / median(worker.step_secs.clone())).sum()
 }
 
 fn print(summary: &Summary) {
@@ -204,6 +216,19 @@ fn print(summary: &Summary) {
     if let Some(bytes) = summary.peak_rss_bytes {
         println!("peak_rss_bytes   {bytes}");
     }
+    if let Some(Gpu { peak_memory_bytes, step: Traffic { uploads, reads, launches } }) = &summary.gpu {
+        println!("gpu_memory_bytes {peak_memory_bytes}");
+        println!(
+            "copies a step    {} of {} bytes there, {} of {} bytes back",
+            uploads.tensors, uploads.bytes, reads.tensors, reads.bytes
+        );
+        println!("kernels a step   {}", launches.values().sum::<u64>());
+        let mut launches: Vec<_> = launches.iter().collect();
+        launches.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        for (kernel, count) in launches {
+            println!("{count:>8} {}", kernel.split(" | ").take(2).collect::<Vec<_>>().join(" "));
+        }
+    }
     println!("loss             {:.6}", summary.loss);
 }
 
@@ -222,16 +247,17 @@ mod tests {
             step_secs: step_secs.into(),
             loss: 4.0,
             peak_rss_bytes,
+            gpu: None,
             product_secs,
         };
         let measured = [worker([0.3, 0.1, 0.2], Some(0.1), Some(7)), worker([0.4, 0.4, 9.0], Some(0.2), Some(9))];
         let shape = Shape::load("tiny").unwrap();
-        let summary = summarise(&args, 1, &shape, &measured).unwrap();
+        let summary = summarise(&args.measurement, &shape, &measured).unwrap();
         assert_eq!(summary.tokens_per_sec, 768.0 / 0.2 + 768.0 / 0.4);
         assert_eq!(summary.step_ms_median, 400.0);
         assert!((summary.matmul_share.unwrap() - 0.5).abs() < 1e-12);
         assert_eq!((summary.peak_rss_bytes, summary.parameters, summary.tokens_per_step), (Some(9), 818_176, 768));
-        let unknown = summarise(&args, 1, &shape, &[worker([0.1; 3], None, None)]).unwrap();
+        let unknown = summarise(&args.measurement, &shape, &[worker([0.1; 3], None, None)]).unwrap();
         assert_eq!((unknown.matmul_share, unknown.peak_rss_bytes), (None, None));
     }
 }

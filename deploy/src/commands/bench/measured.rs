@@ -9,8 +9,10 @@ use lockstep_model::batch::Batch;
 use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
 use lockstep_model::layout::initial_parameters;
+use lockstep_model::traffic::{Traffic, counted};
 use serde::{Deserialize, Serialize};
 
+use super::peak_rss_bytes;
 use super::shape::Shape;
 
 /// Steps before the first that is measured, in which memory is asked for and GPU kernels are compiled.
@@ -49,12 +51,23 @@ pub(super) enum Report {
         loss: f64,
         /// The most memory that the process has had; none where the system does not say.
         peak_rss_bytes: Option<u64>,
+        /// What a GPU was asked for; none on the CPU.
+        gpu: Option<Gpu>,
     },
     /// The products of a step are done.
     Multiplied {
         /// How long they took; none where they are not the CPU's.
         secs: Option<f64>,
     },
+}
+
+/// What one step asks of a GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub(super) struct Gpu {
+    /// The most memory that was taken of it.
+    pub(super) peak_memory_bytes: u64,
+    /// Copies and kernels of a step.
+    pub(super) step: Traffic,
 }
 
 /// Answers requests on standard input until there are no more.
@@ -77,13 +90,18 @@ pub(super) fn answer(shape: &Shape, device: DeviceChoice, threads: usize) -> any
     for request in requests {
         match request? {
             Request::Steps(steps) => {
-                let mut loss = f64::NAN;
+                let (mut loss, mut memory_bytes) = (f64::NAN, None);
                 for index in 0..steps {
                     let start = Instant::now();
                     loss = step(index)?;
                     say(&Report::Step { secs: start.elapsed().as_secs_f64() })?;
+                    memory_bytes = memory_bytes.max(device.memory_bytes());
                 }
-                say(&Report::Trained { loss, peak_rss_bytes: peak_rss_bytes() })?;
+                let gpu = memory_bytes.map(|peak_memory_bytes| {
+                    let (done, traffic) = counted(|| step(steps));
+                    done.map(|_| Gpu { peak_memory_bytes, step: traffic })
+                });
+                say(&Report::Trained { loss, peak_rss_bytes: peak_rss_bytes(), gpu: gpu.transpose()? })?;
             }
             Request::Products => say(&Report::Multiplied { secs: product_secs(shape, &device) })?,
         }
@@ -132,11 +150,4 @@ fn product_secs(shape: &Shape, device: &ComputeDevice) -> Option<f64> {
 #[cfg(not(feature = "cpu"))]
 fn product_secs(_: &Shape, _: &ComputeDevice) -> Option<f64> {
     None
-}
-
-/// As Linux counts it.
-fn peak_rss_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
 }

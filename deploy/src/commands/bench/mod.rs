@@ -1,5 +1,6 @@
 //! `lockstep bench`.
 
+mod cluster;
 mod compute;
 mod measured;
 mod shape;
@@ -12,9 +13,17 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
+/// The most memory that this process has had, as Linux counts it.
+fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+}
+
 /// Measures what the command line names.
 pub(crate) fn run(bench: Bench) -> anyhow::Result<()> {
     match bench {
-        Bench::Compute(args) => compute::run(args),
+        Bench::Compute(args) => compute::run(&args),
+        Bench::Cluster(args) => cluster::run(&args.measurement),
     }
 }

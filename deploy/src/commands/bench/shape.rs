@@ -87,13 +87,15 @@ impl Shape {
         self.rows * self.length
     }
 
-    /// A slot of tokens drawn at random, each as likely as any.
+    /// So many tokens drawn at random, each as likely as any.
+    pub(crate) fn draw(&self, high: u64, low: u64, tokens: usize) -> Vec<u32> {
+        let draws = Draws::new(0, Stream::TrainingWindows).derive(high, low);
+        (0..tokens).map(|index| (draws.words(0, index as u64)[0] as usize % self.vocab_size) as u32).collect()
+    }
+
+    /// A slot of such tokens.
     pub(crate) fn batch(&self, slot: u32) -> Batch {
-        let tokens = |column: u64| {
-            let draws = Draws::new(0, Stream::TrainingWindows).derive(u64::from(slot), column);
-            let token = |index| (draws.words(0, index as u64)[0] as usize % self.vocab_size) as u32;
-            Values::U32((0..self.tokens()).map(token).collect())
-        };
+        let tokens = |column: u64| Values::U32(self.draw(u64::from(slot), column, self.tokens()));
         let column = |(index, name): (usize, &str)| Column {
             name: name.into(),
             shape: [self.rows, self.length],

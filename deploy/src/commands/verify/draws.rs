@@ -12,7 +12,6 @@ use rayon::prelude::*;
 
 use super::report::{Report, Windows};
 use crate::data::progress::Progress;
-use crate::recipe::BYTES_PER_TOKEN;
 
 /// Steps replayed at a time on each core.
 const STEPS_PER_CORE: usize = 16;
@@ -41,7 +40,7 @@ pub(super) fn replay(
     report.draws.committed = report.steps * rows_per_step;
     let by_step = by_step(lines, rows_per_step, report);
 
-    let bytes_per_slot = source.training_slot(1, 0).positions() as u64 * BYTES_PER_TOKEN;
+    let bytes_per_slot = source.training_slot(1, 0).bytes() as u64;
     let bytes_per_step = bytes_per_slot * u64::from(batch.slots);
     progress.begin("replaying the draws", report.steps * bytes_per_step);
     let mut epochs = source.windows_per_epoch().map(Epochs::new);

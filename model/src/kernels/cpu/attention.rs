@@ -1,5 +1,7 @@
 //! Causal attention, split into heads, each of which [`head`](super::head) computes.
 
+use std::sync::Arc;
+
 use macerator::AutoArch;
 use rayon::prelude::*;
 
@@ -8,22 +10,29 @@ use super::head::{self, Backward, Dropout, Forward, Rows};
 use super::lanes::LANES;
 use super::{CpuTensor, Operation, row_major, shape, tensor};
 use crate::dropout::Factors;
+use crate::kernels::Positions;
+
+/// What happens to the probabilities `[B, H, T, T]`.
+#[derive(Clone, Debug)]
+pub(crate) struct Rules {
+    /// The first key that each query sees, `[B, T]`; the first of its row, where there are none.
+    starts: Option<Arc<Vec<u32>>>,
+    dropout: Option<Factors>,
+}
 
 /// Attention of `heads` heads out of `qkv` `[B, T, 3·H·D]`, which holds queries, keys and values side by side, to
 /// `[B, T, H·D]`.
 #[derive(Debug)]
 pub(crate) struct PackedAttention {
     pub(crate) heads: usize,
-    /// Of the probabilities `[B, H, T, T]`.
-    pub(crate) dropout: Option<Factors>,
+    pub(crate) rules: Rules,
 }
 
 /// Attention of q `[B, H, T, D]` to k and v `[B, K, T, D]`, each of whose heads serves H / K of q's in turn, to
 /// `[B, T, H·D]`.
 #[derive(Debug)]
 pub(crate) struct GroupedAttention {
-    /// Of the probabilities `[B, H, T, T]`.
-    pub(crate) dropout: Option<Factors>,
+    pub(crate) rules: Rules,
 }
 
 /// What backward needs: the inputs, and maximum and inverse sum of each query, `[B, H, T]`.
@@ -31,7 +40,7 @@ pub(crate) struct GroupedAttention {
 pub(crate) struct Saved<const N: usize> {
     inputs: [CpuTensor; N],
     sizes: Sizes,
-    dropout: Option<Factors>,
+    rules: Rules,
     statistics: Vec<[f32; 2]>,
 }
 
@@ -49,6 +58,7 @@ struct Sizes {
 #[derive(Clone, Copy)]
 struct View<'a> {
     data: &'a [f32],
+    length: usize,
     start: usize,
     batch_stride: usize,
     head_stride: usize,
@@ -63,13 +73,13 @@ impl Operation<1> for PackedAttention {
         let (heads, shape) = (self.heads, shape(&qkv));
         let (batch, length, head_width) = (shape[0], shape[1], shape[2] / 3 / heads);
         let sizes = Sizes { batch, heads, kv_heads: heads, length, head_width };
-        let (output, statistics) = forward(sizes, self.dropout, packed_views(sizes, &qkv));
-        (output, Saved { inputs: [qkv], sizes, dropout: self.dropout, statistics })
+        let (output, statistics) = forward(sizes, &self.rules, packed_views(sizes, &qkv));
+        (output, Saved { inputs: [qkv], sizes, rules: self.rules, statistics })
     }
 
     fn backward(saved: Saved<1>, gradient: CpuTensor) -> [CpuTensor; 1] {
         let (sizes, [qkv]) = (saved.sizes, &saved.inputs);
-        let parts = backward(sizes, saved.dropout, packed_views(sizes, qkv), &saved.statistics, gradient);
+        let parts = backward(sizes, &saved.rules, packed_views(sizes, qkv), &saved.statistics, gradient);
         let (length, width) = (sizes.length, sizes.heads * sizes.head_width);
         let mut packed = Buffer::of_any(sizes.batch * length * 3 * width);
         packed.par_chunks_mut(length * 3 * width).enumerate().for_each(|(batch, rows)| {
@@ -91,14 +101,14 @@ impl Operation<3> for GroupedAttention {
         let (batch, heads, length, head_width) = (queries[0], queries[1], queries[2], queries[3]);
         let sizes = Sizes { batch, heads, kv_heads: keys[1], length, head_width };
         let views = inputs.each_ref().map(|input| head_view(sizes, input));
-        let (output, statistics) = forward(sizes, self.dropout, views);
-        (output, Saved { inputs, sizes, dropout: self.dropout, statistics })
+        let (output, statistics) = forward(sizes, &self.rules, views);
+        (output, Saved { inputs, sizes, rules: self.rules, statistics })
     }
 
     fn backward(saved: Saved<3>, gradient: CpuTensor) -> [CpuTensor; 3] {
         let Sizes { batch, heads, kv_heads, length, head_width } = saved.sizes;
         let views = saved.inputs.each_ref().map(|input| head_view(saved.sizes, input));
-        let [q, k, v] = backward(saved.sizes, saved.dropout, views, &saved.statistics, gradient);
+        let [q, k, v] = backward(saved.sizes, &saved.rules, views, &saved.statistics, gradient);
         let keys = [batch, kv_heads, length, head_width];
         [tensor(q, &[batch, heads, length, head_width]), tensor(k, &keys), tensor(v, &keys)]
     }
@@ -110,6 +120,7 @@ fn packed_views(sizes: Sizes, qkv: &CpuTensor) -> [View<'_>; 3] {
     let (row_stride, head_stride) = (3 * width, sizes.head_width);
     [0, width, 2 * width].map(|start| View {
         data,
+        length: sizes.length,
         start,
         batch_stride: sizes.length * row_stride,
         head_stride,
@@ -121,7 +132,7 @@ fn packed_views(sizes: Sizes, qkv: &CpuTensor) -> [View<'_>; 3] {
 fn head_view(sizes: Sizes, x: &CpuTensor) -> View<'_> {
     let (heads, head_stride) = (shape(x)[1], sizes.length * sizes.head_width);
     let (data, batch_stride) = (x.storage::<f32>(), heads * head_stride);
-    View { data, start: 0, batch_stride, head_stride, row_stride: sizes.head_width }
+    View { data, length: sizes.length, start: 0, batch_stride, head_stride, row_stride: sizes.head_width }
 }
 
 /// Heads `[heads, T, D]` into rows of `stride` elements, side by side from element `start` on.
@@ -136,7 +147,7 @@ fn interleave(sizes: Sizes, heads: usize, values: &[f32], rows: &mut [f32], stri
 }
 
 /// The output `[B, T, H·D]`, and the statistics of each query.
-fn forward(sizes: Sizes, dropout: Option<Factors>, [q, k, v]: [View<'_>; 3]) -> (CpuTensor, Vec<[f32; 2]>) {
+fn forward(sizes: Sizes, rules: &Rules, [q, k, v]: [View<'_>; 3]) -> (CpuTensor, Vec<[f32; 2]>) {
     let Sizes { batch, heads, kv_heads, length, head_width } = sizes;
     let (group, width) = (heads / kv_heads, heads * head_width);
     let of_head = head::Sizes { length, width: head_width };
@@ -148,8 +159,8 @@ fn forward(sizes: Sizes, dropout: Option<Factors>, [q, k, v]: [View<'_>; 3]) -> 
         let outputs = output.chunks_exact_mut(length * head_width).zip(statistics.chunks_exact_mut(length));
         for (member, (output, statistics)) in outputs.enumerate() {
             let (batch, head) = (index / kv_heads, index % kv_heads * group + member);
-            let (q, dropout) = (q.head(batch, head), dropout.map(|factors| sizes.dropout(factors, batch, head)));
-            AutoArch::new().dispatch(Forward { sizes: of_head, q, k, v, dropout, output, statistics });
+            let (q, rules) = (q.head(batch, head), rules.of_head(sizes, batch, head));
+            AutoArch::new().dispatch(Forward { sizes: of_head, q, k, v, rules, output, statistics });
         }
     });
     let mut output = Buffer::of_any(batch * length * width);
@@ -161,7 +172,7 @@ fn forward(sizes: Sizes, dropout: Option<Factors>, [q, k, v]: [View<'_>; 3]) -> 
 /// The gradients of q, `[B, H, T, D]`, and of k and v, `[B, K, T, D]`.
 fn backward(
     sizes: Sizes,
-    dropout: Option<Factors>,
+    rules: &Rules,
     [q, k, v]: [View<'_>; 3],
     statistics: &[[f32; 2]],
     gradient: CpuTensor,
@@ -170,7 +181,7 @@ fn backward(
     let (group, head) = (heads / kv_heads, length * head_width);
     let (of_head, gradient) = (head::Sizes { length, width: head_width }, row_major(gradient));
     let (data, row_stride) = (gradient.storage::<f32>(), heads * head_width);
-    let upper = View { data, start: 0, batch_stride: length * row_stride, head_stride: head_width, row_stride };
+    let upper = View { data, length, start: 0, batch_stride: length * row_stride, head_stride: head_width, row_stride };
     let [mut dq, mut dk, mut dv] = [heads, kv_heads, kv_heads].map(|heads| Buffer::of_any(batch * heads * head));
     let groups = dq.par_chunks_mut(group * head).zip(dk.par_chunks_mut(head).zip(dv.par_chunks_mut(head)));
     groups.enumerate().for_each(|(index, (dq, (dk, dv)))| {
@@ -182,9 +193,8 @@ fn backward(
             let head = kv_head * group + member;
             let statistics = &statistics[(batch * heads + head) * length..][..length];
             let (q, upper) = (q.head(batch, head), upper.head(batch, head));
-            let dropout = dropout.map(|factors| sizes.dropout(factors, batch, head));
-            let sums = &mut sums;
-            AutoArch::new().dispatch(Backward { sizes: of_head, q, upper, k, v, dropout, statistics, dq, sums });
+            let (rules, sums) = (rules.of_head(sizes, batch, head), &mut sums);
+            AutoArch::new().dispatch(Backward { sizes: of_head, q, upper, k, v, rules, statistics, dq, sums });
         }
         for (sum, gradient) in sums.iter().zip([dk, dv]) {
             for (panel, lanes) in sum.chunks_exact(of_head.padded_keys()).enumerate() {
@@ -198,16 +208,25 @@ fn backward(
     [dq, dk, dv]
 }
 
-impl Sizes {
-    /// The part of `factors` for one head's probabilities.
-    fn dropout(self, factors: Factors, batch: usize, head: usize) -> Dropout {
-        Dropout { factors, first: ((batch * self.heads + head) * self.length * self.length) as u64 }
+impl Rules {
+    pub(crate) fn new(positions: &Positions, dropout: Option<Factors>) -> Self {
+        Self { starts: positions.starts.clone(), dropout }
+    }
+
+    /// Those for one head's probabilities.
+    fn of_head(&self, sizes: Sizes, batch: usize, head: usize) -> head::Rules<'_> {
+        let Sizes { heads, length, .. } = sizes;
+        let first = ((batch * heads + head) * length * length) as u64;
+        head::Rules {
+            starts: self.starts.as_ref().map(|starts| &starts[batch * length..][..length]),
+            dropout: self.dropout.map(|factors| Dropout { factors, first }),
+        }
     }
 }
 
 impl<'a> View<'a> {
     fn head(&self, batch: usize, head: usize) -> Rows<'a> {
         let start = self.start + batch * self.batch_stride + head * self.head_stride;
-        Rows { data: &self.data[start..], stride: self.row_stride }
+        Rows { data: &self.data[start..], stride: self.row_stride, count: self.length }
     }
 }

@@ -1,17 +1,27 @@
-//! Cross-entropy of logits, with its gradient made in the same pass: of a row, `w · (log Σ e^x - x[target])`, and
-//! `w · (e^x / Σ e^x - [target])`. The gradient takes the logits' place; no log-probabilities are kept.
+//! Cross-entropy of a model's logits, fused with the products that make them. Of a row of logits the loss is
+//! `w · (log Σ e^x - x[target])`, and its gradient `w · (e^x / Σ e^x - [target])` takes the logits' place in the same pass.
+//!
+//! Rows are worked on a part at a time, from the product with the table to the gradients of row and table, so that no more
+//! than one part's logits are ever there (as in Hsu et al., arXiv:2410.10989). Gradients are made forward, where there is
+//! to be a backward pass, which multiplies them by the sum's own.
 
 use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
 use super::elementary::exp;
 use super::lanes::{LANES, reduce, sum};
+use super::product::{Before, Matrix, multiply};
 use super::{CpuTensor, Operation, row_major, shape, tensor};
 
 /// Rows that one thread works on at a time.
 const ROWS: usize = 16;
+/// Logits of a part, about: 16 MiB.
+const PART: usize = 1 << 22;
+/// Rows of a part, at least: with fewer, adding to the table's gradient costs as much as computing it.
+const LEAST_ROWS: usize = 256;
 
-/// The sum of weighted losses, `[1]`, of logits `[rows, V]`.
+/// The sum of weighted losses, `[1]`, of the logits of x `[rows, C]` by the table `[V, C]`.
 #[derive(Debug)]
 pub(crate) struct CrossEntropy {
     /// Below V, one for each row.
@@ -20,29 +30,66 @@ pub(crate) struct CrossEntropy {
     pub(crate) weights: Option<Vec<f32>>,
 }
 
-impl Operation<1> for CrossEntropy {
-    type Saved = CpuTensor; // The gradient, if the sum's is 1.
+impl Operation<2> for CrossEntropy {
+    type Saved = [CpuTensor; 2]; // The gradients of x and the table, if the sum's is 1.
 
-    fn forward(self, [logits]: [CpuTensor; 1]) -> (CpuTensor, CpuTensor) {
-        let mut logits = row_major(logits);
-        let width = shape(&logits)[1];
-        let weights = self.weights.unwrap_or_else(|| vec![1.0; self.targets.len()]);
-        let mut losses = vec![0.0; self.targets.len()];
-        let blocks = logits.storage_mut::<f32>().par_chunks_mut(ROWS * width).zip(losses.par_chunks_mut(ROWS));
-        let blocks = blocks.zip(self.targets.par_chunks(ROWS)).zip(weights.par_chunks(ROWS));
-        blocks.for_each(|(((logits, losses), targets), weights)| {
-            AutoArch::new().dispatch(Forward { width, logits, losses, targets, weights });
-        });
-        (tensor(vec![losses.iter().sum::<f64>() as f32], &[1]), logits)
+    fn forward(self, [x, table]: [CpuTensor; 2]) -> (CpuTensor, [CpuTensor; 2]) {
+        let (x, table) = (row_major(x), row_major(table));
+        let [mut of_x, mut of_table] = [&x, &table].map(|input| Buffer::of_any(input.storage::<f32>().len()));
+        let loss = self.losses(&x, &table, Some([&mut of_x, &mut of_table]));
+        (loss, [tensor(of_x, &shape(&x)), tensor(of_table, &shape(&table))])
     }
 
-    fn backward(mut logits: CpuTensor, gradient: CpuTensor) -> [CpuTensor; 1] {
+    fn result(self, [x, table]: [CpuTensor; 2]) -> CpuTensor {
+        self.losses(&row_major(x), &row_major(table), None)
+    }
+
+    fn backward(gradients: [CpuTensor; 2], gradient: CpuTensor) -> [CpuTensor; 2] {
         let factor = row_major(gradient).storage::<f32>()[0];
-        if factor != 1.0 {
-            logits.storage_mut::<f32>().par_iter_mut().for_each(|gradient| *gradient *= factor);
-        }
-        [logits]
+        gradients.map(|mut gradient| {
+            if factor != 1.0 {
+                gradient.storage_mut::<f32>().par_iter_mut().for_each(|gradient| *gradient *= factor);
+            }
+            gradient
+        })
     }
+}
+
+impl CrossEntropy {
+    /// The sum of losses, and in `gradients` those of x and the table.
+    fn losses(self, x: &CpuTensor, table: &CpuTensor, mut gradients: Option<[&mut [f32]; 2]>) -> CpuTensor {
+        let [vocab_size, width] = shape(table)[..] else { unreachable!("the table is a matrix") };
+        let table = Matrix::new(table.storage(), width);
+        let weights = self.weights.unwrap_or_else(|| vec![1.0; self.targets.len()]);
+        let rows = (PART / vocab_size).max(LEAST_ROWS);
+        let parts = x.storage::<f32>().chunks(rows * width).zip(self.targets.chunks(rows)).zip(weights.chunks(rows));
+        let mut losses = Vec::with_capacity(self.targets.len());
+        let mut logits = Buffer::of_any(rows.min(self.targets.len()) * vocab_size);
+        for (part, ((x, targets), weights)) in parts.enumerate() {
+            let (x, logits) = (Matrix::new(x, width), &mut logits[..targets.len() * vocab_size]);
+            multiply(logits, Before::Replaced, x, table.transposed());
+            losses.extend(losses_of(logits, targets, weights));
+            if let Some([of_x, of_table]) = &mut gradients {
+                let upper = Matrix::new(logits, vocab_size);
+                multiply(&mut of_x[part * rows * width..][..targets.len() * width], Before::Replaced, upper, table);
+                let before = if part == 0 { Before::Replaced } else { Before::Kept };
+                multiply(of_table, before, upper.transposed(), x);
+            }
+        }
+        tensor(vec![losses.iter().sum::<f64>() as f32], &[1])
+    }
+}
+
+/// The losses of logits, whose gradient takes their place.
+fn losses_of(logits: &mut [f32], targets: &[u32], weights: &[f32]) -> Vec<f64> {
+    let width = logits.len() / targets.len();
+    let mut losses = vec![0.0; targets.len()];
+    let blocks = logits.par_chunks_mut(ROWS * width).zip(losses.par_chunks_mut(ROWS));
+    let blocks = blocks.zip(targets.par_chunks(ROWS)).zip(weights.par_chunks(ROWS));
+    blocks.for_each(|(((logits, losses), targets), weights)| {
+        AutoArch::new().dispatch(Forward { width, logits, losses, targets, weights });
+    });
+    losses
 }
 
 struct Forward<'a> {

@@ -1,5 +1,5 @@
-//! Causal attention of one head, in blocks of 16 queries: what is held of the scores at a time is 16 rows, and the half that
-//! a query must not see is not computed.
+//! Causal attention of one head, in blocks of 16 queries: what is held of the scores at a time is 16 rows, and what none of
+//! them must see, later keys and other segments, is not computed.
 //!
 //! With `q` scaled by 1 / √D, for a block of queries: `S = k qᵀ`, `P = e^(S - max) / Σ`, `o = Pᵀ v`. Backward computes S
 //! and P again, from each query's maximum and sum (Dao et al., arXiv:2205.14135): `dP = v doᵀ`, `dS = P (dP - Σ P dP)`,
@@ -32,6 +32,7 @@ pub(super) struct Sizes {
 pub(super) struct Rows<'a> {
     pub(super) data: &'a [f32],
     pub(super) stride: usize,
+    pub(super) count: usize,
 }
 
 impl<'a> Rows<'a> {
@@ -40,10 +41,16 @@ impl<'a> Rows<'a> {
         &self.data[index * self.stride..][..width]
     }
 
-    /// The rows from `first` on; `nothing` after the last.
+    /// Those from `first` on.
     #[inline(always)]
-    fn some<const N: usize>(&self, first: usize, nothing: &'a [f32], sizes: Sizes) -> [&'a [f32]; N] {
-        let row = |index| if index < sizes.length { self.row(index, sizes.width) } else { nothing };
+    fn skip(self, first: usize) -> Self {
+        Self { data: &self.data[first * self.stride..], count: self.count - first, ..self }
+    }
+
+    /// N rows from `first` on; `nothing` after the last.
+    #[inline(always)]
+    fn some<const N: usize>(&self, first: usize, nothing: &'a [f32]) -> [&'a [f32]; N] {
+        let row = |index| if index < self.count { self.row(index, nothing.len()) } else { nothing };
         std::array::from_fn(|index| row(first + index))
     }
 
@@ -89,8 +96,8 @@ impl Block {
 
     /// Takes rows `first` and on, times `scale`; 0 after the last.
     #[inline(always)]
-    fn load(&mut self, rows: Rows<'_>, first: usize, scale: f32, nothing: &[f32], sizes: Sizes) {
-        let queries: [&[f32]; LANES] = rows.some(first, nothing, sizes);
+    fn load(&mut self, rows: Rows<'_>, first: usize, scale: f32, nothing: &[f32]) {
+        let queries: [&[f32]; LANES] = rows.some(first, nothing);
         let queries = queries.map(|query| &query[..self.columns.len()]);
         for (element, column) in self.columns.iter_mut().enumerate() {
             for lane in 0..LANES {
@@ -140,19 +147,47 @@ fn add_product(sums: &mut [Lanes; TILE], a: &[Lanes; TILE], b: &[Lanes; LANES]) 
 
 /// Products of the first keys, or values, in whole tiles, with 16 columns: `[key][query]`.
 #[inline(always)]
-fn all_products(found: &mut [Lanes], rows: Rows<'_>, columns: &[Lanes], nothing: &[f32], sizes: Sizes) {
+fn all_products(found: &mut [Lanes], rows: Rows<'_>, columns: &[Lanes], nothing: &[f32]) {
     for (tile, found) in found.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
-        *found = products(rows.some(tile * TILE, nothing, sizes), columns);
+        *found = products(rows.some(tile * TILE, nothing), columns);
     }
 }
 
-/// Masks the scores of keys after each of the 16 queries from `first` on.
-#[inline(always)]
-fn mask(scores: &mut [Lanes], first: usize) {
-    for (key, scores) in scores.iter_mut().enumerate().skip(first) {
-        for (lane, score) in scores.iter_mut().enumerate() {
-            if key > first + lane {
-                *score = MASKED;
+/// Which keys a query sees, and what becomes of its probabilities.
+#[derive(Clone, Copy)]
+pub(super) struct Rules<'a> {
+    /// The first key that each query sees; 0, where there are none.
+    pub(super) starts: Option<&'a [u32]>,
+    pub(super) dropout: Option<Dropout>,
+}
+
+impl Rules<'_> {
+    /// The first keys that the 16 queries from `first` on see.
+    #[inline(always)]
+    fn starts(&self, first: usize) -> &[u32] {
+        self.starts.map_or(&[], |starts| &starts[first..starts.len().min(first + LANES)])
+    }
+
+    /// The first key that any of them sees, or a little before, at the beginning of a tile.
+    #[inline(always)]
+    fn first_key(&self, first: usize) -> usize {
+        self.starts(first).iter().min().map_or(0, |&key| key as usize / TILE * TILE)
+    }
+
+    /// Masks, of the scores of keys from `first_key` on, what the 16 queries from `first` on must not see: keys after
+    /// them, and before the first that they see.
+    #[inline(always)]
+    fn mask(&self, scores: &mut [Lanes], first_key: usize, first: usize) {
+        for (key, scores) in scores.iter_mut().enumerate().skip(first - first_key) {
+            for (lane, score) in scores.iter_mut().enumerate() {
+                if first_key + key > first + lane {
+                    *score = MASKED;
+                }
+            }
+        }
+        for (lane, &start) in self.starts(first).iter().enumerate() {
+            for scores in &mut scores[..start as usize - first_key] {
+                scores[lane] = MASKED;
             }
         }
     }
@@ -179,7 +214,8 @@ impl Masks {
         Self { dropout, factors: vec![[0.0; LANES]; sizes.padded_keys()], row: vec![0.0; sizes.length] }
     }
 
-    /// Takes the factors of the queries from `first` on, for the keys that they see.
+    /// Takes the factors of the queries from `first` on, for the keys up to them.
+    #[inline(always)]
     fn draw(&mut self, first: usize, sizes: Sizes) {
         for query in first..sizes.length.min(first + LANES) {
             let row = &mut self.row[..=query];
@@ -190,10 +226,10 @@ impl Masks {
         }
     }
 
-    /// Multiplies `values` `[key][query]`.
+    /// Multiplies `values` `[key][query]`, of keys from `first_key` on.
     #[inline(always)]
-    fn apply(&self, values: &mut [Lanes]) {
-        for (values, factors) in values.iter_mut().zip(&self.factors) {
+    fn apply(&self, values: &mut [Lanes], first_key: usize) {
+        for (values, factors) in values.iter_mut().zip(&self.factors[first_key..]) {
             for lane in 0..LANES {
                 values[lane] *= factors[lane];
             }
@@ -247,7 +283,7 @@ pub(super) struct Forward<'a> {
     pub(super) q: Rows<'a>,
     pub(super) k: Rows<'a>,
     pub(super) v: Rows<'a>,
-    pub(super) dropout: Option<Dropout>,
+    pub(super) rules: Rules<'a>,
     /// `[T, D]`.
     pub(super) output: &'a mut [f32],
     pub(super) statistics: &'a mut [[f32; 2]],
@@ -262,14 +298,16 @@ impl WithSimd for Forward<'_> {
         let scale = 1.0 / (sizes.width as f32).sqrt();
         let nothing = vec![0.0; sizes.width];
         let mut q = Block::new(sizes);
-        let mut masks = self.dropout.map(|dropout| Masks::new(dropout, sizes));
+        let mut masks = self.rules.dropout.map(|dropout| Masks::new(dropout, sizes));
         let mut scores = vec![[0.0; LANES]; sizes.padded_keys()];
         for first in (0..sizes.length).step_by(LANES) {
-            let keys = sizes.length.min(first + LANES);
+            let first_key = self.rules.first_key(first);
+            let keys = sizes.length.min(first + LANES) - first_key;
+            let (k, v) = (self.k.skip(first_key), self.v.skip(first_key));
             let scores = &mut scores[..keys.div_ceil(TILE) * TILE];
-            q.load(self.q, first, scale, &nothing, sizes);
-            all_products(scores, self.k, &q.columns, &nothing, sizes);
-            mask(scores, first);
+            q.load(self.q, first, scale, &nothing);
+            all_products(scores, k, &q.columns, &nothing);
+            self.rules.mask(scores, first_key, first);
             let mut largest = [MASKED; LANES];
             for scores in &*scores {
                 for lane in 0..LANES {
@@ -285,10 +323,10 @@ impl WithSimd for Forward<'_> {
             }
             if let Some(masks) = &mut masks {
                 masks.draw(first, sizes);
-                masks.apply(scores);
+                masks.apply(scores, first_key);
             }
             let inverse = total.map(|total| 1.0 / total);
-            gather(self.output, self.v, &scores[..keys], first, &inverse, sizes);
+            gather(self.output, v, &scores[..keys], first, &inverse, sizes);
             for (lane, statistics) in self.statistics[first..].iter_mut().take(LANES).enumerate() {
                 *statistics = [largest[lane], inverse[lane]];
             }
@@ -304,7 +342,7 @@ pub(super) struct Backward<'a> {
     pub(super) upper: Rows<'a>,
     pub(super) k: Rows<'a>,
     pub(super) v: Rows<'a>,
-    pub(super) dropout: Option<Dropout>,
+    pub(super) rules: Rules<'a>,
     pub(super) statistics: &'a [[f32; 2]],
     /// `[T, D]`.
     pub(super) dq: &'a mut [f32],
@@ -321,22 +359,24 @@ impl WithSimd for Backward<'_> {
         let scale = 1.0 / (sizes.width as f32).sqrt();
         let nothing = vec![0.0; sizes.width];
         let (mut q, mut upper) = (Block::new(sizes), Block::new(sizes));
-        let mut masks = self.dropout.map(|dropout| Masks::new(dropout, sizes));
+        let mut masks = self.rules.dropout.map(|dropout| Masks::new(dropout, sizes));
         let mut scores = vec![[0.0; LANES]; sizes.padded_keys()];
         let mut slopes = scores.clone();
         for first in (0..sizes.length).step_by(LANES) {
-            let keys = sizes.length.min(first + LANES);
+            let first_key = self.rules.first_key(first);
+            let keys = sizes.length.min(first + LANES) - first_key;
+            let (k, v) = (self.k.skip(first_key), self.v.skip(first_key));
             let padded = keys.div_ceil(TILE) * TILE;
             let (scores, slopes) = (&mut scores[..padded], &mut slopes[..padded]);
-            q.load(self.q, first, scale, &nothing, sizes);
-            upper.load(self.upper, first, 1.0, &nothing, sizes);
+            q.load(self.q, first, scale, &nothing);
+            upper.load(self.upper, first, 1.0, &nothing);
 
-            all_products(scores, self.k, &q.columns, &nothing, sizes);
-            mask(scores, first);
-            all_products(slopes, self.v, &upper.columns, &nothing, sizes);
+            all_products(scores, k, &q.columns, &nothing);
+            self.rules.mask(scores, first_key, first);
+            all_products(slopes, v, &upper.columns, &nothing);
             if let Some(masks) = &mut masks {
                 masks.draw(first, sizes);
-                masks.apply(slopes);
+                masks.apply(slopes, first_key);
             }
             let (mut largest, mut inverse) = ([0.0; LANES], [0.0; LANES]);
             for (lane, statistics) in self.statistics[first..].iter().take(LANES).enumerate() {
@@ -355,12 +395,13 @@ impl WithSimd for Backward<'_> {
                 }
             }
             if let Some(masks) = &masks {
-                masks.apply(scores);
+                masks.apply(scores, first_key);
             }
-            gather(self.dq, self.k, &slopes[..keys], first, &[scale; LANES], sizes);
+            gather(self.dq, k, &slopes[..keys], first, &[scale; LANES], sizes);
             for (sum, (factors, block)) in self.sums.iter_mut().zip([(&*slopes, &q), (&*scores, &upper)]) {
                 for (sum, rows) in sum.chunks_exact_mut(sizes.padded_keys()).zip(&block.rows) {
-                    let tiles = sum.as_chunks_mut::<TILE>().0.iter_mut().zip(factors.as_chunks::<TILE>().0);
+                    let sums = sum[first_key..].as_chunks_mut::<TILE>().0;
+                    let tiles = sums.iter_mut().zip(factors.as_chunks::<TILE>().0);
                     tiles.for_each(|(sum, factors)| add_product(sum, factors, rows));
                 }
             }

@@ -4,7 +4,9 @@
 pub(super) mod attention;
 mod buffer;
 pub(super) mod cross_entropy;
+pub(super) mod dropout;
 mod elementary;
+pub(super) mod embed;
 pub(super) mod gelu;
 mod head;
 mod lanes;
@@ -38,6 +40,11 @@ pub(super) trait Operation<const N: usize>: Debug + Send + Sized + 'static {
     /// The result, and what backward needs.
     fn forward(self, inputs: [CpuTensor; N]) -> (CpuTensor, Self::Saved);
 
+    /// The result alone.
+    fn result(self, inputs: [CpuTensor; N]) -> CpuTensor {
+        self.forward(inputs).0
+    }
+
     /// The gradients of the inputs, of the result's.
     fn backward(saved: Self::Saved, gradient: CpuTensor) -> [CpuTensor; N];
 }
@@ -58,7 +65,7 @@ pub(super) fn run<const N: usize, const D: usize, O: Operation<N>>(
 ) -> Tensor<D> {
     if let Some(tensors) = primitives::<Flex, N>(&inputs) {
         drop(inputs);
-        return Tensor::from_primitive::<Flex>(operation.forward(tensors).0);
+        return Tensor::from_primitive::<Flex>(operation.result(tensors));
     }
     let tensors = primitives::<Autodiff<Flex>, N>(&inputs).expect("all inputs are on the CPU backend");
     drop(inputs);
@@ -69,7 +76,7 @@ pub(super) fn run<const N: usize, const D: usize, O: Operation<N>>(
             let (output, saved) = operation.forward(tensors);
             step.finish(saved, output)
         }
-        OpsKind::UnTracked(step) => step.finish(operation.forward(tensors).0),
+        OpsKind::UnTracked(step) => step.finish(operation.result(tensors)),
     };
     Tensor::from_primitive::<Autodiff<Flex>>(output)
 }

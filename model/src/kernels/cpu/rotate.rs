@@ -9,34 +9,39 @@ use rayon::prelude::*;
 use super::{CpuTensor, Operation, row_major, shape};
 
 /// Turns `[B, H, T, D]`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Rotate {
     /// Cosines `[T, D/2]`.
     pub(crate) cos: Arc<Vec<f32>>,
     /// Sines `[T, D/2]`.
     pub(crate) sin: Arc<Vec<f32>>,
+    /// Of each token `[B, T]`, that which has position 0; the first of its row, where there are none.
+    pub(crate) starts: Option<Arc<Vec<u32>>>,
 }
 
 impl Operation<1> for Rotate {
-    type Saved = [Arc<Vec<f32>>; 2];
+    type Saved = Self;
 
-    fn forward(self, [x]: [CpuTensor; 1]) -> (CpuTensor, [Arc<Vec<f32>>; 2]) {
-        (turn(x, &self.cos, &self.sin, 1.0), [self.cos, self.sin])
+    fn forward(self, [x]: [CpuTensor; 1]) -> (CpuTensor, Self) {
+        (self.turn(x, 1.0), self)
     }
 
-    fn backward([cos, sin]: [Arc<Vec<f32>>; 2], gradient: CpuTensor) -> [CpuTensor; 1] {
-        [turn(gradient, &cos, &sin, -1.0)]
+    fn backward(saved: Self, gradient: CpuTensor) -> [CpuTensor; 1] {
+        [saved.turn(gradient, -1.0)]
     }
 }
 
-/// `x` turned by the angles, times `direction`.
-fn turn(x: CpuTensor, cos: &[f32], sin: &[f32], direction: f32) -> CpuTensor {
-    let mut x = row_major(x);
-    let width = shape(&x)[3];
-    x.storage_mut::<f32>().par_chunks_mut(2 * cos.len()).for_each(|head| {
-        AutoArch::new().dispatch(Turn { width, head, cos, sin, direction });
-    });
-    x
+impl Rotate {
+    /// `x` turned by the angles, times `direction`.
+    fn turn(&self, x: CpuTensor, direction: f32) -> CpuTensor {
+        let mut x = row_major(x);
+        let [_, heads, length, width] = shape(&x)[..] else { unreachable!("rows, heads, positions, elements") };
+        x.storage_mut::<f32>().par_chunks_mut(length * width).enumerate().for_each(|(index, head)| {
+            let starts = self.starts.as_ref().map(|starts| &starts[index / heads * length..][..length]);
+            AutoArch::new().dispatch(Turn { width, head, cos: &self.cos, sin: &self.sin, starts, direction });
+        });
+        x
+    }
 }
 
 struct Turn<'a> {
@@ -46,6 +51,7 @@ struct Turn<'a> {
     head: &'a mut [f32],
     cos: &'a [f32],
     sin: &'a [f32],
+    starts: Option<&'a [u32]>,
     direction: f32,
 }
 
@@ -55,8 +61,9 @@ impl WithSimd for Turn<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self) {
         let half = self.width / 2;
-        let angles = self.cos.chunks_exact(half).zip(self.sin.chunks_exact(half));
-        for (row, (cos, sin)) in self.head.chunks_exact_mut(self.width).zip(angles) {
+        for (token, row) in self.head.chunks_exact_mut(self.width).enumerate() {
+            let position = token - self.starts.map_or(0, |starts| starts[token] as usize);
+            let (cos, sin) = (&self.cos[position * half..][..half], &self.sin[position * half..][..half]);
             let (first, second) = row.split_at_mut(half);
             for ((first, second), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
                 let (x, y, sin) = (*first, *second, sin * self.direction);

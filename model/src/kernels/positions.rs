@@ -1,0 +1,86 @@
+//! Where tokens stand in their sequences: what attention, rotation and embeddings need to know of it.
+
+use std::sync::{Arc, OnceLock};
+
+use burn::tensor::{Device, Tensor};
+
+/// Positions of tokens `[B, T]`. What only the plain forms need is made when they first ask.
+#[derive(Debug)]
+pub struct Positions {
+    pub(super) device: Device,
+    /// B and T.
+    pub(super) shape: [usize; 2],
+    /// The first token of its row that each sees, `[B, T]`; the row's first, where there are none.
+    pub(super) starts: Option<Arc<Vec<u32>>>,
+    pub(super) mask: OnceLock<Tensor<4>>,
+    pub(super) angles: Option<Angles>,
+}
+
+/// Cosines and sines `[T, D/2]` of the angles by which a head's elements are turned.
+#[derive(Debug)]
+pub(super) struct Angles {
+    pub(super) cos: Arc<Vec<f32>>,
+    pub(super) sin: Arc<Vec<f32>>,
+    pub(super) tables: OnceLock<[Tensor<4>; 2]>,
+}
+
+impl Positions {
+    /// Of `shape`, B and T. Where there are `segments` `[B, T]`, consecutive tokens of a row with the same number are one
+    /// segment (a document, a conversation): they are counted from its first, and see no other.
+    pub fn new(shape: [usize; 2], segments: Option<&[u32]>, device: &Device) -> Self {
+        let starts = segments.map(|segments| Arc::new(segments.chunks_exact(shape[1]).flat_map(starts).collect()));
+        Self { device: device.clone(), shape, starts, mask: OnceLock::new(), angles: None }
+    }
+
+    /// These, turning element i of a head's first half, and of its second, by `position · theta^(-2i/D)`. Angles are computed
+    /// in f64 by `libm`, so that every machine has the same.
+    #[must_use]
+    pub fn rotary(self, head_width: usize, theta: f64) -> Self {
+        let half = head_width / 2;
+        let angle = |i: usize| (i / half) as f64 * libm::pow(theta, -((i % half) as f64) / half as f64);
+        let elements = self.shape[1] * half;
+        let table = |function: fn(f64) -> f64| Arc::new((0..elements).map(|i| function(angle(i)) as f32).collect());
+        let angles = Angles { cos: table(libm::cos), sin: table(libm::sin), tables: OnceLock::new() };
+        Self { angles: Some(angles), ..self }
+    }
+
+    /// B and T.
+    pub(crate) fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    /// The position of each token `[B, T]` in its segment; the same in all rows, and given once, where there are none.
+    pub(super) fn places(&self) -> Vec<u32> {
+        let length = self.shape[1] as u32;
+        match &self.starts {
+            None => (0..length).collect(),
+            Some(starts) => (0..length).cycle().zip(starts.iter()).map(|(token, start)| token - start).collect(),
+        }
+    }
+}
+
+/// The first token of each one's segment.
+fn starts(segments: &[u32]) -> impl Iterator<Item = u32> {
+    let mut start = 0;
+    (0..segments.len()).map(move |token| {
+        if token > 0 && segments[token] != segments[token - 1] {
+            start = token;
+        }
+        start as u32
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_are_counted_from_their_first_token() {
+        let device = Device::flex();
+        let segments = [7, 7, 7, 0, 1, 1, /* and another row */ 1, 2, 2, 7, 7, 7];
+        let positions = Positions::new([2, 6], Some(&segments), &device);
+        assert_eq!(**positions.starts.as_ref().unwrap(), [0, 0, 0, 3, 4, 4, 0, 1, 1, 3, 3, 3]);
+        assert_eq!(positions.places(), [0, 1, 2, 0, 0, 1, 0, 0, 1, 0, 1, 2]);
+        assert_eq!(Positions::new([2, 3], None, &device).places(), [0, 1, 2]);
+    }
+}
