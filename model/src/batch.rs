@@ -30,7 +30,8 @@ impl std::ops::Add for Sums {
 ///
 /// A Transformer reads `tokens` and `targets`, u32 `[rows, length]`, and where present `weights`, f32 `[rows, length]`,
 /// by which each position's loss counts (1 where absent), and `segments`, u32 `[rows, length]`: consecutive positions of a
-/// row with one number are a document, or a conversation, of its own (a row is one where absent). The straight line reads `x` and `y`, f32 `[rows, 1]`.
+/// row with one number are a document, or a conversation, of its own (a row is one where absent). The straight line reads
+/// `x` and `y`, f32 `[rows, 1]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// The columns, in a fixed order.

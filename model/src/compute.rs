@@ -2,21 +2,19 @@
 //!
 //! The gradient is that of the *sum* of weighted losses; the mean is taken once, over the whole step, by the optimizer.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use burn::tensor::{Device, Gradients, Tensor, TensorData, Transaction};
+use burn::tensor::{Device, Tensor, TensorData, Transaction};
 
 use crate::batch::{Batch, BatchError, Sums};
 use crate::config::ModelConfig;
 use crate::device::ComputeDevice;
 use crate::dropout::Dropout;
-use crate::gpt::Gpt;
-use crate::kernels::{Positions, cross_entropy, logits};
+use crate::kernels::logits;
 use crate::layout::Layout;
-use crate::line::Line;
-use crate::llama::Llama;
+use crate::leaves::{Leaf, add_on_device};
+use crate::network::{KeptPositions, Network};
 use crate::traffic::{self, upload};
-use crate::transformer::Transformer;
 use crate::tree::{add_vectors, sum_leaves};
 
 /// Names one slot of one step of one run: all that dropout depends on.
@@ -85,9 +83,6 @@ pub struct Computer {
     /// A flat vector that nobody needs any more.
     spare: Mutex<Vec<f32>>,
 }
-
-/// Positions, whose tables are on the device, for the next slot of the same shape.
-type KeptPositions = Mutex<Option<Arc<Positions>>>;
 
 /// A slot's loss, still on the device: `[1]`, and the weight it is to be divided by.
 struct PendingLoss {
@@ -298,167 +293,8 @@ impl Computer {
     }
 
     fn network<'a>(&'a self, leaves: &[Leaf], kept: &'a KeptPositions) -> Network<'a> {
-        let mut leaves = Leaves(leaves.iter());
-        let (transformer, vocab_size, context, dropout) = match &self.model {
-            ModelConfig::Gpt(gpt) => {
-                (Transformer::Gpt(Box::new(Gpt::assemble(gpt, &mut leaves))), gpt.vocab_size, gpt.context, gpt.dropout)
-            }
-            ModelConfig::Llama(llama) => {
-                let transformer = Transformer::Llama(Box::new(Llama::assemble(llama, &mut leaves)));
-                (transformer, llama.vocab_size, llama.context, llama.dropout)
-            }
-            ModelConfig::Line(_) => return Network::Line(Box::new(Line::assemble(&mut leaves))),
-        };
-        Network::Text(Text { transformer, vocab_size, context, dropout, kept })
+        Network::assemble(&self.model, leaves, kept)
     }
-}
-
-/// A model's tensors in working order.
-enum Network<'a> {
-    Text(Text<'a>),
-    Line(Box<Line>),
-}
-
-/// A Transformer and what it takes.
-struct Text<'a> {
-    transformer: Transformer,
-    vocab_size: usize,
-    context: usize,
-    dropout: f64,
-    kept: &'a KeptPositions,
-}
-
-impl Text<'_> {
-    /// Checks token numbers `[B, T]` of a column.
-    fn check(&self, tokens: &[u32], [_, length]: [usize; 2], column: &str) -> Result<(), ComputeError> {
-        let Self { vocab_size, context, .. } = *self;
-        if length == 0 || length > context {
-            return Err(ComputeError::Input(format!("{column} of length {length} for a context of {context}")));
-        }
-        if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            return Err(ComputeError::Input(format!("{column}: token {token} in a vocabulary of {vocab_size}")));
-        }
-        Ok(())
-    }
-
-    /// Where the tokens of a slot stand: as those of the last one, or kept for the next, if they have no segments.
-    fn positions(&self, shape: [usize; 2], segments: Option<&[u32]>, device: &Device) -> Arc<Positions> {
-        let new = || Arc::new(self.transformer.positions(shape, segments, device));
-        if segments.is_some() {
-            return new();
-        }
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*kept {
-            Some(kept) if kept.shape() == shape => kept.clone(),
-            _ => kept.insert(new()).clone(),
-        }
-    }
-}
-
-impl Network<'_> {
-    /// The weighted loss sum `[1]` and the weight sum; dropout is active where there is a key.
-    fn loss(&self, batch: &Batch, key: Option<SlotKey>, device: &Device) -> Result<(Tensor<1>, f64), ComputeError> {
-        match self {
-            Self::Text(text) => {
-                let (tokens, shape) = batch.u32("tokens")?;
-                let (targets, _) = batch.u32("targets")?;
-                let weights = batch.optional_f32("weights")?.map(|(weights, _)| weights);
-                let segments = batch.optional_u32("segments")?.map(|(segments, _)| segments);
-                text.check(tokens, shape, "tokens")?;
-                text.check(targets, shape, "targets")?;
-                let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(text.dropout, key));
-                let weight =
-                    weights.map_or((shape[0] * shape[1]) as f64, |weights| weights.iter().map(|&w| f64::from(w)).sum());
-                let positions = text.positions(shape, segments, device);
-                let hidden = text.transformer.hidden(tokens, &positions, dropout);
-                Ok((cross_entropy(hidden, text.transformer.head(), targets, weights), weight))
-            }
-            Self::Line(line) => {
-                let ((x, shape), (y, _)) = (batch.f32("x")?, batch.f32("y")?);
-                let column =
-                    |values: &[f32]| Tensor::from_data(upload(TensorData::new(values.to_vec(), shape)), device);
-                let (x, y) = (column(x), column(y)); // [rows, 1]
-                let error = line.predict(x) - y;
-                Ok(((error.clone() * error).sum(), shape[0] as f64))
-            }
-        }
-    }
-}
-
-/// Parameter tensors, handed out in layout order.
-pub(crate) struct Leaves<'a>(std::slice::Iter<'a, Leaf>);
-
-impl Leaves<'_> {
-    /// The next tensor, which the layout says is a matrix.
-    pub(crate) fn matrix(&mut self) -> Tensor<2> {
-        match self.0.next() {
-            Some(Leaf::Matrix(matrix)) => matrix.clone(),
-            _ => unreachable!("layout and assembly name the same tensors; load() comes before computing"),
-        }
-    }
-
-    /// The next tensor, which the layout says is a vector.
-    pub(crate) fn vector(&mut self) -> Tensor<1> {
-        match self.0.next() {
-            Some(Leaf::Vector(vector)) => vector.clone(),
-            _ => unreachable!("layout and assembly name the same tensors; load() comes before computing"),
-        }
-    }
-}
-
-/// One parameter tensor on the device.
-#[derive(Clone, Debug)]
-pub(crate) enum Leaf {
-    Matrix(Tensor<2>),
-    Vector(Tensor<1>),
-}
-
-impl Leaf {
-    fn is_trainable(&self) -> bool {
-        match self {
-            Self::Matrix(tensor) => tensor.is_require_grad(),
-            Self::Vector(tensor) => tensor.is_require_grad(),
-        }
-    }
-
-    fn untracked(&self) -> Self {
-        match self {
-            Self::Matrix(tensor) => Self::Matrix(tensor.clone().inner()),
-            Self::Vector(tensor) => Self::Vector(tensor.clone().inner()),
-        }
-    }
-
-    /// This tensor's gradient; zeros where the loss does not depend on it.
-    fn gradient(&self, gradients: &mut Gradients) -> Self {
-        match self {
-            Self::Matrix(tensor) => {
-                let gradient = tensor.grad_remove(gradients);
-                Self::Matrix(gradient.unwrap_or_else(|| tensor.clone().inner().zeros_like()))
-            }
-            Self::Vector(tensor) => {
-                let gradient = tensor.grad_remove(gradients);
-                Self::Vector(gradient.unwrap_or_else(|| tensor.clone().inner().zeros_like()))
-            }
-        }
-    }
-
-    /// Adds it to what is to be read back.
-    fn register(self, read: Transaction) -> Transaction {
-        match self {
-            Self::Matrix(tensor) => read.register(tensor),
-            Self::Vector(tensor) => read.register(tensor),
-        }
-    }
-}
-
-/// The sum of two gradients, tensor by tensor.
-fn add_on_device(left: Vec<Leaf>, right: Vec<Leaf>) -> Vec<Leaf> {
-    let add = |pair: (Leaf, Leaf)| match pair {
-        (Leaf::Matrix(left), Leaf::Matrix(right)) => Leaf::Matrix(left + right),
-        (Leaf::Vector(left), Leaf::Vector(right)) => Leaf::Vector(left + right),
-        _ => unreachable!("both are gradients of the same leaves, in the same order"),
-    };
-    left.into_iter().zip(right).map(add).collect()
 }
 
 /// Reads losses and tensors back, in one go, after all work before it is done.

@@ -4,10 +4,10 @@
 
 use burn::tensor::Tensor;
 
-use crate::compute::Leaves;
 use crate::config::GptConfig;
 use crate::dropout::{Dropout, Site};
 use crate::kernels::{self, Positions};
+use crate::leaves::Leaves;
 use crate::transformer::project;
 
 /// The parameters of one model, as tensors on a device.

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use crate::compute::Leaves;
+use crate::leaves::Leaves;
 
 /// The line's parameters as tensors.
 #[derive(Clone, Debug)]

@@ -5,10 +5,10 @@
 
 use burn::tensor::{Device, Tensor};
 
-use crate::compute::Leaves;
 use crate::config::LlamaConfig;
 use crate::dropout::{Dropout, Site};
 use crate::kernels::{self, Positions, split_heads};
+use crate::leaves::Leaves;
 use crate::transformer::project;
 
 /// The parameters of one model, as tensors on a device.

@@ -17,8 +17,9 @@ use crate::dropout::{Dropout, Site};
 
 /// `x`, multiplied by the factors of `dropout` at `site` where it is active, plus `onto` where there is one.
 pub fn dropout<const D: usize>(x: Tensor<D>, onto: Option<Tensor<D>>, dropout: Dropout, site: Site) -> Tensor<D> {
+    let factors = dropout.factors(site);
     #[cfg(feature = "cpu")]
-    if let Some(factors) = dropout.factors(site)
+    if let Some(factors) = factors
         && cpu::holds(&x)
     {
         let operation = cpu::dropout::ApplyDropout { factors };
@@ -27,7 +28,7 @@ pub fn dropout<const D: usize>(x: Tensor<D>, onto: Option<Tensor<D>>, dropout: D
             Some(onto) => cpu::run(operation, [x.into_dispatch(), onto.into_dispatch()]),
         };
     }
-    let x = plain::dropout(x, dropout.factors(site));
+    let x = plain::dropout(x, factors);
     match onto {
         None => x,
         Some(onto) => onto + x,

@@ -57,9 +57,12 @@ pub fn linear<const D: usize>(
     // As one product of all rows: backward, burn makes one of each index of the first axis, and then sums them.
     let (mut shape, [inputs, outputs]) = (x.dims(), weight.dims());
     let rows = shape[..D - 1].iter().product();
-    let y = x.reshape([rows, inputs]).matmul(weight);
+    let mut y = x.reshape([rows, inputs]).matmul(weight);
+    if let Some(bias) = bias {
+        y = y + bias.unsqueeze::<2>();
+    }
     shape[D - 1] = outputs;
-    let y = bias.map_or(y.clone(), |bias| y + bias.unsqueeze::<2>()).reshape(shape);
+    let y = y.reshape(shape);
     match residual {
         Some(residual) => residual + y,
         None => y,
