@@ -187,7 +187,7 @@ impl Recipe {
 
     /// Bytes that a position (or the line's row) takes in a batch.
     pub(crate) fn bytes_per_token(&self) -> u64 {
-        self.data.as_ref().map_or(BYTES_PER_TOKEN, DataRecipe::bytes_per_token)
+        bytes_per_token(self.data.as_ref())
     }
 
     /// What keeps documents apart, where they are to be, in a corpus whose documents end with `end_of_text`.
@@ -205,10 +205,11 @@ impl Recipe {
     }
 }
 
-impl DataRecipe {
-    /// Bytes that a position takes in a batch.
-    fn bytes_per_token(&self) -> u64 {
-        BYTES_PER_TOKEN + if self.separate_documents { BYTES_PER_SEGMENT } else { 0 }
+/// Bytes that a position takes in a batch of `data`, or of the straight line's rows.
+fn bytes_per_token(data: Option<&DataRecipe>) -> u64 {
+    match data {
+        Some(DataRecipe { separate_documents: true, .. }) => BYTES_PER_TOKEN + BYTES_PER_SEGMENT,
+        _ => BYTES_PER_TOKEN,
     }
 }
 

@@ -16,7 +16,7 @@ use lockstep_model::step_filter::SkipConfig;
 use super::error::RecipeError;
 use super::keys::{DecayKind, DisputeKind, ModelKind, OptimizerKind, TokenizerKind};
 use super::values::Values;
-use super::{BYTES_PER_TOKEN, DataRecipe, Input, ModelRecipe, Recipe, TokenizerRecipe, WeightedInput};
+use super::{BYTES_PER_TOKEN, DataRecipe, Input, ModelRecipe, Recipe, TokenizerRecipe, WeightedInput, bytes_per_token};
 use crate::builtin;
 
 /// Most elements of a flat vector: 8 GiB of parameters.
@@ -52,8 +52,7 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
     let context = model.tokens_per_sequence();
     let optimizer = optimizer(v, kinds.optimizer)?;
     let schedule = schedule(v, kinds.decay, optimizer.lr)?;
-    let bytes_per_token = data.as_ref().map_or(BYTES_PER_TOKEN, DataRecipe::bytes_per_token);
-    let batch = batch(v, context, bytes_per_token)?;
+    let batch = batch(v, context, bytes_per_token(data.as_ref()))?;
     let evaluation = evaluation(v, data.as_ref(), batch)?;
     check_length(v, &schedule, batch, context)?;
     Ok(Recipe {

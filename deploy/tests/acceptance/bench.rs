@@ -19,6 +19,22 @@ fn compute_is_measured_in_as_many_processes_as_are_asked_for() {
 }
 
 #[test]
+fn a_cluster_is_measured_beside_its_workers_alone() {
+    let arguments = ["bench", "cluster", "--shape", "tiny", "--device", "cpu", "--workers", "2", "--threads", "1"];
+    let arguments = [&arguments[..], &["--steps", "4", "--json"]].concat();
+    let result: Value = serde_json::from_str(&text(&succeed(lockstep(&arguments, &[])).stdout)).unwrap();
+    let number = |key: &str| result[key].as_f64().unwrap_or_else(|| panic!("{key} in {result}"));
+    assert_eq!(["workers", "threads", "steps", "tokens_per_step"].map(number), [2.0, 1.0, 4.0, 1536.0]);
+    let kept = number("tokens_per_sec") / number("alone_tokens_per_sec");
+    assert!((1.0 - kept - number("overhead_ratio")).abs() < 1e-9, "{result}");
+    assert!((number("tokens_per_sec") * number("step_ms_median") / 1536e3 - 1.0).abs() < 1e-9, "{result}");
+    if cfg!(target_os = "linux") {
+        assert!(number("checkpoint_peak_rss_bytes") >= number("peak_rss_bytes"), "{result}");
+        assert!(number("peak_rss_bytes") > 3.0 * 4.0 * number("parameters"), "parameters and both moments: {result}");
+    }
+}
+
+#[test]
 fn what_cannot_be_measured_is_said() {
     for (shape, said) in [("nonsense", "nonsense"), ("line", "its model is no Transformer")] {
         let words = fail(lockstep(&["bench", "compute", "--shape", shape], &[]), 2);

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use indicatif::HumanCount;
 use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, RunConfig, SamplingConfig};
 use lockstep_coordinator::engine::OnDispute;
 use lockstep_coordinator::engine::command::Outcome;
@@ -16,13 +15,13 @@ use lockstep_coordinator::run_dir;
 use lockstep_model::config::{
     AdamwConfig, BatchConfig, Decay, OptimizerConfig, ScheduleConfig, UpdateRule, WindowOrder,
 };
-use lockstep_model::layout::Layout;
 use lockstep_model::sampler::{Source, TokenSource, WeightedCorpus};
 use lockstep_model::step_filter::SkipConfig;
 use lockstep_model::tokens::Tokens;
 use serde::Serialize;
 use tokio::net::TcpListener;
 
+use super::setting::Setting;
 use super::shape::Shape;
 use super::{compute, median, peak_rss_bytes};
 use crate::child::Watched;
@@ -38,16 +37,9 @@ const WINDOWS: usize = 64;
 /// What was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct Summary {
-    shape: String,
-    device: String,
-    workers: u32,
-    /// Of each worker.
-    threads: u32,
-    steps: u32,
-    /// Elements of the flat vector.
-    parameters: usize,
-    /// Of all workers together.
-    tokens_per_step: usize,
+    /// Tokens of a step are those of all workers.
+    #[serde(flatten)]
+    setting: Setting,
     /// In the median step.
     tokens_per_sec: f64,
     /// Of the same workers when they exchange nothing.
@@ -194,18 +186,13 @@ fn run_config(measurement: &Measurement, shape: &Shape, run: &Path) -> RunConfig
 
 fn summarise(measurement: &Measurement, shape: &Shape, alone: &[compute::Measured], cluster: &Cluster) -> Summary {
     let tokens_per_step = shape.tokens() * measurement.workers as usize;
+    let device = alone.first().map_or("", |worker| &worker.device);
     let step_secs = median(cluster.step_secs.clone());
     let tokens_per_sec = tokens_per_step as f64 / step_secs;
     let alone_tokens_per_sec = compute::tokens_per_sec(shape, alone);
     let ms = |secs: fn(&StepLine) -> f64| 1e3 * median(cluster.lines.iter().map(secs).collect());
     Summary {
-        shape: measurement.shape.clone(),
-        device: alone.first().map_or_else(String::new, |worker| worker.device.clone()),
-        workers: measurement.workers,
-        threads: measurement.threads(),
-        steps: measurement.steps,
-        parameters: Layout::of(&shape.model).len(),
-        tokens_per_step,
+        setting: Setting::new(measurement, shape, device, tokens_per_step),
         tokens_per_sec,
         alone_tokens_per_sec,
         overhead_ratio: 1.0 - tokens_per_sec / alone_tokens_per_sec,
@@ -220,16 +207,13 @@ fn summarise(measurement: &Measurement, shape: &Shape, alone: &[compute::Measure
 }
 
 fn print(summary: &Summary) {
-    let Summary { shape, device, workers, threads, steps, tokens_per_step, .. } = summary;
-    let parameters = HumanCount(summary.parameters as u64);
-    println!("shape            {shape}, {parameters} parameters, {tokens_per_step} tokens a step");
-    println!("workers          {workers} with {threads} CPU thread(s) each, on {device}");
+    summary.setting.print();
     println!(
         "tokens_per_sec   {:.0}, and {:.0} without a cluster",
         summary.tokens_per_sec, summary.alone_tokens_per_sec
     );
     println!("overhead_ratio   {:.3}", summary.overhead_ratio);
-    println!("step_ms_median   {:.2} of {steps} steps, in which", summary.step_ms_median);
+    summary.setting.print_step(summary.step_ms_median);
     println!("  upload         {:.2}, of a worker", summary.upload_ms_median);
     println!("  reduce         {:.2}", summary.reduce_ms_median);
     println!("  optimizer      {:.2}", summary.optimizer_ms_median);

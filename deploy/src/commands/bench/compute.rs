@@ -4,9 +4,8 @@ use std::io::IsTerminal as _;
 use std::process::Stdio;
 
 use anyhow::{Context as _, bail};
-use indicatif::{HumanCount, ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressStyle};
 use lockstep_model::ceiling;
-use lockstep_model::layout::Layout;
 use lockstep_model::traffic::Traffic;
 use serde::Serialize;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
@@ -15,6 +14,7 @@ use tokio::task::JoinSet;
 
 use super::measured::{self, Gpu, Report, Request};
 use super::median;
+use super::setting::Setting;
 use super::shape::Shape;
 use crate::child;
 use crate::cli::{BenchCompute, Measurement};
@@ -23,17 +23,9 @@ use crate::commands::block_on;
 /// What was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct Summary {
-    shape: String,
-    device: String,
-    workers: u32,
-    /// Of each worker.
-    threads: u32,
-    /// Of each worker.
-    steps: u32,
-    /// Elements of the flat vector.
-    parameters: usize,
-    /// Of each worker.
-    tokens_per_step: usize,
+    /// Tokens of a step are those of one worker.
+    #[serde(flatten)]
+    setting: Setting,
     /// Of all workers together: the sum of what each does in its median step.
     tokens_per_sec: f64,
     /// Of all workers' steps.
@@ -177,13 +169,7 @@ fn summarise(measurement: &Measurement, shape: &Shape, measured: &[Measured]) ->
     let operations = ceiling::operations(&ceiling::layers(&shape.model, shape.rows, shape.length));
     let first = measured.first().context("no worker measured anything")?;
     Ok(Summary {
-        shape: measurement.shape.clone(),
-        device: first.device.clone(),
-        workers: measurement.workers,
-        threads: measurement.threads(),
-        steps: measurement.steps,
-        parameters: Layout::of(&shape.model).len(),
-        tokens_per_step: shape.tokens(),
+        setting: Setting::new(measurement, shape, &first.device, shape.tokens()),
         tokens_per_sec: tokens_per_sec(shape, measured),
         step_ms_median: 1e3 * median(measured.iter().flat_map(|worker| worker.step_secs.clone()).collect()),
         matmul_share: product_secs.map(|secs| secs * workers / medians.iter().sum::<f64>()),
@@ -200,14 +186,9 @@ pub(super) fn tokens_per_sec(shape: &Shape, measured: &[Measured]) -> f64 {
 }
 
 fn print(summary: &Summary) {
-    let Summary { shape, device, workers, threads, steps, tokens_per_step, .. } = summary;
-    println!(
-        "shape            {shape}, {} parameters, {tokens_per_step} tokens a step",
-        HumanCount(summary.parameters as u64)
-    );
-    println!("workers          {workers} with {threads} CPU thread(s) each, on {device}");
+    summary.setting.print();
     println!("tokens_per_sec   {:.0}", summary.tokens_per_sec);
-    println!("step_ms_median   {:.2} of {steps} steps", summary.step_ms_median);
+    summary.setting.print_step(summary.step_ms_median);
     if let (Some(share), Some(rate)) = (summary.matmul_share, summary.matmul_gflop_per_sec) {
         println!(
             "matmul_share     {share:.3}: what the step's matrix products take alone, at {rate:.1} GFLOP/s a worker"
@@ -256,7 +237,10 @@ mod tests {
         assert_eq!(summary.tokens_per_sec, 768.0 / 0.2 + 768.0 / 0.4);
         assert_eq!(summary.step_ms_median, 400.0);
         assert!((summary.matmul_share.unwrap() - 0.5).abs() < 1e-12);
-        assert_eq!((summary.peak_rss_bytes, summary.parameters, summary.tokens_per_step), (Some(9), 818_176, 768));
+        assert_eq!(
+            (summary.peak_rss_bytes, summary.setting.parameters, summary.setting.tokens_per_step),
+            (Some(9), 818_176, 768)
+        );
         let unknown = summarise(&args.measurement, &shape, &[worker([0.1; 3], None, None)]).unwrap();
         assert_eq!((unknown.matmul_share, unknown.peak_rss_bytes), (None, None));
     }

@@ -3,6 +3,7 @@
 mod cluster;
 mod compute;
 mod measured;
+mod setting;
 mod shape;
 
 use crate::cli::Bench;
