@@ -54,7 +54,7 @@ pub(crate) struct Finished {
     pub(crate) sums: Sums,
     pub(crate) slot_sums: Vec<Sums>,
     /// Digest of the gradient, as the worker says; `None` for an evaluation.
-    pub(crate) sha256: Option<[u8; 32]>,
+    pub(crate) digest: Option<[u8; 32]>,
     /// L2 norm of the vector that was pushed for it; `None` if there is no such vector.
     pub(crate) norm: Option<f64>,
     /// Digest of the rows that were computed.

@@ -9,6 +9,7 @@ mod background;
 pub mod config;
 mod dataplane;
 pub mod engine;
+mod exchange;
 mod input;
 pub mod journal;
 pub mod ledger;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lockstep_model::checkpoint::Validation;
-use lockstep_proto::{CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES};
+use lockstep_proto::{CONNECTION_WINDOW_BYTES, MAX_FRAME_BYTES, STREAM_WINDOW_BYTES};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -13,9 +13,9 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 use crate::config::RunConfig;
-use crate::dataplane::Staging;
 use crate::engine::Event;
 use crate::engine::command::Outcome;
+use crate::exchange::Staging;
 use crate::observe::Observer;
 use crate::runtime::Runtime;
 use crate::service::Service;
@@ -61,6 +61,7 @@ pub async fn run(
         Server::builder()
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(MAX_FRAME_BYTES)
             .serve_with_incoming(service.into_server(), TcpIncoming::from(listener).with_nodelay(Some(true))),
     );
 

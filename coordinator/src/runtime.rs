@@ -21,10 +21,11 @@ use tokio::sync::{mpsc, oneshot};
 use crate::archive;
 use crate::background::Background;
 use crate::config::RunConfig;
-use crate::dataplane::{DataPlane, Publication, Staging, State};
+use crate::dataplane::{DataPlane, Rules, State};
 use crate::engine::command::{DiscardReason, Failure, Lease, Outcome, Refusal, ReleaseReason, Task};
 use crate::engine::event::BlockDone;
 use crate::engine::{Command, Engine, Event, Ticket, Time, WorkerId};
+use crate::exchange::{Publication, Staging};
 use crate::input::{Finished, Input};
 use crate::ledger::LedgerFile;
 use crate::metrics::{Line, Metrics, ValidationLine};
@@ -94,10 +95,14 @@ impl Runtime {
         observer: Observer,
     ) -> anyhow::Result<Self> {
         let Start { run_dir, state, manifest, metrics, ledger, resumed } = start;
-        let (layout, optimizer) = (Layout::of(&config.model), config.optimizer.clone());
+        let rules = Rules {
+            layout: Layout::of(&config.model),
+            optimizer: config.optimizer.clone(),
+            skip: config.skip,
+            slots: config.batch.slots,
+        };
         let news = inputs.clone();
-        let slots = config.batch.slots;
-        let plane = DataPlane::start(layout, optimizer, config.skip, slots, manifest.step, state, move |applied| {
+        let plane = DataPlane::start(rules, manifest.step, state, staging.spare.clone(), move |applied| {
             drop(news.send(Input::Applied(applied)));
         })?;
         let news = inputs.clone();
@@ -309,7 +314,9 @@ impl Runtime {
             }
             Command::Discard { worker, lease, reason } => {
                 self.ledger.discard(worker, lease);
-                drop(self.staging.take(worker, lease));
+                if let Some(vector) = self.staging.take(worker, lease) {
+                    self.staging.spare.give_back(vector);
+                }
                 if matches!(reason, DiscardReason::Overtaken | DiscardReason::StartedOver | DiscardReason::RunEnds) {
                     self.send(worker, Message::Revoke(v1::Revoke { lease_id: lease.0 }));
                 }
@@ -423,7 +430,7 @@ impl Runtime {
             slots: rows.iter().map(|(slot, batch)| translate::slot(*slot, batch)).collect(),
             seed: self.config.seed,
             traceparent: traceparent(&self.manifest.run_id, lease.step),
-            parameters_sha256: self.plane.published_sha256().to_vec(),
+            parameters_blake3: self.plane.published_digest().to_vec(),
         }
     }
 
@@ -446,9 +453,9 @@ impl Runtime {
             lease: result.lease,
             step: result.step,
             version: result.version,
-            task: if result.sha256.is_some() { Task::Gradient } else { Task::Evaluate },
+            task: if result.digest.is_some() { Task::Gradient } else { Task::Evaluate },
             block: result.block,
-            digest: result.sha256,
+            digest: result.digest,
             norm: result.norm,
             sums: result.sums,
             slot_sums: std::mem::take(&mut result.slot_sums),

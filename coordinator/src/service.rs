@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lockstep_model::batch::Sums;
-use lockstep_model::digest::vector_sha256;
-use lockstep_model::optimizer::l2_norm;
+use lockstep_model::digest::VectorBlake3;
+use lockstep_model::pieces::l2_norm;
 use lockstep_model::tree::Block;
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::{self, push_message, worker_message};
@@ -17,9 +17,9 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 
-use crate::dataplane::{Publication, Staged, Staging};
 use crate::engine::command::Refusal;
 use crate::engine::{DeviceClass, LeaseId, WorkerId};
+use crate::exchange::{Publication, Staged, Staging};
 use crate::input::{Finished, Input};
 use crate::translate;
 
@@ -60,6 +60,17 @@ impl Service {
         self.inputs.send(input).map_err(|_| Status::unavailable("the run is over"))
     }
 
+    /// Takes the gradient of a lease out of the memory that its worker shares with us.
+    async fn receive_shared(&self, worker: WorkerId, lease: LeaseId) -> Result<Staged, Status> {
+        let no_region = || Status::failed_precondition(format!("no memory is shared with worker {worker}; join again"));
+        let region = self.staging.region(worker).ok_or_else(no_region)?;
+        let memory = self.staging.spare.take();
+        let read = tokio::task::spawn_blocking(move || Staged::read(&region, lease, memory));
+        let read = read.await.map_err(|error| Status::internal(error.to_string()))?;
+        let lost = || Status::data_loss(format!("the vector of lease {lease} is not in shared memory; push it again"));
+        read.map_err(|error| Status::unavailable(format!("shared memory cannot be read: {error}")))?.ok_or_else(lost)
+    }
+
     fn check_version(version: u32) -> Result<(), Status> {
         if version == PROTOCOL_VERSION {
             return Ok(());
@@ -95,12 +106,19 @@ impl v1::lockstep_server::Lockstep for Service {
         let class = DeviceClass(class);
         self.send(Input::Join { name: request.name, device: request.device, class, reply })?;
         let verdict = verdict.await.map_err(|_| Status::unavailable("the run is over"))?;
+        let mut shared_memory = None;
         let verdict = match verdict {
-            Ok(worker) => v1::admit_reply::Verdict::WorkerId(worker.0),
+            Ok(worker) => {
+                shared_memory = self.publication.share().map(|(region, offer)| {
+                    self.staging.share(worker, region);
+                    offer
+                });
+                v1::admit_reply::Verdict::WorkerId(worker.0)
+            }
             Err(ending @ Refusal::Ending { .. }) => v1::admit_reply::Verdict::Release(ending.to_string()),
             Err(refusal) => v1::admit_reply::Verdict::Refusal(refusal.to_string()),
         };
-        Ok(Response::new(v1::AdmitReply { verdict: Some(verdict) }))
+        Ok(Response::new(v1::AdmitReply { verdict: Some(verdict), shared_memory }))
     }
 
     async fn control(
@@ -135,27 +153,22 @@ impl v1::lockstep_server::Lockstep for Service {
             let text = format!("a gradient of {} bytes for {elements} parameters of 4 bytes", header.total_bytes);
             return Err(Status::invalid_argument(text));
         }
-        let expected = digest(&header.vector_sha256, "vector_sha256")?;
-        let span = tracing::debug_span!("push", worker = header.worker_id, lease = header.lease_id);
-        let receive = async {
-            let mut assembler = Assembler::new(elements as usize);
-            while let Some(message) = messages.message().await? {
-                let Some(push_message::Kind::Chunk(chunk)) = message.kind else {
-                    return Err(Status::invalid_argument("after its header a push holds chunks alone"));
-                };
-                assembler.push(&chunk).map_err(chunk_status)?;
-            }
-            assembler.finish().map_err(chunk_status)
-        };
-        let vector = receive.instrument(span).await?;
-        let sha256 = vector_sha256(&vector);
-        if sha256 != expected {
-            return Err(Status::data_loss("the vector's SHA-256 is not the header's; push it again"));
-        }
         let (worker, lease) = (WorkerId(header.worker_id), LeaseId(header.lease_id));
-        let norm = l2_norm(&vector);
-        match self.staging.put(worker, lease, Staged { vector, sha256, norm }) {
-            true => Ok(Response::new(v1::PushReply {})),
+        let span = tracing::debug_span!("push", worker = header.worker_id, lease = header.lease_id);
+        let staged = match header.shared {
+            true => self.receive_shared(worker, lease).instrument(span).await?,
+            false => {
+                let expected = digest(&header.vector_blake3, "vector_blake3")?;
+                let staged = receive(messages, elements as usize, self.staging.spare.take()).instrument(span).await?;
+                if staged.digest != expected {
+                    return Err(Status::data_loss("the vector's BLAKE3 is not the header's; push it again"));
+                }
+                staged
+            }
+        };
+        let vector_blake3 = staged.digest.to_vec();
+        match self.staging.put(worker, lease, staged) {
+            true => Ok(Response::new(v1::PushReply { vector_blake3 })),
             false => {
                 Err(Status::failed_precondition(format!("worker {worker} is not, or no longer, a member; join again")))
             }
@@ -166,13 +179,15 @@ impl v1::lockstep_server::Lockstep for Service {
         let request = request.into_inner();
         self.check_run(&request.run_id, request.incarnation)?;
         let published = self.publication.get();
-        if published.version != request.version {
+        let bytes = (published.version == request.version).then(|| self.publication.bytes(&published)).flatten();
+        let Some(bytes) = bytes else {
             return Err(Status::not_found(format!(
                 "version {} of the parameters is not published; version {} is",
-                request.version, published.version
+                request.version,
+                self.publication.get().version
             )));
-        }
-        Ok(Response::new(Box::pin(tokio_stream::iter(chunk::split(published.bytes).map(Ok)))))
+        };
+        Ok(Response::new(Box::pin(tokio_stream::iter(chunk::split(bytes).map(Ok)))))
     }
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
@@ -180,6 +195,24 @@ impl v1::lockstep_server::Lockstep for Service {
         self.send(Input::Status { reply })?;
         status.await.map(Response::new).map_err(|_| Status::unavailable("the run is over"))
     }
+}
+
+/// Takes a vector of `elements` off the wire, into `memory`.
+async fn receive(
+    mut messages: Streaming<v1::PushMessage>,
+    elements: usize,
+    memory: Vec<f32>,
+) -> Result<Staged, Status> {
+    let mut digest = VectorBlake3::default();
+    let mut assembler = Assembler::within(memory, elements);
+    while let Some(message) = messages.message().await? {
+        let Some(push_message::Kind::Chunk(chunk)) = message.kind else {
+            return Err(Status::invalid_argument("after its header a push holds chunks alone"));
+        };
+        digest.add(assembler.push(&chunk).map_err(chunk_status)?);
+    }
+    let vector = assembler.finish().map_err(chunk_status)?;
+    Ok(Staged { norm: l2_norm(&vector), digest: digest.finish(), vector })
 }
 
 /// Reads one member's control stream.
@@ -232,14 +265,14 @@ impl Listener {
         }
         let block = result.block.ok_or("it sent a result without a block")?;
         let lease = LeaseId(result.lease_id);
-        let sha256 = match result.vector_sha256.is_empty() {
+        let vector_digest = match result.vector_blake3.is_empty() {
             true => None,
-            false => Some(digest(&result.vector_sha256, "vector_sha256").map_err(|s| s.message().to_string())?),
+            false => Some(digest(&result.vector_blake3, "vector_blake3").map_err(|s| s.message().to_string())?),
         };
         let batch_sha256 = digest(&result.batch_sha256, "batch_sha256").map_err(|s| s.message().to_string())?;
         // The vector of a lease that was taken back is gone: then the engine says what becomes of the result.
         let staged = self.staging.look(self.worker, lease);
-        let norm = staged.filter(|(staged, _)| Some(*staged) == sha256).map(|(_, norm)| norm);
+        let norm = staged.filter(|(staged, _)| Some(*staged) == vector_digest).map(|(_, norm)| norm);
         let slot_sums = result.slot_loss_sums.iter().zip(&result.slot_weight_sums);
         Ok(Finished {
             lease,
@@ -248,7 +281,7 @@ impl Listener {
             block: Block { level: block.level, index: block.index },
             sums: Sums { loss: result.loss_sum, weight: result.weight_sum },
             slot_sums: slot_sums.map(|(&loss, &weight)| Sums { loss, weight }).collect(),
-            sha256,
+            digest: vector_digest,
             norm,
             batch_sha256,
             compute: Duration::from_nanos(result.compute_nanos),

@@ -208,7 +208,7 @@ pub(crate) fn invitation(config: &RunConfig, identity: &Identity) -> v1::Invitat
         slots: vec![translate::slot(0, &batch)],
         seed: config.seed,
         traceparent: traceparent(&identity.run_id, 0),
-        parameters_sha256: Vec::new(),
+        parameters_blake3: Vec::new(),
     };
     let gradient = v1::lease::Task::Gradient(v1::GradientTask {});
     let mut probes = vec![probe(gradient, config.source.training_slot(1, 0))];

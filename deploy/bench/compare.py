@@ -1,10 +1,11 @@
 """Training steps of ours beside PyTorch's on the same two cores, in turn, as ratios of one run on one machine.
 
-    python compare.py target/release/lockstep [--shapes tiny small gpt2s] [--pairs 5] [--steps 20]
+    python compare.py target/release/lockstep [compute|cluster] [--shapes tiny small gpt2s] [--pairs 5] [--steps 20]
 
-Needs PyTorch. Each pair runs two workers of one thread each (`lockstep bench compute`), then PyTorch in its layouts (see
-torch_step.py). Prints a row of a Markdown table for each shape: medians over the pairs, and the median of the pairs'
-ratios. "better" is the faster of `single` and `ddp` in that pair.
+Needs PyTorch. Each pair runs two workers of one thread each (`lockstep bench compute`, without exchange and optimizer; or
+`bench cluster`, with both), then PyTorch in its layouts (see torch_step.py). Prints a row of a Markdown table for each
+shape: medians over the pairs, and the median of the pairs' ratios. "better" is the faster of `single` and `ddp` in that
+pair.
 """
 
 import argparse
@@ -19,9 +20,6 @@ from typing import Any
 
 import torch
 
-LAYOUTS = ["single", "ddp", "alone"]
-
-
 def result_of(command: Sequence[str]) -> dict[str, Any]:
     """What a command prints, as JSON."""
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -34,43 +32,57 @@ def machine() -> str:
     return f"{len(names)} × {names[0]}" if names else platform.processor()
 
 
+def rate(pair: dict[str, Any], name: str) -> float:
+    """Tokens a second."""
+    if name == "better":
+        return max(rate(pair, "single"), rate(pair, "ddp"))
+    return pair[name]["tokens_per_sec"]
+
+
+def row_of(measure: str, pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """What a table says of a shape."""
+    layouts = [layout for layout in ["ours", "single", "ddp", "alone"] if layout in pairs[0]]
+    rates = [f"{statistics.median(rate(pair, layout) for pair in pairs):,.0f}" for layout in layouts]
+    others = ["better", *layouts[2:]]
+    ratios = [f"{statistics.median(rate(pair, 'ours') / rate(pair, other) for pair in pairs):.2f}" for other in others]
+    peaks = [f"{max(pair[name]['peak_rss_bytes'] for pair in pairs) / 1e6:,.0f}" for name in ["ours", layouts[-1]]]
+    share = "matmul_share" if measure == "compute" else "overhead_ratio"
+    return [*rates, *ratios, f"{statistics.median(pair['ours'][share] for pair in pairs):.1%}", *peaks]
+
+
+HEADS = {
+    "compute": ["ours, 2 × 1 thread", "PyTorch 1 × all", "DDP gloo, 2 × 1", "PyTorch alone, 2 × 1", "ours ÷ better",
+                "ours ÷ DDP", "ours ÷ alone", "products", "peak MB of a worker", "of PyTorch alone"],
+    "cluster": ["ours, 2 × 1 thread", "PyTorch 1 × all", "DDP gloo, 2 × 1", "ours ÷ better", "ours ÷ DDP", "overhead",
+                "peak MB of the coordinator", "of a DDP process"],
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lockstep")
+    parser.add_argument("measure", nargs="?", choices=HEADS, default="compute")
     parser.add_argument("--shapes", nargs="+", default=["tiny", "small", "gpt2s"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     peer = Path(__file__).with_name("torch_step.py")
+    layouts = ["single", "ddp", "alone"] if args.measure == "compute" else ["single", "ddp"]
 
     print(f"{machine()}; PyTorch {torch.__version__}; {args.pairs} pairs of {args.steps} steps\n")
-    print("| shape | ours, 2 × 1 thread | PyTorch 1 × all | DDP gloo, 2 × 1 | PyTorch alone, 2 × 1 | ours ÷ better | ours ÷ DDP "
-          "| ours ÷ alone | products | peak MB, ours | PyTorch |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    heads = ["shape", *HEADS[args.measure]]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
     for shape in args.shapes:
         pairs = []
         for number in range(args.pairs):
             print(f"{shape}: pair {number + 1} of {args.pairs}", file=sys.stderr, flush=True)
-            ours = [args.lockstep, "bench", "compute", "--shape", shape, "--device", "cpu", "--workers", "2", "--threads", "1"]
-            pair = {"ours": result_of([*ours, "--steps", str(args.steps), "--json"])}
-            for layout in LAYOUTS:
-                theirs = [sys.executable, str(peer), "--shape", shape, "--layout", layout, "--steps", str(args.steps)]
-                pair[layout] = result_of(theirs)
+            of_all = ["--shape", shape, "--steps", str(args.steps)]
+            ours = [args.lockstep, "bench", args.measure, *of_all, "--device", "cpu", "--workers", "2", "--threads", "1"]
+            pair = {"ours": result_of([*ours, "--json"])}
+            for layout in layouts:
+                pair[layout] = result_of([sys.executable, str(peer), *of_all, "--layout", layout])
             pairs.append(pair)
-
-        def rate(pair: dict[str, Any], name: str) -> float:
-            if name == "better":
-                return max(rate(pair, "single"), rate(pair, "ddp"))
-            return pair[name]["tokens_per_sec"]
-
-        rates = [f"{statistics.median(rate(pair, name) for pair in pairs):,.0f}" for name in ["ours", *LAYOUTS]]
-        ratios = [
-            f"{statistics.median(rate(pair, 'ours') / rate(pair, name) for pair in pairs):.2f}"
-            for name in ["better", "ddp", "alone"]
-        ]
-        products = f"{statistics.median(pair['ours']['matmul_share'] for pair in pairs):.0%}"
-        peaks = [f"{max(pair[name]['peak_rss_bytes'] for pair in pairs) / 1e6:,.0f}" for name in ["ours", "alone"]]
-        print("| " + " | ".join([shape, *rates, *ratios, products, *peaks]) + " |", flush=True)
+        print(f"| {' | '.join([shape, *row_of(args.measure, pairs)])} |", flush=True)
 
 
 if __name__ == "__main__":

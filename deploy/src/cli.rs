@@ -154,6 +154,9 @@ pub(crate) struct Worker {
     /// A name, by which workers are told apart and trusted [default: HOST, or HOST:DEVICE where --device is given].
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// Let vectors take the network even where the coordinator is on this machine.
+    #[arg(long)]
+    pub(crate) no_shared_memory: bool,
     /// End when standard input does: how `train` takes its workers with it.
     #[arg(long, hide = true)]
     pub(crate) end_with_stdin: bool,

@@ -2,6 +2,7 @@
 //!
 //! The gradient is that of the *sum* of weighted losses; the mean is taken once, over the whole step, by the optimizer.
 
+use std::convert::Infallible;
 use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::{Device, Tensor, TensorData, Transaction};
@@ -10,8 +11,8 @@ use crate::batch::{Batch, BatchError, Sums};
 use crate::config::ModelConfig;
 use crate::device::ComputeDevice;
 use crate::dropout::Dropout;
-use crate::kernels::logits;
-use crate::layout::Layout;
+use crate::kernels::{self, logits};
+use crate::layout::{Layout, TensorSpec};
 use crate::leaves::{Leaf, add_on_device};
 use crate::network::{KeptPositions, Network};
 use crate::traffic::{self, upload};
@@ -121,21 +122,28 @@ impl Computer {
         if parameters.len() != self.layout.len() {
             return Err(ComputeError::Parameters { expected: self.layout.len(), found: parameters.len() });
         }
-        let leaf = |tensor: &crate::layout::TensorSpec| {
-            let values = parameters[tensor.range()].to_vec();
-            match *tensor.shape.as_slice() {
-                [rows, columns] => {
-                    let values = upload(TensorData::new(values, [rows, columns]));
-                    Leaf::Matrix(Tensor::from_data(values, &self.device).set_require_grad(tensor.trainable))
-                }
-                _ => {
-                    let length = values.len();
-                    let values = upload(TensorData::new(values, [length]));
-                    Leaf::Vector(Tensor::from_data(values, &self.device).set_require_grad(tensor.trainable))
-                }
-            }
+        let Ok(()) = self.load_from(|start, values| {
+            values.copy_from_slice(&parameters[start..start + values.len()]);
+            Ok::<_, Infallible>(())
+        });
+        Ok(())
+    }
+
+    /// Takes parameters to the device, a tensor at a time: `fill` writes the elements of the flat vector from the one that it
+    /// is told on.
+    ///
+    /// # Errors
+    /// Those of `fill`; no parameters are loaded then.
+    pub fn load_from<E>(&mut self, mut fill: impl FnMut(usize, &mut [f32]) -> Result<(), E>) -> Result<(), E> {
+        self.leaves.clear();
+        let leaf = |tensor: &TensorSpec| {
+            let values = upload(kernels::filled(&tensor.shape, |values| fill(tensor.range().start, values))?);
+            Ok(match tensor.shape.len() {
+                2 => Leaf::Matrix(Tensor::from_data(values, &self.device).set_require_grad(tensor.trainable)),
+                _ => Leaf::Vector(Tensor::from_data(values, &self.device).set_require_grad(tensor.trainable)),
+            })
         };
-        self.leaves = self.layout.tensors.iter().map(leaf).collect();
+        self.leaves = self.layout.tensors.iter().map(leaf).collect::<Result<_, E>>()?;
         Ok(())
     }
 
@@ -454,7 +462,7 @@ mod tests {
             let sum = parts.into_iter().map(|part| part.gradient).reduce(|a, b| add_vectors(a, &b)).unwrap();
             let difference: Vec<f32> = sum.iter().zip(&whole.gradient).map(|(a, b)| a - b).collect();
             assert!((loss / whole.sums.loss - 1.0).abs() < 1e-6);
-            assert!(optimizer::l2_norm(&difference) < 1e-5 * optimizer::l2_norm(&whole.gradient));
+            assert!(crate::pieces::l2_norm(&difference) < 1e-5 * crate::pieces::l2_norm(&whole.gradient));
         }
     }
 
@@ -482,7 +490,7 @@ mod tests {
             assert!((packed.sums.loss / (first.sums.loss + second.sums.loss) - 1.0).abs() < 1e-6);
             let apart = add_vectors(first.gradient, &second.gradient);
             let difference: Vec<f32> = apart.iter().zip(&packed.gradient).map(|(a, b)| a - b).collect();
-            assert!(optimizer::l2_norm(&difference) < 1e-5 * optimizer::l2_norm(&apart));
+            assert!(crate::pieces::l2_norm(&difference) < 1e-5 * crate::pieces::l2_norm(&apart));
             assert_ne!(packed.sums, computer.gradient(&whole, KEY).unwrap().sums);
         }
     }

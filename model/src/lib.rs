@@ -28,6 +28,7 @@ mod mapping;
 mod network;
 pub mod number;
 pub mod optimizer;
+pub mod pieces;
 pub mod probe;
 pub mod random;
 pub mod sampler;

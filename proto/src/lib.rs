@@ -1,9 +1,10 @@
-//! The wire contract between a Lockstep coordinator and its workers: generated types and services, and the bounded,
-//! checksummed chunks in which vectors travel.
+//! The wire contract between a Lockstep coordinator and its workers: generated types and services, the bounded,
+//! checksummed chunks in which vectors travel, and the memory by which they do on one machine.
 //!
 //! `lockstep.proto` is the specification; its comments are complete.
 
 pub mod chunk;
+pub mod region;
 
 /// Types and services generated from `lockstep.proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
@@ -28,6 +29,9 @@ pub const RUN_ID_KEY: &str = "lockstep-run-id";
 
 /// Metadata of a control stream: which start of the run's coordinator it is for, in decimal.
 pub const INCARNATION_KEY: &str = "lockstep-incarnation";
+
+/// Most bytes in one HTTP/2 frame: a chunk and what is around it, rather than many small frames.
+pub const MAX_FRAME_BYTES: u32 = 2 * 1024 * 1024;
 
 /// Metadata key of the W3C trace context.
 pub const TRACEPARENT_KEY: &str = "traceparent";

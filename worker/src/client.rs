@@ -3,12 +3,14 @@
 use std::error::Error;
 use std::time::Duration;
 
-use lockstep_model::digest::{hex, vector_sha256};
+use bytes::Bytes;
+use lockstep_model::digest::hex;
+use lockstep_model::pieces::vector_blake3;
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::lockstep_client::LockstepClient;
 use lockstep_proto::{
-    CONNECTION_WINDOW_BYTES, INCARNATION_KEY, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, RUN_ID_KEY, STREAM_WINDOW_BYTES,
-    TRACEPARENT_KEY, WORKER_ID_KEY, v1,
+    CONNECTION_WINDOW_BYTES, INCARNATION_KEY, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, RUN_ID_KEY,
+    STREAM_WINDOW_BYTES, TRACEPARENT_KEY, WORKER_ID_KEY, v1,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,6 +21,7 @@ use tonic::{Code, Request, Status, Streaming};
 use crate::device::Gradient;
 use crate::lease::Parameters;
 use crate::session::TransferFailure;
+use crate::shared::Shared;
 use crate::translate::{self, Invitation, Run, shortened};
 
 /// How long a connection, and the answer to a small call, may take.
@@ -80,6 +83,7 @@ pub(crate) fn endpoint(address: &str) -> Result<Endpoint, String> {
     Ok(endpoint
         .connect_timeout(CALL_TIMEOUT)
         .tcp_nodelay(true)
+        .max_frame_size(MAX_FRAME_BYTES)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES))
 }
@@ -106,8 +110,13 @@ impl Client {
         })
     }
 
-    /// Shows the probe's digest; the worker's id, if it is admitted.
-    pub(crate) async fn admit(&mut self, run: &Run, identity: &Identity, probe: [u8; 32]) -> Result<u64, CallError> {
+    /// Shows the probe's digest; the worker's id, if it is admitted, and what memory the coordinator would share.
+    pub(crate) async fn admit(
+        &mut self,
+        run: &Run,
+        identity: &Identity,
+        probe: [u8; 32],
+    ) -> Result<(u64, Option<v1::SharedMemory>), CallError> {
         let request = v1::AdmitRequest {
             run_id: run.id.clone(),
             incarnation: run.incarnation,
@@ -116,8 +125,9 @@ impl Client {
             device: shortened(&identity.device, DEVICE_LIMIT),
             probe_sha256: probe.to_vec(),
         };
-        match in_time("Admit", self.rpc.admit(request)).await?.into_inner().verdict {
-            Some(v1::admit_reply::Verdict::WorkerId(id)) => Ok(id),
+        let reply = in_time("Admit", self.rpc.admit(request)).await?.into_inner();
+        match reply.verdict {
+            Some(v1::admit_reply::Verdict::WorkerId(id)) => Ok((id, reply.shared_memory)),
             Some(v1::admit_reply::Verdict::Release(reason)) => Err(CallError::Released(reason)),
             Some(v1::admit_reply::Verdict::Refusal(reason)) => Err(CallError::Final(reason)),
             None => Err(CallError::Final("the coordinator neither admitted nor refused this worker".into())),
@@ -137,53 +147,72 @@ impl Client {
         Ok(Control { outgoing, incoming })
     }
 
-    /// Fetches the parameters of one version, `elements` in all, and checks that they are what their digest says.
+    /// Fetches the parameters of one version, `elements` in all, into `memory`, and checks that they are what their
+    /// digest says.
     pub(crate) async fn pull(
         &mut self,
         run: &Run,
-        Parameters { version, sha256 }: Parameters,
+        Parameters { version, digest }: Parameters,
         elements: usize,
+        memory: Vec<f32>,
     ) -> Result<Vec<f32>, TransferFailure> {
         let request = v1::PullRequest { run_id: run.id.clone(), incarnation: run.incarnation, version };
         let mut chunks = self.rpc.pull(request).await.map_err(transfer_failure)?.into_inner();
-        let mut vector = Assembler::new(elements);
+        let mut vector = Assembler::within(memory, elements);
         while let Some(chunk) = chunks.message().await.map_err(transfer_failure)? {
             vector.push(&chunk).map_err(|error| TransferFailure::Damaged(error.to_string()))?;
         }
         let vector = vector.finish().map_err(|error| TransferFailure::Damaged(error.to_string()))?;
-        let Some(expected) = sha256 else { return Ok(vector) };
-        let digested = tokio::task::spawn_blocking(move || (vector_sha256(&vector), vector)).await;
-        let (found, vector) = digested.map_err(|error| TransferFailure::Disconnected(error.to_string()))?;
+        let Some(expected) = digest else { return Ok(vector) };
+        let (found, vector) = blocking(move || (vector_blake3(&vector), vector)).await?;
         match found == expected {
             true => Ok(vector),
             false => Err(TransferFailure::Damaged(format!(
-                "its SHA-256 is {}, and should be {}",
+                "its BLAKE3 is {}, and should be {}",
                 hex(&found),
                 hex(&expected)
             ))),
         }
     }
 
-    /// Sends the gradient of one lease; `traceparent` names the lease's span to the coordinator.
+    /// Sends the gradient of one lease, by `shared` memory where there is some; its BLAKE3. `traceparent` names the lease's
+    /// span to the coordinator.
     pub(crate) async fn push(
         &mut self,
         run: &Run,
         worker_id: u64,
         lease_id: u64,
         gradient: &Gradient,
+        shared: Option<&Shared>,
         traceparent: &str,
-    ) -> Result<(), TransferFailure> {
+    ) -> Result<[u8; 32], TransferFailure> {
         use v1::push_message::Kind;
         let header = v1::PushHeader {
             run_id: run.id.clone(),
             incarnation: run.incarnation,
             worker_id,
             lease_id,
-            total_bytes: gradient.bytes.len() as u64,
-            vector_sha256: gradient.sha256.to_vec(),
+            total_bytes: 4 * gradient.len() as u64,
+            vector_blake3: Vec::new(),
+            shared: shared.is_some(),
         };
-        let chunks = chunk::split(gradient.bytes.clone()).map(Kind::Chunk);
-        let messages = std::iter::once(Kind::Header(header)).chain(chunks);
+        // Until the coordinator has read the vector.
+        let mut place = None;
+        let (header, bytes) = match shared {
+            Some(shared) => {
+                place = Some(shared.put(lease_id, gradient).await?);
+                (header, Bytes::new())
+            }
+            None => {
+                let gradient = gradient.clone();
+                let prepared = blocking(move || {
+                    let bytes = chunk::to_bytes(&gradient);
+                    (v1::PushHeader { vector_blake3: vector_blake3(&gradient).to_vec(), ..header }, bytes)
+                });
+                prepared.await?
+            }
+        };
+        let messages = std::iter::once(Kind::Header(header)).chain(chunk::split(bytes).map(Kind::Chunk));
         let messages = messages.map(|kind| v1::PushMessage { kind: Some(kind) });
         let mut request = Request::new(tokio_stream::iter(messages));
         if let Ok(traceparent) = traceparent.parse::<MetadataValue<Ascii>>()
@@ -191,9 +220,21 @@ impl Client {
         {
             request.metadata_mut().insert(TRACEPARENT_KEY, traceparent);
         }
-        self.rpc.push(request).await.map_err(transfer_failure)?;
-        Ok(())
+        let reply = self.rpc.push(request).await.map_err(transfer_failure)?.into_inner();
+        drop(place);
+        let length = reply.vector_blake3.len();
+        reply.vector_blake3.try_into().map_err(|_| {
+            TransferFailure::Disconnected(format!("the coordinator answered with a digest of {length} bytes"))
+        })
     }
+}
+
+/// Does something that takes a while beside the other tasks.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, TransferFailure> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| TransferFailure::Disconnected(error.to_string()))
 }
 
 /// Waits for the answer to a small call, but not for ever.

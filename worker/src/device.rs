@@ -2,27 +2,26 @@
 
 use std::any::Any;
 use std::cell::Cell;
+use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use lockstep_model::batch::Sums;
 use lockstep_model::compute::{BlockGradient, ComputeError, Computer, SlotKey};
 use lockstep_model::config::ModelConfig;
 use lockstep_model::device::ComputeDevice;
-use lockstep_model::digest::bytes_sha256;
 use lockstep_model::layout::Layout;
 use lockstep_model::ledger::{block_sha256, slot_sha256};
 use lockstep_model::probe;
 use lockstep_model::tree::sum_leaves;
-use lockstep_proto::chunk;
 use tokio::sync::oneshot;
 use tracing::Span;
 
 use crate::kept::{Kept, KeptGradient};
 use crate::lease::{Slot, Task, Work};
+use crate::shared::SharedVersion;
 
 /// What the device made of one lease.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,13 +38,29 @@ pub(crate) struct Outcome {
     pub(crate) compute_time: Duration,
 }
 
-/// A gradient ready to be sent.
+/// A gradient ready to be sent: all elements in layout order.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Gradient {
-    /// All elements in layout order, little-endian f32.
-    pub(crate) bytes: Bytes,
-    /// SHA-256 of `bytes`.
-    pub(crate) sha256: [u8; 32],
+pub(crate) struct Gradient(Arc<Vec<f32>>);
+
+impl From<Vec<f32>> for Gradient {
+    fn from(vector: Vec<f32>) -> Self {
+        Self(Arc::new(vector))
+    }
+}
+
+impl Deref for Gradient {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.0
+    }
+}
+
+impl Gradient {
+    /// Its memory, if nobody else has it.
+    fn into_memory(self) -> Option<Vec<f32>> {
+        Arc::into_inner(self.0)
+    }
 }
 
 /// Why the device did not do a job: what happened and which setting to change.
@@ -83,7 +98,8 @@ type Reply<T> = oneshot::Sender<Result<T, DeviceFailure>>;
 enum Job {
     Probe { model: ModelConfig, leases: Vec<Work>, reply: Reply<[u8; 32]> },
     Enter { run_id: String, reply: Reply<Vec<KeptGradient>> },
-    Load { parameters: Vec<f32>, reply: Reply<()> },
+    Load { parameters: Vec<f32>, reply: Reply<Vec<f32>> },
+    LoadShared { version: SharedVersion, reply: Reply<bool> },
     Compute { work: Arc<Work>, stop: Stop, span: Span, reply: Reply<Outcome> },
 }
 
@@ -117,9 +133,15 @@ impl DeviceThread {
         self.ask(|reply| Job::Enter { run_id, reply }).await
     }
 
-    /// Takes parameters, in layout order, to the device.
-    pub(crate) async fn load(&self, parameters: Vec<f32>) -> Result<(), DeviceFailure> {
+    /// Takes parameters, in layout order, to the device, and gives their memory back.
+    pub(crate) async fn load(&self, parameters: Vec<f32>) -> Result<Vec<f32>, DeviceFailure> {
         self.ask(|reply| Job::Load { parameters, reply }).await
+    }
+
+    /// Takes parameters out of shared memory to the device; `false` if they were not there to the end: others must be loaded
+    /// then.
+    pub(crate) async fn load_shared(&self, version: SharedVersion) -> Result<bool, DeviceFailure> {
+        self.ask(|reply| Job::LoadShared { version, reply }).await
     }
 
     /// Computes a lease with the parameters loaded last, within `span`. A gradient that has a name is kept. It is computed to
@@ -175,7 +197,11 @@ impl DeviceWorker {
                 let _ = reply.send(Ok(self.kept.enter(&run_id)));
             }
             Job::Load { parameters, reply } => {
-                let _ = reply.send(self.guarded(|this| this.load(&parameters)));
+                let loaded = self.guarded(|this| this.load(&parameters));
+                let _ = reply.send(loaded.map(|()| parameters));
+            }
+            Job::LoadShared { version, reply } => {
+                let _ = reply.send(self.guarded(|this| this.load_shared(&version)));
             }
             Job::Compute { work, stop, span, reply } => {
                 let (name, handles) = (work.lease.gradient_name(), self.handles.clone());
@@ -184,11 +210,20 @@ impl DeviceWorker {
                 let outcome = span.in_scope(|| self.guarded(|this| this.compute(&work, abandoned)));
                 drop(span); // so that it can end, and be told of, with the lease's result
                 if let (Some(name), Ok(Some(outcome))) = (name, &outcome) {
-                    self.kept.insert(KeptGradient { name, outcome: outcome.clone() });
+                    let forgotten = self.kept.insert(KeptGradient { name, outcome: outcome.clone() });
+                    self.reuse(forgotten);
                 }
                 let cut_short = || DeviceFailure("the computation was cut short: its lease is no longer wanted".into());
                 let _ = reply.send(outcome.and_then(|outcome| outcome.ok_or_else(cut_short)));
             }
+        }
+    }
+
+    /// Lets the device compute in the memory of gradients that nobody needs any more.
+    fn reuse(&self, forgotten: Vec<KeptGradient>) {
+        let gradients = forgotten.into_iter().filter_map(|kept| kept.outcome.gradient);
+        if let (Some(computer), Some(memory)) = (&self.computer, gradients.filter_map(Gradient::into_memory).last()) {
+            computer.reuse(memory);
         }
     }
 
@@ -203,12 +238,21 @@ impl DeviceWorker {
     }
 
     fn load(&mut self, parameters: &[f32]) -> Result<(), ComputeError> {
-        let computer = match (&mut self.computer, &self.model) {
-            (Some(computer), _) => computer,
-            (none, Some(model)) => none.insert(Computer::new(model, &self.device)),
-            (_, None) => return Err(ComputeError::Input("parameters came before the model".into())),
-        };
-        computer.load(parameters)
+        self.computer()?.load(parameters)
+    }
+
+    fn load_shared(&mut self, version: &SharedVersion) -> Result<bool, ComputeError> {
+        let read = self.computer()?.load_from(|start, values| version.read(start, values));
+        Ok(read.is_ok() && version.is_there())
+    }
+
+    /// The computer of the model at hand, set up if need be.
+    fn computer(&mut self) -> Result<&mut Computer, ComputeError> {
+        match (&mut self.computer, &self.model) {
+            (Some(computer), _) => Ok(computer),
+            (none, Some(model)) => Ok(none.insert(Computer::new(model, &self.device))),
+            (_, None) => Err(ComputeError::Input("parameters came before the model".into())),
+        }
     }
 
     fn probe(&mut self, leases: &[Work]) -> Result<[u8; 32], ComputeError> {
@@ -238,13 +282,7 @@ impl DeviceWorker {
             summed => summed?,
         };
         let compute_time = started.elapsed();
-        let gradient = gradient.map(|gradient| {
-            let bytes = chunk::to_bytes(&gradient);
-            if let Some(computer) = &self.computer {
-                computer.reuse(gradient);
-            }
-            Gradient { sha256: bytes_sha256(&bytes), bytes }
-        });
+        let gradient = gradient.map(Gradient::from);
         let batch_sha256 = block_sha256(work.slots.iter().map(|slot| slot_sha256(slot.number, &slot.batch)));
         Ok(Some(Outcome { sums, slot_sums, gradient, batch_sha256, compute_time }))
     }

@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 use crate::device::Outcome;
 use crate::lease::GradientName;
 
-/// Most gradients kept: as many as the contract lets a worker offer.
-const MAX_GRADIENTS: usize = 64;
+/// Most gradients kept. The memory of the next one is that of the one that goes.
+const MAX_GRADIENTS: usize = 16;
 
 /// Most bytes kept. The newest gradient is kept whatever its size.
 const MAX_BYTES: usize = 256 * 1024 * 1024;
@@ -40,21 +40,20 @@ impl Kept {
         self.gradients.iter().cloned().collect()
     }
 
-    /// Keeps a gradient of the run entered last, in place of one of the same name, and forgets the oldest beyond the bounds.
-    pub(crate) fn insert(&mut self, gradient: KeptGradient) {
+    /// Keeps a gradient of the run entered last, in place of one of the same name, and forgets the oldest beyond the bounds;
+    /// these.
+    pub(crate) fn insert(&mut self, gradient: KeptGradient) -> Vec<KeptGradient> {
         self.gradients.retain(|kept| kept.name != gradient.name);
         self.gradients.push_back(gradient);
+        let mut forgotten = Vec::new();
         while self.gradients.len() > MAX_GRADIENTS || self.gradients.len() > 1 && self.bytes() > MAX_BYTES {
-            self.gradients.pop_front();
+            forgotten.extend(self.gradients.pop_front());
         }
+        forgotten
     }
 
     fn bytes(&self) -> usize {
-        self.gradients
-            .iter()
-            .filter_map(|kept| kept.outcome.gradient.as_ref())
-            .map(|gradient| gradient.bytes.len())
-            .sum()
+        self.gradients.iter().filter_map(|kept| kept.outcome.gradient.as_ref()).map(|gradient| 4 * gradient.len()).sum()
     }
 }
 
@@ -62,7 +61,6 @@ impl Kept {
 mod tests {
     use std::time::Duration;
 
-    use bytes::Bytes;
     use lockstep_model::batch::Sums;
     use lockstep_model::tree::Block;
 
@@ -70,8 +68,8 @@ mod tests {
     use crate::device::Gradient;
 
     fn gradient(step: u64, bytes: usize) -> KeptGradient {
-        let name = GradientName { step, version: step - 1, parameters_sha256: [1; 32], block: Block::leaf(0), seed: 1 };
-        let gradient = Gradient { bytes: Bytes::from(vec![0; bytes]), sha256: [2; 32] };
+        let name = GradientName { step, version: step - 1, parameters_blake3: [1; 32], block: Block::leaf(0), seed: 1 };
+        let gradient = Gradient::from(vec![0.0; bytes / 4]);
         let (sums, batch_sha256) = (Sums::default(), [3; 32]);
         let compute_time = Duration::ZERO;
         KeptGradient {
@@ -85,11 +83,13 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_go_beyond_the_number_that_can_be_offered() {
+    fn the_oldest_go_beyond_their_number() {
         let mut kept = Kept::default();
         assert_eq!(kept.enter("a"), []);
-        (1..=70).for_each(|step| kept.insert(gradient(step, 4)));
-        assert_eq!(steps(&mut kept), (7..=70).collect::<Vec<_>>());
+        let forgotten: Vec<u64> =
+            (1..=20).flat_map(|step| kept.insert(gradient(step, 4))).map(|g| g.name.step).collect();
+        assert_eq!(forgotten, [1, 2, 3, 4]);
+        assert_eq!(steps(&mut kept), (5..=20).collect::<Vec<_>>());
     }
 
     #[test]
@@ -111,7 +111,7 @@ mod tests {
     fn a_gradient_computed_anew_replaces_the_one_before_and_is_the_newest() {
         let mut kept = Kept::default();
         kept.enter("a");
-        [gradient(1, 4), gradient(2, 4), gradient(1, 8)].into_iter().for_each(|gradient| kept.insert(gradient));
+        [gradient(1, 4), gradient(2, 4), gradient(1, 8)].into_iter().for_each(|gradient| drop(kept.insert(gradient)));
         assert_eq!(kept.enter("a"), [gradient(2, 4), gradient(1, 8)]);
     }
 
@@ -120,7 +120,7 @@ mod tests {
         let mut kept = Kept::default();
         kept.enter("a");
         let mut other = gradient(1, 4);
-        other.name.parameters_sha256 = [9; 32];
+        other.name.parameters_blake3 = [9; 32];
         kept.insert(gradient(1, 4));
         kept.insert(other.clone());
         assert_eq!(kept.enter("a"), [gradient(1, 4), other]);

@@ -24,10 +24,10 @@ impl Lease {
     /// What names the gradient that the lease asks for. `None` for an evaluation, and where parameters are named by number
     /// alone.
     pub fn gradient_name(&self) -> Option<GradientName> {
-        let &Self { step, parameters: Parameters { version, sha256 }, block, seed, task, .. } = self;
+        let &Self { step, parameters: Parameters { version, digest }, block, seed, task, .. } = self;
         match task {
             Task::Gradient => {
-                sha256.map(|parameters_sha256| GradientName { step, version, parameters_sha256, block, seed })
+                digest.map(|parameters_blake3| GradientName { step, version, parameters_blake3, block, seed })
             }
             Task::Evaluate => None,
         }
@@ -40,8 +40,8 @@ impl Lease {
 pub struct Parameters {
     /// Optimizer steps applied to it.
     pub version: u64,
-    /// SHA-256 of its bytes; `None` where the coordinator does not say, and nothing is checked.
-    pub sha256: Option<[u8; 32]>,
+    /// BLAKE3 of its bytes; `None` where the coordinator does not say, and nothing is checked.
+    pub digest: Option<[u8; 32]>,
 }
 
 /// Names a block's gradient by everything that decides its bits, whichever lease or start of the coordinator asked for it.
@@ -51,8 +51,8 @@ pub struct GradientName {
     pub step: u64,
     /// The parameter version.
     pub version: u64,
-    /// SHA-256 of its bytes.
-    pub parameters_sha256: [u8; 32],
+    /// BLAKE3 of its bytes.
+    pub parameters_blake3: [u8; 32],
     /// Which slots of the step.
     pub block: Block,
     /// Seed of the run.

@@ -19,6 +19,7 @@ pub mod lease;
 mod membership;
 mod runtime;
 pub mod session;
+mod shared;
 mod translate;
 
 pub use runtime::{Ended, JoinedHook, SpanSource, WorkerConfig, WorkerError, run};

@@ -4,7 +4,7 @@
 //! the device computes: that is finished and kept.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use lockstep_proto::v1;
@@ -18,6 +18,7 @@ use crate::kept::KeptGradient;
 use crate::lease::{GradientName, Parameters, Work};
 use crate::runtime::SpanSource;
 use crate::session::{Command, Departure, Event, Session, Timing, TransferFailure};
+use crate::shared::Shared;
 use crate::translate::{self, Instruction, Run, shortened};
 
 /// Longest reason for declining a lease that the contract allows, bytes.
@@ -34,6 +35,8 @@ pub(crate) struct Membership {
     pub(crate) worker_id: u64,
     /// Elements of a vector.
     pub(crate) elements: usize,
+    /// What vectors pass through, if the coordinator is on this machine.
+    pub(crate) shared: Option<Arc<Shared>>,
     pub(crate) timing: Timing,
     pub(crate) spans: SpanSource,
 }
@@ -48,6 +51,7 @@ impl Membership {
             kept: kept.into_iter().map(|kept| (kept.name, kept.outcome)).collect(),
             leases: HashMap::new(),
             tasks: JoinSet::new(),
+            spare: Arc::default(),
             clock_offset: ClockOffset::default(),
         };
         service.run(on_first_word).await
@@ -64,6 +68,8 @@ struct Service {
     leases: HashMap<u64, Held>,
     /// Computing, pulling and pushing.
     tasks: JoinSet<Report>,
+    /// Memory for the next parameters.
+    spare: Arc<Mutex<Vec<f32>>>,
     clock_offset: ClockOffset,
 }
 
@@ -75,6 +81,8 @@ struct Held {
     /// Ends the computation.
     stop: Stop,
     outcome: Option<Outcome>,
+    /// Of its gradient, once it was sent.
+    vector_blake3: Option<[u8; 32]>,
     /// Ends the upload.
     upload: Option<AbortHandle>,
     upload_time: Duration,
@@ -84,7 +92,7 @@ struct Held {
 enum Report {
     Pulled { parameters: Parameters, result: Result<(), TransferFailure> },
     Computed { lease: u64, result: Result<Outcome, DeviceFailure> },
-    Pushed { lease: u64, result: Result<Duration, TransferFailure> },
+    Pushed { lease: u64, result: Result<(Duration, [u8; 32]), TransferFailure> },
 }
 
 impl Service {
@@ -156,9 +164,9 @@ impl Service {
             Report::Computed { lease, result: Err(failure) } => {
                 Event::ComputeFailed { lease, reason: failure.to_string() }
             }
-            Report::Pushed { lease, result: Ok(upload_time) } => {
+            Report::Pushed { lease, result: Ok((upload_time, vector_blake3)) } => {
                 if let Some(held) = self.leases.get_mut(&lease) {
-                    held.upload_time = upload_time;
+                    (held.upload_time, held.vector_blake3) = (upload_time, Some(vector_blake3));
                 }
                 Event::Pushed { lease }
             }
@@ -220,13 +228,21 @@ impl Service {
         let (step, slot, version) = (work.lease.step, work.first_slot(), parameters.version);
         let span = info_span!(target: "lockstep", parent: &lease_span, "pull", step, slot, version);
         let (mut client, device) = (self.membership.client.clone(), self.membership.device.clone());
-        let (run, elements) = (self.membership.run.clone(), self.membership.elements);
+        let (run, elements, shared) =
+            (self.membership.run.clone(), self.membership.elements, self.membership.shared.clone());
+        let spare = self.spare.clone();
         let task = async move {
-            let result = match client.pull(&run, parameters, elements).await {
-                Ok(vector) => {
-                    let loaded = device.load(vector).await;
-                    loaded.map_err(|failure| TransferFailure::Refused(failure.to_string()))
+            let refused = |failure: DeviceFailure| TransferFailure::Refused(failure.to_string());
+            if let Some(version) = shared.and_then(|shared| shared.version(parameters)) {
+                match device.load_shared(version).await {
+                    Ok(true) => return Report::Pulled { parameters, result: Ok(()) },
+                    Ok(false) => {} // Overwritten meanwhile; the coordinator will say what is there now.
+                    Err(failure) => return Report::Pulled { parameters, result: Err(refused(failure)) },
                 }
+            }
+            let memory = std::mem::take(&mut *lock(&spare));
+            let result = match client.pull(&run, parameters, elements, memory).await {
+                Ok(vector) => device.load(vector).await.map(|memory| *lock(&spare) = memory).map_err(refused),
                 Err(failure) => Err(failure),
             };
             Report::Pulled { parameters, result }
@@ -262,28 +278,29 @@ impl Service {
         let (work, lease_span) = (held.work.clone(), held.span());
         let gradient = held.outcome.as_ref().and_then(|outcome| outcome.gradient.clone());
         let gradient = gradient.expect("the session has a gradient pushed only after it was computed");
-        let bytes = gradient.bytes.len();
+        let bytes = 4 * gradient.len();
         let span = info_span!(
             target: "lockstep", parent: &lease_span, "upload", step = work.lease.step, slot = work.first_slot(), bytes
         );
         let (mut client, run) = (self.membership.client.clone(), self.membership.run.clone());
-        let worker_id = self.membership.worker_id;
+        let (worker_id, shared) = (self.membership.worker_id, self.membership.shared.clone());
         let task = async move {
             let began = Instant::now();
-            let pushed = client.push(&run, worker_id, lease, &gradient, &work.traceparent).await;
-            Report::Pushed { lease, result: pushed.map(|()| began.elapsed()) }
+            let pushed = client.push(&run, worker_id, lease, &gradient, shared.as_deref(), &work.traceparent).await;
+            Report::Pushed { lease, result: pushed.map(|digest| (began.elapsed(), digest)) }
         };
         let upload = self.tasks.spawn(task.instrument(span));
         self.held(lease).upload = Some(upload);
     }
 
     fn send_result(&mut self, lease: u64) -> Option<Departure> {
-        let Held { work, span, outcome, upload_time, .. } =
+        let Held { work, span, outcome, vector_blake3, upload_time, .. } =
             self.leases.remove(&lease).expect("the session reports a lease before it forgets it");
         let outcome = outcome.expect("the session reports a lease done only after it was computed");
         drop(span); // the lease's own span is over, and travels with its result
         let spans = (self.membership.spans)();
-        let result = translate::block_result(&self.membership.run, &work.lease, &outcome, upload_time, spans);
+        let result =
+            translate::block_result(&self.membership.run, &work.lease, &outcome, vector_blake3, upload_time, spans);
         self.send(v1::worker_message::Kind::Result(result))
     }
 
@@ -302,7 +319,7 @@ impl Service {
 impl Held {
     fn new(work: Work) -> Self {
         let (stop, upload_time) = (Stop::default(), Duration::ZERO);
-        Self { work: Arc::new(work), span: None, stop, outcome: None, upload: None, upload_time }
+        Self { work: Arc::new(work), span: None, stop, outcome: None, vector_blake3: None, upload: None, upload_time }
     }
 
     /// The lease's span, which begins with the first work on it.
@@ -312,6 +329,10 @@ impl Held {
         let begin = || info_span!(target: "lockstep", parent: None, "lease", step, slot, traceparent);
         self.span.get_or_insert_with(begin).clone()
     }
+}
+
+fn lock(spare: &Mutex<Vec<f32>>) -> MutexGuard<'_, Vec<f32>> {
+    spare.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Now, by this machine's clock.

@@ -14,6 +14,7 @@ use crate::client::{CallError, Client, Identity, endpoint};
 use crate::device::{DeviceFailure, DeviceThread};
 use crate::membership::Membership;
 use crate::session::Departure;
+use crate::shared::Shared;
 
 /// Gives the spans of work that have finished since it was last called, each once.
 pub type SpanSource = Arc<dyn Fn() -> Vec<SpanTiming> + Send + Sync>;
@@ -30,6 +31,8 @@ pub struct WorkerConfig {
     pub name: String,
     /// What to compute on.
     pub device: ComputeDevice,
+    /// Whether vectors may pass through memory that a coordinator on the same machine offers; else they take the network.
+    pub shared_memory: bool,
     /// Finished spans, which travel with the next result.
     pub spans: SpanSource,
     /// Who wants to know of each membership.
@@ -38,9 +41,10 @@ pub struct WorkerConfig {
 
 impl fmt::Debug for WorkerConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { address, name, device, spans: _, joined: _ } = self;
+        let Self { address, name, device, shared_memory, spans: _, joined: _ } = self;
         let mut text = f.debug_struct("WorkerConfig");
-        text.field("address", address).field("name", name).field("device", device).finish_non_exhaustive()
+        text.field("address", address).field("name", name).field("device", device);
+        text.field("shared_memory", shared_memory).finish_non_exhaustive()
     }
 }
 
@@ -109,6 +113,7 @@ struct Worker {
     endpoint: Endpoint,
     identity: Identity,
     device: DeviceThread,
+    shared_memory: bool,
     spans: SpanSource,
     joined: JoinedHook,
     backoff: Backoff,
@@ -126,7 +131,7 @@ enum Setback {
 
 impl Worker {
     fn new(config: WorkerConfig) -> Result<Self, WorkerError> {
-        let WorkerConfig { address, name, device, spans, joined } = config;
+        let WorkerConfig { address, name, device, shared_memory, spans, joined } = config;
         let endpoint = match endpoint(&address) {
             Ok(endpoint) => endpoint,
             Err(reason) => return Err(WorkerError::Address { address, reason }),
@@ -134,7 +139,7 @@ impl Worker {
         let identity = Identity { name, device: device.description.clone() };
         let device = DeviceThread::start(device)?;
         let seed = RandomState::new().hash_one((std::process::id(), &identity.name));
-        Ok(Self { address, endpoint, identity, device, spans, joined, backoff: Backoff::new(seed) })
+        Ok(Self { address, endpoint, identity, device, shared_memory, spans, joined, backoff: Backoff::new(seed) })
     }
 
     /// Joins, and joins again.
@@ -169,9 +174,15 @@ impl Worker {
         };
         let probe = self.device.probe(invitation.model, invitation.probe).await.map_err(no_use)?;
         let kept = self.device.enter(run.id.clone()).await.map_err(no_use)?;
-        let worker_id = client.admit(&run, &self.identity, probe).await.map_err(|error| self.setback(error))?;
+        let admitted = client.admit(&run, &self.identity, probe).await.map_err(|error| self.setback(error))?;
+        let (worker_id, offer) = admitted;
+        let shared = offer
+            .filter(|_| self.shared_memory)
+            .and_then(|offer| Shared::open(&offer, invitation.elements))
+            .map(Arc::new);
         let control = client.control(&run, worker_id).await.map_err(|error| self.setback(error))?;
-        info!("worker {worker_id} of run {} (start {}) at {}", run.id, run.incarnation, self.address);
+        let way = if shared.is_some() { "vectors by shared memory" } else { "vectors by network" };
+        info!("worker {worker_id} of run {} (start {}) at {}, {way}", run.id, run.incarnation, self.address);
         let membership = Membership {
             client,
             control,
@@ -180,6 +191,7 @@ impl Worker {
             run,
             worker_id,
             elements: invitation.elements,
+            shared,
             timing: invitation.timing,
             spans: self.spans.clone(),
         };

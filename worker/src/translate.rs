@@ -98,11 +98,12 @@ pub(crate) fn instruction(message: v1::CoordinatorMessage) -> Option<Instruction
     })
 }
 
-/// Writes the report of a finished lease.
+/// Writes the report of a finished lease, whose gradient, if it is one, was received with that digest.
 pub(crate) fn block_result(
     run: &Run,
     lease: &Lease,
     outcome: &Outcome,
+    vector_blake3: Option<[u8; 32]>,
     upload_time: Duration,
     spans: Vec<v1::SpanTiming>,
 ) -> v1::BlockResult {
@@ -119,7 +120,7 @@ pub(crate) fn block_result(
         block: Some(wire_block(lease.block)),
         loss_sum: outcome.sums.loss,
         weight_sum: outcome.sums.weight,
-        vector_sha256: outcome.gradient.as_ref().map_or_else(Vec::new, |gradient| gradient.sha256.to_vec()),
+        vector_blake3: vector_blake3.map_or_else(Vec::new, Vec::from),
         slot_loss_sums: slot_sums.iter().map(|sums| sums.loss).collect(),
         slot_weight_sums: slot_sums.iter().map(|sums| sums.weight).collect(),
         spans,
@@ -283,18 +284,19 @@ pub(crate) fn work(lease: v1::Lease) -> Result<Work, WireError> {
     let block = Block { level, index };
     let slots: Vec<Slot> = lease.slots.into_iter().map(slot).collect::<Result<_, _>>().map_err(in_lease)?;
     slots_of_block(block, &slots).map_err(in_lease)?;
-    let parameters = Parameters { version: lease.version, sha256: sha256(&lease.parameters_sha256).map_err(in_lease)? };
+    let parameters =
+        Parameters { version: lease.version, digest: parameters_digest(&lease.parameters_blake3).map_err(in_lease)? };
     let lease_name = Lease { id, step: lease.step, parameters, block, seed: lease.seed, task };
     Ok(Work { lease: lease_name, slots, traceparent: lease.traceparent })
 }
 
 /// The digest of the parameters to compute with, if one is given.
-fn sha256(bytes: &[u8]) -> Result<Option<[u8; 32]>, WireError> {
+fn parameters_digest(bytes: &[u8]) -> Result<Option<[u8; 32]>, WireError> {
     match bytes {
         [] => Ok(None),
         bytes => match bytes.try_into() {
             Ok(digest) => Ok(Some(digest)),
-            Err(_) => Err(WireError(format!("parameters_sha256 has {} bytes, not 32", bytes.len()))),
+            Err(_) => Err(WireError(format!("parameters_blake3 has {} bytes, not 32", bytes.len()))),
         },
     }
 }

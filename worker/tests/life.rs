@@ -8,8 +8,8 @@ use lockstep_model::batch::Sums;
 use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
 use lockstep_model::config::{LineConfig, ModelConfig};
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
-use lockstep_model::digest::vector_sha256;
 use lockstep_model::ledger::{block_sha256, slot_sha256};
+use lockstep_model::pieces::vector_blake3;
 use lockstep_model::probe;
 use lockstep_model::tree::add_vectors;
 use lockstep_proto::v1;
@@ -37,7 +37,8 @@ fn slot_gradient(computer: &Computer, slot: u32) -> SlotGradient {
 }
 
 fn config(address: &str, spans: SpanSource) -> WorkerConfig {
-    WorkerConfig { address: address.into(), name: "test".into(), device: cpu(), spans, joined: Arc::new(|| {}) }
+    let (name, joined) = ("test".into(), Arc::new(|| {}));
+    WorkerConfig { address: address.into(), name, device: cpu(), shared_memory: true, spans, joined }
 }
 
 fn worker(address: &str, spans: SpanSource) -> JoinHandle<Result<Ended, WorkerError>> {
@@ -88,8 +89,8 @@ async fn a_worker_joins_computes_and_is_released() {
 
     results.sort_by_key(|result| result.lease_id);
     let [of_gradient, of_evaluation] = results.try_into().unwrap();
-    assert_eq!(of_gradient.vector_sha256, vector_sha256(&gradient));
-    assert_eq!(header.vector_sha256, of_gradient.vector_sha256);
+    assert_eq!(of_gradient.vector_blake3, vector_blake3(&gradient));
+    assert_eq!(header.vector_blake3, of_gradient.vector_blake3);
     assert_eq!(Sums { loss: of_gradient.loss_sum, weight: of_gradient.weight_sum }, gradient_sums);
     assert_eq!((of_gradient.step, of_gradient.version), (8, 7));
     assert_eq!(of_gradient.block, Some(v1::Block { level: 2, index: 0 }));
@@ -99,7 +100,7 @@ async fn a_worker_joins_computes_and_is_released() {
     assert_eq!(of_evaluation.slot_loss_sums, evaluation.map(|sums| sums.loss));
     assert_eq!(of_evaluation.slot_weight_sums, evaluation.map(|sums| sums.weight));
     assert_eq!(of_evaluation.loss_sum, evaluation[0].loss + evaluation[1].loss);
-    assert!(of_evaluation.vector_sha256.is_empty());
+    assert!(of_evaluation.vector_blake3.is_empty());
     assert_eq!(of_evaluation.batch_sha256, block_sha256([0, 1].map(|slot| slot_sha256(slot, &batch(slot)))));
 
     to_worker.release("the run is complete").await;
@@ -168,7 +169,7 @@ async fn parameters_of_another_digest_are_pulled_again() {
     assert_eq!(result.loss_sum, computer(&PARAMETERS).loss(&batch(0)).unwrap().loss);
 
     // Version 7 by another digest is another version: this coordinator does not have it.
-    to_worker.lease(v1::Lease { parameters_sha256: vec![1; 32], ..lease(2, false, &[0]) }).await;
+    to_worker.lease(v1::Lease { parameters_blake3: vec![1; 32], ..lease(2, false, &[0]) }).await;
     for _ in 0..3 {
         assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
     }
@@ -193,12 +194,12 @@ async fn a_gradient_whose_upload_was_cut_off_is_offered_and_pushed_without_compu
     let Seen::Push { header, vector, .. } = coordinator.sees().await else {
         panic!("nothing is pulled to be computed")
     };
-    assert_eq!((header.lease_id, &header.vector_sha256), (5, &lost.vector_sha256));
+    assert_eq!((header.lease_id, &header.vector_blake3), (5, &lost.vector_blake3));
     let computer = computer(&PARAMETERS);
     let [left, right] = [0, 1].map(|slot| slot_gradient(&computer, slot));
     assert_eq!(vector, add_vectors(left.gradient, &right.gradient));
     let Seen::Result(result) = coordinator.sees().await else { panic!("a result follows the push") };
-    assert_eq!((result.lease_id, result.vector_sha256), (5, lost.vector_sha256));
+    assert_eq!((result.lease_id, result.vector_blake3), (5, lost.vector_blake3));
     assert_eq!(Sums { loss: result.loss_sum, weight: result.weight_sum }, left.sums + right.sums);
     assert_eq!(result.batch_sha256, block_sha256([0, 1].map(|slot| slot_sha256(slot, &batch(slot)))));
 

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
 use lockstep_worker::{Ended, JoinedHook, WorkerConfig};
 
-use super::{DISMISSED, Said, block_on, threads_each};
+use super::{DISMISSED, Said, threads_each};
 use crate::cli::Worker;
 use crate::stop::Requests;
 use crate::{lifeline, telemetry};
@@ -33,10 +33,13 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
         address: args.join,
         name,
         device,
+        shared_memory: !args.no_shared_memory,
         spans: Arc::new(move || recorder.take()),
         joined: if args.announce { announcing() } else { Arc::new(|| {}) },
     };
-    let ended = block_on(async {
+    // What a worker says and hears is little: one thread for it leaves the others to the device.
+    let talk = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let ended = talk.block_on(async {
         let orphaned = args.end_with_stdin.then(lifeline::end).transpose()?;
         let requests = Requests::by_signal()?;
         let shutdown = async move {
@@ -48,7 +51,7 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
                 None => drop(requests.first(AT_ONCE).await),
             }
         };
-        Ok(lockstep_worker::run(config, shutdown).await?)
+        anyhow::Ok(lockstep_worker::run(config, shutdown).await?)
     })?;
     match ended {
         Ended::Released(reason) => tracing::info!("released: {reason}"),

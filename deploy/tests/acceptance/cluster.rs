@@ -174,8 +174,13 @@ pub(crate) fn coordinator(recipe: &str, run: &Path, more: &[&str], overrides: &[
 
 /// A worker of one thread on the CPU.
 pub(crate) fn worker(address: &str, name: &str) -> Running {
+    worker_with(address, name, &[])
+}
+
+/// The same, with more arguments.
+pub(crate) fn worker_with(address: &str, name: &str, more: &[&str]) -> Running {
     let arguments = ["worker", "--join", address, "--device", "cpu", "--threads", "1", "--name", name];
-    Running::start(lockstep(&arguments, &[]))
+    Running::start(lockstep(&[&arguments, more].concat(), &[]))
 }
 
 /// Processes started by any thread of `id`.

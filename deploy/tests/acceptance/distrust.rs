@@ -39,7 +39,7 @@ fn line_with_a_broken_worker(python: &Path, dir: &Path, resume: &[&str], audit: 
 #[test]
 fn a_worker_that_computes_wrong_is_outvoted_before_its_results_count() {
     let test = "a_worker_that_computes_wrong_is_outvoted_before_its_results_count";
-    let Some(python) = python(test, &["grpc", "grpc_tools"]) else { return };
+    let Some(python) = python(test, &["grpc", "grpc_tools", "blake3"]) else { return };
     let dir = tempfile::tempdir().unwrap();
     let said = line_with_a_broken_worker(&python, dir.path(), &[], "cluster.audit=1");
     assert!(!said.contains("goes back"), "{said}");
@@ -48,7 +48,7 @@ fn a_worker_that_computes_wrong_is_outvoted_before_its_results_count() {
 #[test]
 fn what_a_broken_worker_did_before_it_was_found_out_is_done_again() {
     let test = "what_a_broken_worker_did_before_it_was_found_out_is_done_again";
-    let Some(python) = python(test, &["grpc", "grpc_tools"]) else { return };
+    let Some(python) = python(test, &["grpc", "grpc_tools", "blake3"]) else { return };
     let dir = tempfile::tempdir().unwrap();
     let said = line_with_a_broken_worker(&python, dir.path(), &[], "cluster.audit=0.2");
     assert!(said.contains("the run goes back to step 0"), "{said}");
@@ -57,7 +57,7 @@ fn what_a_broken_worker_did_before_it_was_found_out_is_done_again() {
 #[test]
 fn what_was_done_before_the_broken_worker_came_stands() {
     let test = "what_was_done_before_the_broken_worker_came_stands";
-    let Some(python) = python(test, &["grpc", "grpc_tools"]) else { return };
+    let Some(python) = python(test, &["grpc", "grpc_tools", "blake3"]) else { return };
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("distrustful");
     let before = ["train", "line", "--device", "cpu", "--run", path(&run)];
@@ -69,7 +69,7 @@ fn what_was_done_before_the_broken_worker_came_stands() {
 #[test]
 fn a_dispute_that_nobody_can_decide_ends_the_run_with_a_report() {
     let test = "a_dispute_that_nobody_can_decide_ends_the_run_with_a_report";
-    let Some(python) = python(test, &["grpc", "grpc_tools"]) else { return };
+    let Some(python) = python(test, &["grpc", "grpc_tools", "blake3"]) else { return };
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("run");
     let overrides = [LINE, &["cluster.min_workers=2", "cluster.audit=1", "cluster.on_dispute=halt"]].concat();

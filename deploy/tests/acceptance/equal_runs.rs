@@ -4,7 +4,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::cluster::{SMALL, coordinator, fingerprint, lockstep, logged_steps, metrics, path, succeed, worker};
+use crate::cluster::{
+    SMALL, coordinator, fingerprint, lockstep, logged_steps, metrics, path, succeed, worker, worker_with,
+};
 
 fn train(run: &Path, more: &[&str], overrides: &[&str]) {
     let mut arguments = vec!["train", "quickstart", "--device", "cpu", "--run", path(run)];
@@ -85,6 +87,22 @@ fn a_run_stopped_and_resumed_gives_the_same_bits() {
     succeed(lockstep(&own, &["checkpoint.stop_after=0"]));
     assert_eq!(fingerprint(&run), quiet);
     assert_eq!(logged_steps(&run), (1..=24).collect::<Vec<u64>>(), "each step is logged once");
+}
+
+#[test]
+fn vectors_by_memory_and_by_network_give_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let quiet = quiet(dir.path());
+    let run = dir.path().join("both");
+    let (mut coordinator, address) =
+        coordinator("quickstart", &run, &[], &[SMALL, &["cluster.min_workers=2"]].concat());
+    let mut by_network = worker_with(&address, "far", &["--no-shared-memory"]);
+    let mut near = worker(&address, "near");
+    by_network.wait_for("vectors by network");
+    near.wait_for(if cfg!(target_os = "linux") { "vectors by shared memory" } else { "vectors by network" });
+    assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
+    assert_eq!([near.wait(), by_network.wait()], [Some(0); 2], "{}{}", near.said, by_network.said);
+    assert_eq!(fingerprint(&run), quiet);
 }
 
 #[test]

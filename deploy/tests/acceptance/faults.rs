@@ -9,7 +9,7 @@ use lockstep_model::random::{Draws, Stream};
 use serde_json::Value;
 
 use crate::cluster::{
-    Running, SMALL, coordinator, fingerprint, lockstep, logged_steps, path, send_signal, succeed, text, worker,
+    Running, SMALL, coordinator, fingerprint, lockstep, logged_steps, path, send_signal, succeed, text, worker_with,
 };
 use crate::proxy::Proxy;
 
@@ -256,7 +256,9 @@ impl Cluster {
 
     fn add_worker(&mut self, story: &mut Story) {
         self.started += 1;
-        let worker = worker(&self.proxy.address, &format!("worker-{}", self.started));
+        // Vectors of one in two pass through the proxy, too.
+        let more: &[&str] = if self.started.is_multiple_of(2) { &["--no-shared-memory"] } else { &[] };
+        let worker = worker_with(&self.proxy.address, &format!("worker-{}", self.started), more);
         story.watch(worker.id());
         self.workers.push(worker);
     }

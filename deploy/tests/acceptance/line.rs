@@ -59,7 +59,7 @@ fn known_losses_and_prediction_to_the_bit_of_a_plain_loop() {
 #[test]
 fn a_python_worker_computes_the_line_beside_ours() {
     let test = "a_python_worker_computes_the_line_beside_ours";
-    let Some(python) = python(test, &["grpc", "grpc_tools"]) else { return };
+    let Some(python) = python(test, &["grpc", "grpc_tools", "blake3"]) else { return };
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("mixed");
     let (mut coordinator, address) = coordinator("line", &run, &[], &["cluster.min_workers=2"]);

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from blake3 import blake3
 from grpc_tools import protoc
 
 PROTO = Path(__file__).resolve().parents[3] / "proto" / "lockstep.proto"
@@ -272,8 +273,8 @@ class Membership:
 
     def result_of(self, lease: Any) -> Any:
         """Everything that is to be done for one lease."""
-        if self.version != (lease.version, lease.parameters_sha256):
-            self.pull(lease.version, lease.parameters_sha256)
+        if self.version != (lease.version, lease.parameters_blake3):
+            self.pull(lease.version, lease.parameters_blake3)
         result = pb.BlockResult(
             run_id=self.invitation.run_id,
             incarnation=self.invitation.incarnation,
@@ -293,7 +294,7 @@ class Membership:
             if self.wrong_from is not None and lease.step >= self.wrong_from:
                 gradient = [-element for element in gradient]
             start = time.time_ns()
-            result.vector_sha256 = self.push(lease, to_bytes(gradient))
+            result.vector_blake3 = self.push(lease, to_bytes(gradient))
             result.upload_nanos = time.time_ns() - start
             result.spans.append(span("upload", lease, start, result.upload_nanos))
         else:
@@ -301,7 +302,7 @@ class Membership:
             result.slot_weight_sums.extend(slot.weight for slot in slots)
         return result
 
-    def pull(self, version: int, sha256: bytes) -> None:
+    def pull(self, version: int, digest: bytes) -> None:
         """Takes over the parameters of a version, asking again where they were damaged on the way or are other ones."""
         request = pb.PullRequest(
             run_id=self.invitation.run_id, incarnation=self.invitation.incarnation, version=version
@@ -315,21 +316,21 @@ class Membership:
                 raise
             if vector is None or len(vector) != 4 * self.invitation.layout.total_elements:
                 continue
-            if sha256 in (b"", hashlib.sha256(vector).digest()):
-                self.version, self.parameters = (version, sha256), from_bytes(vector)
+            if digest in (b"", blake3(vector).digest()):
+                self.version, self.parameters = (version, digest), from_bytes(vector)
                 return
         raise ConnectionError(f"version {version} of the parameters came damaged {TRANSFER_ATTEMPTS} times")
 
     def push(self, lease: Any, vector: bytes) -> bytes:
-        """Sends a gradient, again where it was damaged on the way, and returns its SHA-256."""
-        sha256 = hashlib.sha256(vector).digest()
+        """Sends a gradient, again where it was damaged on the way, and returns its BLAKE3."""
+        digest = blake3(vector).digest()
         header = pb.PushHeader(
             run_id=self.invitation.run_id,
             incarnation=self.invitation.incarnation,
             worker_id=self.worker_id,
             lease_id=lease.lease_id,
             total_bytes=len(vector),
-            vector_sha256=sha256,
+            vector_blake3=digest,
         )
         metadata = [("traceparent", lease.traceparent)] if lease.traceparent else []
         for attempt in itertools.count(1):
@@ -339,7 +340,7 @@ class Membership:
             except grpc.RpcError as error:
                 if error.code() != grpc.StatusCode.DATA_LOSS or attempt == TRANSFER_ATTEMPTS:
                     raise
-        return sha256
+        return digest
 
 
 def join_chunks(chunks: Iterable[Any]) -> bytes | None:

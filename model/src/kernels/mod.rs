@@ -9,11 +9,26 @@ mod positions;
 #[cfg(all(test, feature = "cpu"))]
 mod tests;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 
 pub use self::positions::Positions;
 use crate::config::Gelu;
 use crate::dropout::{Dropout, Site};
+
+/// Elements of a tensor, which `fill` writes, in memory that is used again where there is such.
+///
+/// # Errors
+/// Those of `fill`.
+pub(crate) fn filled<E>(shape: &[usize], fill: impl FnOnce(&mut [f32]) -> Result<(), E>) -> Result<TensorData, E> {
+    #[cfg(feature = "cpu")]
+    return cpu::filled(shape, fill);
+    #[cfg(not(feature = "cpu"))]
+    {
+        let mut values = vec![0f32; shape.iter().product()];
+        fill(&mut values)?;
+        Ok(TensorData::new(values, shape.to_vec()))
+    }
+}
 
 /// `x`, multiplied by the factors of `dropout` at `site` where it is active, plus `onto` where there is one.
 pub fn dropout<const D: usize>(x: Tensor<D>, onto: Option<Tensor<D>>, dropout: Dropout, site: Site) -> Tensor<D> {

@@ -1,4 +1,4 @@
-//! Parameters follow gradients: one pass over flat vectors, in a fixed order within each tensor.
+//! Parameters follow gradients: one pass over flat vectors, piece by piece, and Muon's matrices before.
 //!
 //! Everything here rounds the same on every machine: plain `f32` and `f64` arithmetic in a fixed order, `sqrt` (exact by
 //! IEEE 754) and `libm`. Only so can a run be the same whatever coordinates it.
@@ -7,16 +7,14 @@ mod adamw;
 mod matrix;
 mod muon;
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{MuonConfig, OptimizerConfig, UpdateRule};
 use crate::layout::{Layout, TensorSpec};
-
-/// Elements of one partial sum of the squared norm.
-const NORM_BLOCK: usize = 4096;
-/// Interleaved partial sums within a block.
-const NORM_LANES: usize = 8;
+use crate::pieces::{PIECE_ELEMENTS, l2_norm};
 
 /// What an optimizer remembers between steps. Vectors are flat in layout order, and empty for rules that need none.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -71,9 +69,8 @@ struct Rates {
     step: u64,
 }
 
-/// One tensor of a step, with its share of every vector. Moments are empty where the rule has none.
+/// A share of every vector of a step. Moments are empty where the rule has none.
 struct Part<'a> {
-    tensor: &'a TensorSpec,
     parameters: &'a mut [f32],
     gradient: &'a [f32],
     first_moment: &'a mut [f32],
@@ -81,10 +78,22 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// What weight decay leaves of a parameter.
-    fn keep(&self, lr: f64, weight_decay: f64) -> f32 {
-        if self.tensor.decay { (1.0 - lr * weight_decay) as f32 } else { 1.0 }
+    /// What of `tensor` is in this part, which begins at element `start`.
+    fn part(&mut self, start: usize, tensor: &TensorSpec) -> Part<'_> {
+        let within = |at: usize| at.clamp(start, start + self.gradient.len()) - start;
+        let range = within(tensor.range().start)..within(tensor.range().end);
+        Part {
+            gradient: &self.gradient[range.clone()],
+            parameters: &mut self.parameters[range.clone()],
+            first_moment: self.first_moment.get_mut(range.clone()).unwrap_or_default(),
+            second_moment: self.second_moment.get_mut(range).unwrap_or_default(),
+        }
     }
+}
+
+/// What weight decay leaves of a parameter of `tensor`.
+fn keep(tensor: &TensorSpec, lr: f64, weight_decay: f64) -> f32 {
+    if tensor.decay { (1.0 - lr * weight_decay) as f32 } else { 1.0 }
 }
 
 /// One optimizer step, in place; see [`step_if`].
@@ -95,58 +104,85 @@ pub fn step(
     state: &mut OptimizerState,
     update: Update<'_>,
 ) -> StepReport {
-    step_if(config, layout, parameters, state, update, |_| true)
+    step_if(config, layout, parameters, state, update, |_| true, |_, _| ()).0
 }
 
 /// One optimizer step, in place, if `accepts` says so of the norm of the mean gradient; else nothing changes. The mean over
-/// the global batch is taken here, once, and its norm clipped. Tensors are independent of one another and are taken in
-/// parallel.
-pub fn step_if(
+/// the global batch is taken here, once, and its norm clipped. Pieces of the parameters are independent of one another and are
+/// taken in parallel; each is shown to `finished` with its place once it is as it will be, changed or not, and what that gives
+/// comes back in order.
+pub fn step_if<T: Send>(
     config: &OptimizerConfig,
     layout: &Layout,
     parameters: &mut [f32],
     state: &mut OptimizerState,
     update: Update<'_>,
     accepts: impl FnOnce(f64) -> bool,
-) -> StepReport {
+    finished: impl Fn(usize, &[f32]) -> T + Sync,
+) -> (StepReport, Vec<T>) {
     let Update { gradient_sum, weight_sum, lr, step } = update;
     let grad_norm = l2_norm(gradient_sum) / weight_sum;
     if !accepts(grad_norm) {
-        return StepReport { grad_norm, applied: false };
+        let pieces = parameters.par_chunks(PIECE_ELEMENTS).enumerate();
+        let shown = pieces.map(|(index, piece)| finished(index * PIECE_ELEMENTS, piece)).collect();
+        return (StepReport { grad_norm, applied: false }, shown);
     }
     let clip = match config.grad_clip {
         Some(limit) if grad_norm > limit => limit / (grad_norm + 1e-6),
         _ => 1.0,
     };
     let rates = Rates { scale: (clip / weight_sum) as f32, lr, step };
-    let parts = parts(layout, parameters, gradient_sum, state);
-    parts.into_par_iter().filter(|part| part.tensor.trainable).for_each(|part| match &config.rule {
-        UpdateRule::Sgd => sgd(part, rates),
-        UpdateRule::Muon(muon) if part.tensor.is_hidden_matrix() => muon::step(muon, part, rates),
-        UpdateRule::Adamw(adamw) | UpdateRule::Muon(MuonConfig { adamw, .. }) => adamw::step(adamw, part, rates),
+    let is_whole = |tensor: &TensorSpec| matches!(config.rule, UpdateRule::Muon(_)) && tensor.is_hidden_matrix();
+    if let UpdateRule::Muon(muon) = &config.rule {
+        let tensors = cut(layout.tensors.iter().map(TensorSpec::elements), parameters, gradient_sum, state);
+        let matrices =
+            tensors.into_par_iter().zip(&layout.tensors).filter(|(_, tensor)| tensor.trainable && is_whole(tensor));
+        matrices.for_each(|(part, tensor)| muon::step(muon, tensor, part, rates));
+    }
+    let pieces = vec![PIECE_ELEMENTS; gradient_sum.len().div_ceil(PIECE_ELEMENTS)];
+    let pieces = cut(pieces.into_iter(), parameters, gradient_sum, state);
+    let shown = pieces.into_par_iter().enumerate().map(|(index, mut piece)| {
+        let start = index * PIECE_ELEMENTS;
+        for tensor in tensors_within(layout, start..start + piece.parameters.len()) {
+            if tensor.trainable && !is_whole(tensor) {
+                let part = piece.part(start, tensor);
+                match &config.rule {
+                    UpdateRule::Sgd => sgd(part, rates),
+                    UpdateRule::Adamw(adamw) | UpdateRule::Muon(MuonConfig { adamw, .. }) => {
+                        adamw::step(adamw, tensor, part, rates);
+                    }
+                }
+            }
+        }
+        finished(start, piece.parameters)
     });
-    StepReport { grad_norm, applied: true }
+    (StepReport { grad_norm, applied: true }, shown.collect())
 }
 
-/// Cuts all vectors of a step into tensors.
-fn parts<'a>(
-    layout: &'a Layout,
+/// The tensors that have elements in `range`.
+fn tensors_within(layout: &Layout, range: Range<usize>) -> impl Iterator<Item = &TensorSpec> {
+    let first = layout.tensors.partition_point(|tensor| tensor.range().end <= range.start);
+    layout.tensors[first..].iter().take_while(move |tensor| tensor.range().start < range.end)
+}
+
+/// Cuts all vectors of a step into parts of these lengths.
+fn cut<'a>(
+    lengths: impl Iterator<Item = usize>,
     mut parameters: &'a mut [f32],
-    gradient: &'a [f32],
+    mut gradient: &'a [f32],
     state: &'a mut OptimizerState,
 ) -> Vec<Part<'a>> {
     let (mut first, mut second) = (&mut state.first_moment[..], &mut state.second_moment[..]);
-    let cut = |tensor: &'a TensorSpec| Part {
-        tensor,
-        parameters: take(&mut parameters, tensor.elements()),
-        gradient: &gradient[tensor.range()],
-        first_moment: take(&mut first, tensor.elements()),
-        second_moment: take(&mut second, tensor.elements()),
+    let part = |length: usize| Part {
+        parameters: take(&mut parameters, length),
+        gradient: gradient.split_off(..length.min(gradient.len())).unwrap_or_default(),
+        first_moment: take(&mut first, length),
+        second_moment: take(&mut second, length),
     };
-    layout.tensors.iter().map(cut).collect()
+    lengths.map(part).collect()
 }
 
-/// The next `count` elements; none of an empty vector.
+/// The next `count` elements, or as many as there are.
 fn take<'a>(rest: &mut &'a mut [f32], count: usize) -> &'a mut [f32] {
     rest.split_off_mut(..count.min(rest.len())).unwrap_or_default()
 }
@@ -157,24 +193,6 @@ fn sgd(part: Part<'_>, Rates { scale, lr, .. }: Rates) {
     for (p, g) in part.parameters.iter_mut().zip(part.gradient) {
         *p -= lr * (g * scale);
     }
-}
-
-/// The L2 norm, summed in `f64` in one fixed order: eight interleaved lanes in blocks of 4,096, blocks in order.
-pub fn l2_norm(vector: &[f32]) -> f64 {
-    let block_sum = |block: &[f32]| {
-        let mut lanes = [0f64; NORM_LANES];
-        let mut groups = block.chunks_exact(NORM_LANES);
-        for group in groups.by_ref() {
-            for (lane, &value) in lanes.iter_mut().zip(group) {
-                *lane += f64::from(value) * f64::from(value);
-            }
-        }
-        for (lane, &value) in lanes.iter_mut().zip(groups.remainder()) {
-            *lane += f64::from(value) * f64::from(value);
-        }
-        lanes.iter().sum::<f64>()
-    };
-    vector.chunks(NORM_BLOCK).map(block_sum).sum::<f64>().sqrt()
 }
 
 #[cfg(test)]

@@ -5,8 +5,10 @@
 //! rules share one learning rate and one weight decay.
 
 use super::matrix::{product, transposed};
-use super::{Part, Rates, l2_norm};
+use super::{Part, Rates, keep};
 use crate::config::MuonConfig;
+use crate::layout::TensorSpec;
+use crate::pieces::l2_norm;
 
 /// Of the odd polynomial `a x + b x³ + c x⁵` that the iteration applies to all singular values at once.
 const COEFFICIENTS: [f32; 3] = [3.4445, -4.775, 2.0315];
@@ -18,10 +20,10 @@ const UPDATE_RMS: f64 = 0.2;
 
 /// Decays the matrix by `1 - lr · weight_decay`, updates the momentum, and subtracts
 /// `0.2 · √max(rows, columns) · lr` times what [`orthogonal`] makes of Nesterov's momentum.
-pub(super) fn step(config: &MuonConfig, part: Part<'_>, rates: Rates) {
-    let [rows, columns] = part.tensor.shape[..] else { unreachable!("{} is no matrix", part.tensor.name) };
+pub(super) fn step(config: &MuonConfig, tensor: &TensorSpec, part: Part<'_>, rates: Rates) {
+    let [rows, columns] = tensor.shape[..] else { unreachable!("{} is no matrix", tensor.name) };
     let Rates { scale, lr, .. } = rates;
-    let keep = part.keep(lr, config.adamw.weight_decay);
+    let keep = keep(tensor, lr, config.adamw.weight_decay);
     let (momentum, rest) = (config.momentum as f32, (1.0 - config.momentum) as f32);
     let mut direction = Vec::with_capacity(rows * columns);
     for (m, g) in part.first_moment.iter_mut().zip(part.gradient) {

@@ -21,7 +21,7 @@ fn batch(slot: u32) -> Batch {
 
 fn work(task: Task, block: Block, step_slots: u32) -> Arc<Work> {
     let slots = block.slots(step_slots).map(|number| Slot { number, batch: batch(number) }).collect();
-    let parameters = Parameters { version: 0, sha256: Some([7; 32]) };
+    let parameters = Parameters { version: 0, digest: Some([7; 32]) };
     let lease = Lease { id: 1, step: 1, parameters, block, seed: 1, task };
     Arc::new(Work { lease, slots, traceparent: String::new() })
 }
@@ -59,9 +59,8 @@ async fn a_block_is_summed_in_tree_order() {
         let outcome =
             device.compute(work(Task::Gradient, block, step_slots), Stop::default(), Span::none()).await.unwrap();
         let expected = recursive(&computer, block, step_slots);
-        let bytes = chunk::to_bytes(&expected.gradient);
         assert_eq!(outcome.sums, expected.sums, "block {block} of {step_slots}");
-        assert_eq!(outcome.gradient, Some(Gradient { sha256: bytes_sha256(&bytes), bytes }));
+        assert_eq!(outcome.gradient, Some(Gradient::from(expected.gradient)));
         assert_eq!(outcome.slot_sums.len(), block.slots(step_slots).len());
         assert_eq!(outcome.batch_sha256, block_sha256(block.slots(step_slots).map(|s| slot_sha256(s, &batch(s)))));
     }

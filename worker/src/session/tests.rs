@@ -12,7 +12,7 @@ const TIMING: Timing = Timing { heartbeat_interval: Duration::from_secs(1), live
 
 /// Version `version`, of which there is only one.
 fn parameters(version: u64) -> Parameters {
-    Parameters { version, sha256: Some([version as u8; 32]) }
+    Parameters { version, digest: Some([version as u8; 32]) }
 }
 
 fn gradient(id: u64, version: u64) -> Lease {
@@ -157,7 +157,7 @@ fn a_lease_revoked_while_it_is_sent_makes_room_for_the_next() {
 #[test]
 fn another_version_of_the_same_number_is_pulled() {
     let mut session = Driven::computing();
-    let other = Parameters { version: 0, sha256: Some([99; 32]) };
+    let other = Parameters { version: 0, digest: Some([99; 32]) };
     session.on(Event::Leased(Lease { parameters: other, ..gradient(2, 0) }));
     let commands = session.on(Event::Computed { lease: 1 });
     assert_eq!(commands, [Command::Push { lease: 1 }, Command::Pull { parameters: other, lease: 2 }]);
@@ -197,8 +197,8 @@ fn a_gradient_is_answered_from_memory_once() {
 fn only_the_very_gradient_that_is_kept_is_answered_from_memory() {
     let kept = gradient(7, 1);
     let lease = Lease { id: 1, ..kept };
-    let unnamed = Parameters { version: 1, sha256: None };
-    let other = Parameters { version: 1, sha256: Some([99; 32]) };
+    let unnamed = Parameters { version: 1, digest: None };
+    let other = Parameters { version: 1, digest: Some([99; 32]) };
     let others = [
         Lease { task: Task::Evaluate, ..lease },
         Lease { step: 1, ..lease },

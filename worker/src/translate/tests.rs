@@ -21,7 +21,7 @@ fn wire_lease() -> v1::Lease {
         slots: vec![slot(4), slot(5), slot(6)],
         seed: 11,
         traceparent: "00-aa-bb-01".into(),
-        parameters_sha256: vec![3; 32],
+        parameters_blake3: vec![3; 32],
     }
 }
 
@@ -74,7 +74,7 @@ fn refused<T: std::fmt::Debug>(result: Result<T, WireError>, words: &Expect) {
 fn a_lease_is_read_in_full() {
     let work = work(wire_lease()).unwrap();
     let block = Block { level: 2, index: 1 };
-    let parameters = Parameters { version: 2, sha256: Some([3; 32]) };
+    let parameters = Parameters { version: 2, digest: Some([3; 32]) };
     assert_eq!(work.lease, Lease { id: 5, step: 3, parameters, block, seed: 11, task: Task::Gradient });
     assert_eq!((work.first_slot(), work.slots.len()), (4, 3));
     assert_eq!(work.traceparent, "00-aa-bb-01");
@@ -84,8 +84,8 @@ fn a_lease_is_read_in_full() {
 
 #[test]
 fn parameters_without_a_digest_are_named_by_number() {
-    let lease = work(v1::Lease { parameters_sha256: Vec::new(), ..wire_lease() }).unwrap().lease;
-    assert_eq!((lease.parameters, lease.gradient_name()), (Parameters { version: 2, sha256: None }, None));
+    let lease = work(v1::Lease { parameters_blake3: Vec::new(), ..wire_lease() }).unwrap().lease;
+    assert_eq!((lease.parameters, lease.gradient_name()), (Parameters { version: 2, digest: None }, None));
 }
 
 #[test]
@@ -125,8 +125,8 @@ fn senseless_leases_are_refused_in_words() {
         &expect!["lease 5: its task is missing, or of a kind that this build does not know"],
     );
     refused(
-        work(v1::Lease { parameters_sha256: vec![1; 31], ..wire_lease() }),
-        &expect!["lease 5: parameters_sha256 has 31 bytes, not 32"],
+        work(v1::Lease { parameters_blake3: vec![1; 31], ..wire_lease() }),
+        &expect!["lease 5: parameters_blake3 has 31 bytes, not 32"],
     );
     let with_column = |column| {
         let slot = |slot, column: &v1::Column| v1::Slot { slot, columns: vec![u32_column(), column.clone()] };

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use lockstep_model::batch::{Batch, Column, Values};
-use lockstep_model::digest::vector_sha256;
+use lockstep_model::pieces::vector_blake3;
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::lockstep_server::{Lockstep, LockstepServer};
 use lockstep_proto::{PROTOCOL_VERSION, TRACEPARENT_KEY, WORKER_ID_KEY, v1};
@@ -212,7 +212,7 @@ pub(crate) fn lease(lease_id: u64, gradient: bool, slots: &[u32]) -> v1::Lease {
         slots: slots.iter().map(slot).collect(),
         seed: 1,
         traceparent: "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01".into(),
-        parameters_sha256: vector_sha256(&PARAMETERS).to_vec(),
+        parameters_blake3: vector_blake3(&PARAMETERS).to_vec(),
     }
 }
 
@@ -243,7 +243,7 @@ impl Lockstep for Service {
 
     async fn admit(&self, request: Request<v1::AdmitRequest>) -> Result<Response<v1::AdmitReply>, Status> {
         self.tell(Seen::Admit(request.into_inner()));
-        Ok(Response::new(v1::AdmitReply { verdict: Some(self.script.verdict.clone()) }))
+        Ok(Response::new(v1::AdmitReply { verdict: Some(self.script.verdict.clone()), shared_memory: None }))
     }
 
     async fn control(
@@ -290,8 +290,9 @@ impl Lockstep for Service {
         while let Some(v1::push_message::Kind::Chunk(chunk)) = next().await? {
             vector.push(&chunk).unwrap();
         }
+        let vector_blake3 = header.vector_blake3.clone();
         self.tell(Seen::Push { header, vector: vector.finish().unwrap(), traceparent });
-        Ok(Response::new(v1::PushReply {}))
+        Ok(Response::new(v1::PushReply { vector_blake3 }))
     }
 
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<Self::PullStream>, Status> {

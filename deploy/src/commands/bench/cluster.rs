@@ -27,10 +27,10 @@ use super::{compute, median, peak_rss_bytes};
 use crate::child::Watched;
 use crate::cli::Measurement;
 use crate::commands::block_on;
-use crate::launcher;
+use crate::{launcher, telemetry};
 
-/// Steps before the first that is measured.
-const WARM_UP: u32 = 5;
+/// Steps before the first that is measured: after as many a worker's gradients are in memory that was used before.
+const WARM_UP: u32 = 20;
 /// Windows of the corpus.
 const WINDOWS: usize = 64;
 
@@ -47,12 +47,14 @@ struct Summary {
     /// What the cluster loses of that.
     overhead_ratio: f64,
     step_ms_median: f64,
+    /// A worker's mean of a step, in the median: loss and gradient.
+    compute_ms_median: f64,
+    /// The same: gradients on their way.
+    upload_ms_median: f64,
     /// Medians of the coordinator's own work on a step: gradients added, optimizer, parameters made ready for the wire.
     reduce_ms_median: f64,
     optimizer_ms_median: f64,
     publish_ms_median: f64,
-    /// A worker's mean of a step, in the median: gradients on their way.
-    upload_ms_median: f64,
     /// Of the coordinator, which writes no checkpoint before the end; none where the system does not say.
     peak_rss_bytes: Option<u64>,
     /// The same, with the checkpoint at the end.
@@ -61,6 +63,7 @@ struct Summary {
 
 /// Measures and prints.
 pub(crate) fn run(measurement: &Measurement) -> anyhow::Result<()> {
+    telemetry::init("warn", false);
     let shape = Shape::load(&measurement.shape)?;
     let half = measurement.steps.div_ceil(2);
     let (alone, cluster) = block_on(async {
@@ -197,6 +200,7 @@ fn summarise(measurement: &Measurement, shape: &Shape, alone: &[compute::Measure
         alone_tokens_per_sec,
         overhead_ratio: 1.0 - tokens_per_sec / alone_tokens_per_sec,
         step_ms_median: 1e3 * step_secs,
+        compute_ms_median: ms(|line| line.compute_secs) / f64::from(measurement.workers),
         reduce_ms_median: ms(|line| line.reduce_secs),
         optimizer_ms_median: ms(|line| line.optimizer_secs),
         publish_ms_median: ms(|line| line.publish_secs),
@@ -214,6 +218,7 @@ fn print(summary: &Summary) {
     );
     println!("overhead_ratio   {:.3}", summary.overhead_ratio);
     summary.setting.print_step(summary.step_ms_median);
+    println!("  compute        {:.2}, of a worker", summary.compute_ms_median);
     println!("  upload         {:.2}, of a worker", summary.upload_ms_median);
     println!("  reduce         {:.2}", summary.reduce_ms_median);
     println!("  optimizer      {:.2}", summary.optimizer_ms_median);

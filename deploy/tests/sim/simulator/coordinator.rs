@@ -305,7 +305,7 @@ impl World {
                     Task::Gradient => lease::Task::Gradient,
                     Task::Evaluate => lease::Task::Evaluate,
                 };
-                let parameters = Parameters { version: lease.version, sha256: Some(digest(coordinator.plane.params)) };
+                let parameters = Parameters { version: lease.version, digest: Some(digest(coordinator.plane.params)) };
                 let seed = self.scenario.numbers.seed;
                 let lease = Lease { id: lease.id.0, step: lease.step, parameters, block: lease.block, seed, task };
                 self.send_to(worker, Down::Lease(lease));

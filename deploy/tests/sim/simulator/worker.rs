@@ -313,7 +313,7 @@ impl World {
                         let failure = TransferFailure::Damaged("bytes changed on the way".into());
                         Event::PullFailed { parameters, failure }
                     }
-                    Ok(params) if parameters.sha256.is_none_or(|sha256| sha256 == digest(params)) => {
+                    Ok(params) if parameters.digest.is_none_or(|named| named == digest(params)) => {
                         worker.device.params = Some(params);
                         Event::ParametersArrived { parameters }
                     }

@@ -111,9 +111,20 @@ impl<const N: usize, O: Operation<N>> Backward<Flex, N> for Recorded<O> {
     }
 }
 
+/// See [`filled`](super::filled).
+pub(crate) fn filled<E>(shape: &[usize], fill: impl FnOnce(&mut [f32]) -> Result<(), E>) -> Result<TensorData, E> {
+    let mut values = Buffer::of_any(shape.iter().product());
+    fill(&mut values)?;
+    Ok(data(values, shape))
+}
+
 /// A tensor of `values`, row-major.
 fn tensor(values: impl Into<Buffer>, shape: &[usize]) -> CpuTensor {
-    CpuTensor::from_data(TensorData::from_bytes(values.into().into_bytes(), shape.to_vec(), DType::F32))
+    CpuTensor::from_data(data(values.into(), shape))
+}
+
+fn data(values: Buffer, shape: &[usize]) -> TensorData {
+    TensorData::from_bytes(values.into_bytes(), shape.to_vec(), DType::F32)
 }
 
 /// The shape of `x`.
