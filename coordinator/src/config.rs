@@ -22,6 +22,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// The model.
     pub model: ModelConfig,
+    /// Where it begins; `None`: drawn from the seed.
+    pub initial: Option<Initial>,
     /// How text becomes tokens; `None` where the model reads no text.
     pub tokenizer: Option<Tokenizer>,
     /// Where batches come from.
@@ -48,6 +50,15 @@ pub struct RunConfig {
     pub run_dir: PathBuf,
     /// Continue from the newest valid checkpoint in `run_dir`.
     pub resume: bool,
+}
+
+/// Parameters of another model that a run begins with, kept while it lasts: it may go back to its beginning.
+#[derive(Clone, Debug)]
+pub struct Initial {
+    /// Flat in layout order.
+    pub parameters: Arc<Vec<f32>>,
+    /// Their SHA-256, hexadecimal: part of the run's identity.
+    pub sha256: String,
 }
 
 /// When and on how much validation loss is measured.
@@ -117,6 +128,7 @@ impl RunConfig {
             recipe_toml: String::new(),
             seed: 1,
             model: ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }),
+            initial: None,
             tokenizer: None,
             source: Arc::new(Source::Line(LineSource { batch })),
             bytes_per_token: None,

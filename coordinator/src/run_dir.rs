@@ -213,6 +213,17 @@ fn identity_file(root: &Path) -> PathBuf {
     root.join("run.json")
 }
 
+/// Writes what a run is known by into the directory `root`: of one that no coordinator was started for yet.
+///
+/// # Errors
+/// If the system refuses.
+pub fn write_new(root: &Path, run_id: &str, recipe_toml: &str) -> anyhow::Result<()> {
+    let (run_id, quarantined) = (run_id.into(), BTreeSet::new());
+    let identity = Identity { run_id, incarnation: 0, trusted_up_to: None, quarantined };
+    replace(&identity_file(root), &serde_json::to_string_pretty(&identity)?)?;
+    replace(&recipe(root), recipe_toml)
+}
+
 /// Where the metrics of the run in `root` lie.
 pub fn metrics(root: &Path) -> PathBuf {
     root.join("metrics.jsonl")

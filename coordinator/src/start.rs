@@ -61,6 +61,22 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
             if !same_network(&saved.model, &manifest.model) {
                 bail!("{shown}: holds another model than the recipe describes; resume with the run's own recipe");
             }
+            if saved.corpus_sha256.is_empty() {
+                bail!(
+                    "{shown}: was imported, and trained on nothing yet; start a run of its own with the recipe in \
+                     {}, or with init = {:?}",
+                    run_dir.root().display(),
+                    run_dir.root()
+                );
+            }
+            if saved.initial_sha256 != manifest.initial_sha256 {
+                let [first, now] = [&saved.initial_sha256, &manifest.initial_sha256]
+                    .map(|digest| digest.as_deref().unwrap_or("none: drawn from the seed"));
+                bail!(
+                    "{shown}: the run began with other parameters than init holds now (SHA-256 {first} and {now}); put the first \
+                     ones back, or start a new run"
+                );
+            }
             if saved.corpus_sha256 != manifest.corpus_sha256 {
                 bail!(
                     "{shown}: the run was trained on another text than data.input holds now (SHA-256 {} and {}); put the \
@@ -113,7 +129,10 @@ pub(crate) fn go_on(config: &RunConfig, checkpoint: Checkpoint) -> (Manifest, St
 
 /// Where every run begins.
 pub(crate) fn initial_state(config: &RunConfig) -> State {
-    let parameters = initial_parameters(&config.model, config.seed);
+    let parameters = match &config.initial {
+        Some(initial) => initial.parameters.to_vec(),
+        None => initial_parameters(&config.model, config.seed),
+    };
     let optimizer = OptimizerState::new(&config.optimizer, parameters.len());
     State { parameters, optimizer, filter: StepFilter::default() }
 }
@@ -129,6 +148,7 @@ pub(crate) fn new_manifest(config: &RunConfig, run_id: &str) -> Manifest {
         model: config.model.clone(),
         tokenizer: config.tokenizer.clone(),
         corpus_sha256: hex(&config.source.sha256()),
+        initial_sha256: config.initial.as_ref().map(|initial| initial.sha256.clone()),
         recipe_name: config.recipe_name.clone(),
         recipe: config.recipe_toml.clone(),
         device_classes: Vec::new(),

@@ -36,6 +36,13 @@ pub(crate) fn model(model: &ModelConfig) -> v1::Model {
             rope_theta: llama.rope_theta,
             norm_epsilon: llama.norm_epsilon,
             dropout: llama.dropout,
+            head_width: llama.head_width.unwrap_or(0) as u32,
+            rope_scaling: llama.rope_scaling.map(|scaling| v1::RopeScaling {
+                factor: scaling.factor,
+                low_freq_factor: scaling.low_freq_factor,
+                high_freq_factor: scaling.high_freq_factor,
+                original_context: scaling.original_context,
+            }),
         }),
         ModelConfig::Line(_) => v1::model::Kind::Line(v1::Line {}),
     };

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use lockstep_model::device::DeviceChoice;
 
@@ -36,6 +36,10 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Turn texts into token shards that recipes train on.
     Prepare(Prepare),
+    /// Make a run of a model in a Hugging Face folder.
+    Import(Import),
+    /// Write a run's model as others read it.
+    Export(Export),
     /// Show what a live run is doing.
     Status(Status),
     /// Check that nothing of a run is damaged, and that it was trained on what its recipe says.
@@ -245,6 +249,60 @@ pub(crate) struct Prepare {
     /// Directory to write, which must not exist yet.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Models of Llama shape (LlamaForCausalLM) and GPT-2 shape (GPT2LMHeadModel) are read, as transformers saves them, in
+f32, bf16 or f16. The run has not trained yet; its recipe.toml is one to train it further with.
+
+Examples:
+  lockstep import SmolLM2-135M --out runs/smollm
+  lockstep generate --run runs/smollm --prompt \"Gravity is\"
+  lockstep train runs/smollm/recipe.toml --set data.input=mine.txt --run runs/mine"
+)]
+pub(crate) struct Import {
+    /// A folder with config.json, model.safetensors (or numbered files and an index) and tokenizer.json.
+    pub(crate) folder: PathBuf,
+    /// Directory of the run to make, which must not exist yet.
+    #[arg(long, value_name = "RUN")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  lockstep export runs/quickstart-1 --format hf --out exported
+  lockstep export runs/smollm --format gguf --dtype bf16 --out smollm-gguf")]
+pub(crate) struct Export {
+    /// Directory of a run (its newest checkpoint is taken) or of a checkpoint.
+    pub(crate) run: PathBuf,
+    /// hf: a folder for transformers; gguf: a file for llama.cpp.
+    #[arg(long, value_enum)]
+    pub(crate) format: ExportFormat,
+    /// How numbers are written.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub(crate) dtype: Dtype,
+    /// Largest file of tensors of a folder, in megabytes: beyond, there are several.
+    #[arg(long, value_name = "MB", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(crate) max_shard_mb: u64,
+    /// Directory to write, which must not exist yet.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+}
+
+/// Who is to read a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExportFormat {
+    Hf,
+    Gguf,
+}
+
+/// How numbers are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dtype {
+    F32,
+    Bf16,
+    F16,
 }
 
 #[derive(Args, Debug)]

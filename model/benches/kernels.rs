@@ -80,7 +80,7 @@ fn layers(c: &mut Criterion) {
 
 fn attention(c: &mut Criterion) {
     let device = Device::flex().autodiff();
-    let positions = Positions::new([B, T], None, &device).rotary(D, 10_000.0);
+    let positions = Positions::new([B, T], None, &device).rotary(D, 10_000.0, None);
     let (qkv, q, k, v) = (leaf([B, T, 3 * C], 0), leaf([B, H, T, D], 1), leaf([B, K, T, D], 2), leaf([B, K, T, D], 3));
     let active = Dropout::training(0.1, SlotKey { seed: 1, step: 1, slot: 0 });
     for (name, dropout) in [("attention", Dropout::inactive()), ("attention with dropout", active)] {

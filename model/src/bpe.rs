@@ -31,8 +31,14 @@ pub enum BpeError {
     #[error("is no tokenizer.json of the tokenizers library: {0}")]
     Malformed(String),
     /// A tokenizer of another make.
-    #[error("{0}; only byte-level BPE with GPT-2's pre-tokenizer is read. Learn one with --tokenizer bpe")]
+    #[error(
+        "{0}; only byte-level BPE with GPT-2's pre-tokenizer is read. Learn one with --tokenizer bpe, or, if it \
+             belongs to a model, import that with `lockstep import` and take the run's tokenizer.json"
+    )]
     Unsupported(String),
+    /// A tokenizer that a model brought, of a make that is not read.
+    #[error("{0}; use a model whose tokenizer.json is whole, with a BPE model")]
+    Foreign(String),
     /// Nothing can be learned.
     #[error("the vocabulary cannot be learned: {0}")]
     Learning(String),
@@ -254,7 +260,7 @@ pub(crate) fn character_of_byte(byte: u8) -> char {
 }
 
 /// The byte that is written as `character`, if one is.
-fn byte_of_character(character: char) -> Option<u8> {
+pub(crate) fn byte_of_character(character: char) -> Option<u8> {
     match u8::try_from(u32::from(character)) {
         Ok(byte) => is_printable(byte).then_some(byte),
         Err(_) => {

@@ -50,8 +50,11 @@ pub struct Manifest {
     pub model: ModelConfig,
     /// How text becomes tokens.
     pub tokenizer: Option<Tokenizer>,
-    /// SHA-256 of the corpus' tokens, hexadecimal.
+    /// SHA-256 of the corpus' tokens, hexadecimal; empty of a model that was imported.
     pub corpus_sha256: String,
+    /// SHA-256 of the parameters that the run began with, where they came from another model, hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initial_sha256: Option<String>,
     /// The recipe's name.
     pub recipe_name: String,
     /// The recipe in full, as TOML.
@@ -296,32 +299,41 @@ fn write_files(
 /// # Errors
 /// If it is not there, unreadable or damaged.
 pub fn read(path: &Path) -> Result<Checkpoint, CheckpointError> {
-    let manifest = read_manifest(path)?;
+    let (manifest, parameters) = read_parameters(path)?;
     let layout = Layout::of(&manifest.model);
-    let file = |name: &str| {
-        let (path, sealed) = (path.join(name), manifest.files.get(name));
-        let bytes = fs::read(&path).map_err(CheckpointError::io(&path, "read"))?;
-        let found = FileSeal { bytes: bytes.len() as u64, sha256: hex(&bytes_sha256(&bytes)) };
-        check_seal(&path, sealed, &found)?;
-        Ok((path, bytes))
-    };
-    let (parameters_path, parameters) = file(PARAMETERS)?;
-    let parameters = flatten(&parameters_path, &parameters, "", &layout)?;
-    let (optimizer_path, moments) = file(OPTIMIZER)?;
+    let (optimizer_path, moments) = read_sealed(path, &manifest, OPTIMIZER)?;
     let moment = |prefix: &str| match has_prefix(&optimizer_path, &moments, prefix)? {
         true => flatten(&optimizer_path, &moments, prefix, &layout),
         false => Ok(Vec::new()),
     };
     let optimizer = OptimizerState { first_moment: moment(FIRST_MOMENT)?, second_moment: moment(SECOND_MOMENT)? };
-    if hex(&vector_sha256(&parameters)) != manifest.params_sha256
-        || hex(&vectors_sha256(&[&optimizer.first_moment, &optimizer.second_moment])) != manifest.optimizer_sha256
-    {
-        return Err(CheckpointError::damaged(
-            path,
-            "parameters or moments have another SHA-256 than the manifest says",
-        ));
+    if hex(&vectors_sha256(&[&optimizer.first_moment, &optimizer.second_moment])) != manifest.optimizer_sha256 {
+        return Err(CheckpointError::damaged(path, "moments have another SHA-256 than the manifest says"));
     }
     Ok(Checkpoint { manifest, parameters, optimizer })
+}
+
+/// Reads a checkpoint without the optimizer's state, and checks the digests of what it reads.
+///
+/// # Errors
+/// If it is not there, unreadable or damaged.
+pub fn read_parameters(path: &Path) -> Result<(Manifest, Vec<f32>), CheckpointError> {
+    let manifest = read_manifest(path)?;
+    let (file, bytes) = read_sealed(path, &manifest, PARAMETERS)?;
+    let parameters = flatten(&file, &bytes, "", &Layout::of(&manifest.model))?;
+    match hex(&vector_sha256(&parameters)) == manifest.params_sha256 {
+        true => Ok((manifest, parameters)),
+        false => Err(CheckpointError::damaged(path, "parameters have another SHA-256 than the manifest says")),
+    }
+}
+
+/// The path and bytes of one of a checkpoint's files.
+fn read_sealed(path: &Path, manifest: &Manifest, name: &str) -> Result<(PathBuf, Vec<u8>), CheckpointError> {
+    let (path, sealed) = (path.join(name), manifest.files.get(name));
+    let bytes = fs::read(&path).map_err(CheckpointError::io(&path, "read"))?;
+    let found = FileSeal { bytes: bytes.len() as u64, sha256: hex(&bytes_sha256(&bytes)) };
+    check_seal(&path, sealed, &found)?;
+    Ok((path, bytes))
 }
 
 /// Checks the digests of a checkpoint's manifest and files, in little memory.
@@ -580,6 +592,7 @@ mod tests {
             model: ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }),
             tokenizer: None,
             corpus_sha256: String::new(),
+            initial_sha256: None,
             recipe_name: "line".into(),
             recipe: String::new(),
             device_classes: vec![],

@@ -364,10 +364,12 @@ mod tests {
             heads: 4,
             kv_heads: 2,
             width: 16,
+            head_width: None,
             ffn_width: 24,
             qk_norm: true,
             tied_head: true,
             rope_theta: 100.0,
+            rope_scaling: None,
             norm_epsilon: 1e-5,
             dropout,
         })

@@ -50,12 +50,15 @@ pub struct LlamaConfig {
     pub context: usize,
     /// Transformer blocks.
     pub layers: usize,
-    /// Query heads; divides `width`, to an even quotient.
+    /// Query heads; divides `width`, to an even quotient, unless `head_width` is given.
     pub heads: usize,
     /// Heads of keys and values, each shared by `heads / kv_heads` query heads; divides `heads`.
     pub kv_heads: usize,
     /// Width of the residual stream.
     pub width: usize,
+    /// Width of one head, even; `None`: `width / heads`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_width: Option<usize>,
     /// Width of the feed-forward layers.
     pub ffn_width: usize,
     /// Whether queries and keys are normalised before they are rotated.
@@ -64,6 +67,9 @@ pub struct LlamaConfig {
     pub tied_head: bool,
     /// Base of the rotation's wave lengths.
     pub rope_theta: f64,
+    /// How the rotation is slowed down for longer contexts; `None`: not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
     /// Added to the mean square in norms.
     pub norm_epsilon: f64,
     /// Probability of zeroing an activation during training, in `[0, 1)`.
@@ -73,7 +79,37 @@ pub struct LlamaConfig {
 impl LlamaConfig {
     /// Width of one head.
     pub fn head_width(&self) -> usize {
-        self.width / self.heads
+        self.head_width.unwrap_or(self.width / self.heads)
+    }
+}
+
+/// Llama 3's stretching of rotary wave lengths (`rope_type` "llama3" of Hugging Face's `transformers`): long ones by
+/// `factor`, short ones not at all, those between by something between.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RopeScaling {
+    /// Of the longest wave lengths; at least 1.
+    pub factor: f64,
+    /// Wave lengths above `original_context / low_freq_factor` are stretched by `factor`.
+    pub low_freq_factor: f64,
+    /// Wave lengths below `original_context / high_freq_factor` stay; above `low_freq_factor`.
+    pub high_freq_factor: f64,
+    /// Tokens of the context that the model was trained with at first.
+    pub original_context: f64,
+}
+
+impl RopeScaling {
+    /// By what the wave length of `frequency` (radians a position) is to be multiplied.
+    pub fn stretch(&self, frequency: f64) -> f64 {
+        let Self { factor, low_freq_factor, high_freq_factor, original_context } = *self;
+        let turns = original_context * frequency / std::f64::consts::TAU;
+        if turns > high_freq_factor {
+            return 1.0;
+        }
+        if turns < low_freq_factor {
+            return factor;
+        }
+        let smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+        1.0 / ((1.0 - smooth) / factor + smooth)
     }
 }
 
@@ -206,4 +242,30 @@ pub enum WindowOrder {
     Random,
     /// Each non-overlapping window once an epoch, in an order permuted anew every epoch.
     Epoch,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn llama_3_stretches_long_waves_and_leaves_short_ones() {
+        let scaling =
+            RopeScaling { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192.0 };
+        let of_wave_length = |length: f64| scaling.stretch(std::f64::consts::TAU / length);
+        assert_eq!([of_wave_length(2000.0), of_wave_length(9000.0)], [1.0, 8.0]);
+        // 8192 / 4096 = 2 turns, a third of the way from 1 to 4.
+        assert!((of_wave_length(4096.0) - 1.0 / (2.0 / 3.0 / 8.0 + 1.0 / 3.0)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn what_older_manifests_lack_is_not_there() {
+        let old = r#"{"kind":"llama","vocab_size":65,"context":64,"layers":1,"heads":4,"kv_heads":2,"width":128,
+            "ffn_width":320,"qk_norm":true,"tied_head":true,"rope_theta":10000.0,"norm_epsilon":1e-5,"dropout":0.0}"#;
+        let model: ModelConfig = serde_json::from_str(old).unwrap();
+        let ModelConfig::Llama(llama) = &model else { panic!("{model:?}") };
+        assert_eq!((llama.head_width(), llama.rope_scaling), (32, None));
+        let back: serde_json::Value = serde_json::to_value(&model).unwrap();
+        assert_eq!(back, serde_json::from_str::<serde_json::Value>(old).unwrap());
+    }
 }

@@ -95,18 +95,19 @@ impl Layout {
 
     fn push_llama(&mut self, llama: &LlamaConfig) {
         let LlamaConfig { vocab_size, width, ffn_width, kv_heads, .. } = *llama;
-        let (head_width, kv_width) = (llama.head_width(), kv_heads * llama.head_width());
+        let head_width = llama.head_width();
+        let (q_width, kv_width) = (llama.heads * head_width, kv_heads * head_width);
         self.push("embed_tokens.weight".into(), &[vocab_size, width]);
         for i in 0..llama.layers {
             self.push(format!("layers.{i}.input_layernorm.weight"), &[width]);
-            self.push(format!("layers.{i}.self_attn.q_proj.weight"), &[width, width]);
+            self.push(format!("layers.{i}.self_attn.q_proj.weight"), &[width, q_width]);
             self.push(format!("layers.{i}.self_attn.k_proj.weight"), &[width, kv_width]);
             self.push(format!("layers.{i}.self_attn.v_proj.weight"), &[width, kv_width]);
             if llama.qk_norm {
                 self.push(format!("layers.{i}.self_attn.q_norm.weight"), &[head_width]);
                 self.push(format!("layers.{i}.self_attn.k_norm.weight"), &[head_width]);
             }
-            self.push(format!("layers.{i}.self_attn.o_proj.weight"), &[width, width]);
+            self.push(format!("layers.{i}.self_attn.o_proj.weight"), &[q_width, width]);
             self.push(format!("layers.{i}.post_attention_layernorm.weight"), &[width]);
             self.push(format!("layers.{i}.mlp.gate_proj.weight"), &[width, ffn_width]);
             self.push(format!("layers.{i}.mlp.up_proj.weight"), &[width, ffn_width]);
@@ -189,10 +190,12 @@ mod tests {
             heads: 4,
             kv_heads: 2,
             width: 128,
+            head_width: None,
             ffn_width: 320,
             qk_norm: true,
             tied_head: true,
             rope_theta: 10_000.0,
+            rope_scaling: None,
             norm_epsilon: 1e-5,
             dropout: 0.0,
         }

@@ -77,7 +77,8 @@ impl Llama {
 
     /// Positions that turn this model's heads.
     pub(crate) fn positions(&self, shape: [usize; 2], segments: Option<&[u32]>, device: &Device) -> Positions {
-        Positions::new(shape, segments, device).rotary(self.config.head_width(), self.config.rope_theta)
+        let LlamaConfig { rope_theta, rope_scaling, .. } = self.config;
+        Positions::new(shape, segments, device).rotary(self.config.head_width(), rope_theta, rope_scaling)
     }
 
     /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245): `[B, T, C]` to `[B, T, H·D]`.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bpe::{Bpe, BpeEncoder, BpeError};
 use crate::digest::{bytes_sha256, hex};
+use crate::hf_tokenizer::{HfDecoder, HfEncoder, HfTokenizer};
 
 /// A tokenizer that follows from its text without learning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +35,8 @@ pub enum Tokenizer {
     },
     /// Learned pieces of words, with a token for the end of a document.
     Bpe(Bpe),
+    /// That of a model which was imported.
+    Hf(HfTokenizer),
 }
 
 /// Why a tokenizer's file cannot be used.
@@ -87,6 +90,7 @@ impl Tokenizer {
             Self::Bytes => 256,
             Self::Chars { vocabulary } => vocabulary.chars().count(),
             Self::Bpe(bpe) => bpe.vocab_size(),
+            Self::Hf(hf) => hf.files().vocab_size,
         }
     }
 
@@ -96,6 +100,7 @@ impl Tokenizer {
             Self::Bytes => "bytes",
             Self::Chars { .. } => "chars",
             Self::Bpe(_) => "bpe",
+            Self::Hf(_) => "hf",
         }
     }
 
@@ -136,6 +141,15 @@ impl Tokenizer {
         match self {
             Self::Bytes | Self::Chars { .. } => None,
             Self::Bpe(bpe) => Some(bpe.end_of_text()),
+            Self::Hf(hf) => hf.files().special.end.first().copied(),
+        }
+    }
+
+    /// The tokens that end a text which is generated: the end of text, and those of an imported model's turns.
+    pub fn stop_tokens(&self) -> Vec<u32> {
+        match self {
+            Self::Hf(hf) => hf.files().special.end.clone(),
+            other => other.end_of_text().into_iter().collect(),
         }
     }
 
@@ -148,6 +162,7 @@ impl Tokenizer {
                 let length = |token| if token == bpe.end_of_text() { 0 } else { bpe.bytes_of(token).len() as u32 };
                 (0..bpe.vocab_size() as u32).map(length).collect()
             }
+            Self::Hf(hf) => hf.byte_lengths(),
         }
     }
 
@@ -157,29 +172,49 @@ impl Tokenizer {
             Self::Bytes => Encoder::Bytes,
             Self::Chars { vocabulary } => Encoder::Chars { vocabulary: vocabulary.chars().collect() },
             Self::Bpe(bpe) => Encoder::Bpe(Box::new(bpe.encoder())),
+            Self::Hf(hf) => Encoder::Hf(Box::new(hf.encoder())),
         }
     }
 
-    /// The tokens of `text`. Names of special tokens in it are text like any other.
+    /// The tokens of `text`, as a model reads a text by itself: an imported model's may begin with a token of its own. Names
+    /// of special tokens in it are text like any other.
     ///
     /// # Errors
     /// If a character is not in the vocabulary.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, UnknownCharacter> {
+        if let Self::Hf(hf) = self {
+            return Ok(hf.encode(text));
+        }
         let mut tokens = Vec::new();
         self.encoder().encode(text, &mut tokens).map(|()| tokens)
     }
 
-    /// A decoder, which takes tokens one by one.
+    /// The tokens of a text that a chat template made: names of an imported model's special tokens in it are these tokens.
+    ///
+    /// # Errors
+    /// If a character is not in the vocabulary.
+    pub fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, UnknownCharacter> {
+        match self {
+            Self::Hf(hf) => Ok(hf.encode_with_special_tokens(text)),
+            other => other.encode(text),
+        }
+    }
+
+    /// A decoder, which takes the tokens of a text's continuation one by one.
     pub fn decoder(&self) -> Decoder {
         match self {
             Self::Bytes => Decoder::Bytes { pending: Vec::new() },
             Self::Chars { vocabulary } => Decoder::Chars { vocabulary: vocabulary.chars().collect() },
             Self::Bpe(bpe) => Decoder::Bpe { bpe: bpe.clone(), pending: Vec::new() },
+            Self::Hf(hf) => Decoder::Hf(Box::new(hf.decoder())),
         }
     }
 
     /// The text of `tokens`; what is no valid text becomes U+FFFD.
     pub fn decode(&self, tokens: &[u32]) -> String {
+        if let Self::Hf(hf) = self {
+            return hf.decode(tokens);
+        }
         let mut decoder = self.decoder();
         let mut text: String = tokens.iter().map(|&token| decoder.push(token)).collect();
         text.push_str(&decoder.finish());
@@ -199,6 +234,8 @@ pub enum Encoder {
     },
     /// Pieces of words.
     Bpe(Box<BpeEncoder>),
+    /// An imported model's pieces.
+    Hf(Box<HfEncoder>),
 }
 
 impl Encoder {
@@ -217,6 +254,7 @@ impl Encoder {
                 }
             }
             Self::Bpe(encoder) => encoder.encode(text, tokens),
+            Self::Hf(encoder) => encoder.encode(text, tokens),
         }
         Ok(())
     }
@@ -242,6 +280,8 @@ pub enum Decoder {
         /// Bytes of an incomplete character.
         pending: Vec<u8>,
     },
+    /// An imported model's pieces.
+    Hf(Box<HfDecoder>),
 }
 
 impl Decoder {
@@ -259,6 +299,7 @@ impl Decoder {
                 pending.extend_from_slice(bpe.bytes_of(token));
                 complete_text(pending)
             }
+            Self::Hf(decoder) => decoder.push(token),
         }
     }
 
@@ -267,6 +308,7 @@ impl Decoder {
         match self {
             Self::Bytes { pending } | Self::Bpe { pending, .. } => String::from_utf8_lossy(&pending).into_owned(),
             Self::Chars { .. } => String::new(),
+            Self::Hf(decoder) => decoder.finish(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What the shapes of Transformer share: one interface, and how a layer adds to the residual stream.
 //!
-//! Shapes beside the tensors, here and in the shapes' own files: B rows, T positions, C width, H heads, D = C / H,
+//! Shapes beside the tensors, here and in the shapes' own files: B rows, T positions, C width, H heads, D width of a head (C / H),
 //! V vocabulary.
 
 use burn::tensor::{Device, Tensor};

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lockstep_model::batch::{Batch, Column, Values};
-use lockstep_model::config::{Gelu, GptConfig, LineConfig, LlamaConfig, ModelConfig};
+use lockstep_model::config::{Gelu, GptConfig, LineConfig, LlamaConfig, ModelConfig, RopeScaling};
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
 use lockstep_proto::v1;
@@ -203,10 +203,22 @@ fn llama(llama: &v1::Llama) -> Result<LlamaConfig, WireError> {
         ("ffn_width", ffn_width),
     ])?;
     check_divides("kv_heads", kv_heads, "heads", heads)?;
-    check_divides("heads", heads, "width", width)?;
-    if !(width / heads).is_multiple_of(2) {
-        return Err(WireError(format!("the model's head width {} is odd, and its halves are rotated", width / heads)));
+    let head_width = match llama.head_width {
+        0 => {
+            check_divides("heads", heads, "width", width)?;
+            width / heads
+        }
+        given => given,
+    };
+    if !head_width.is_multiple_of(2) {
+        return Err(WireError(format!("the model's head width {head_width} is odd, and its halves are rotated")));
     }
+    let scaling = |scaling: &v1::RopeScaling| RopeScaling {
+        factor: scaling.factor,
+        low_freq_factor: scaling.low_freq_factor,
+        high_freq_factor: scaling.high_freq_factor,
+        original_context: scaling.original_context,
+    };
     check_dropout(llama.dropout)?;
     Ok(LlamaConfig {
         vocab_size: vocab_size as usize,
@@ -215,10 +227,12 @@ fn llama(llama: &v1::Llama) -> Result<LlamaConfig, WireError> {
         heads: heads as usize,
         kv_heads: kv_heads as usize,
         width: width as usize,
+        head_width: (llama.head_width > 0).then_some(llama.head_width as usize),
         ffn_width: ffn_width as usize,
         qk_norm: llama.qk_norm,
         tied_head: llama.tied_head,
         rope_theta: llama.rope_theta,
+        rope_scaling: llama.rope_scaling.as_ref().map(scaling),
         norm_epsilon: llama.norm_epsilon,
         dropout: llama.dropout,
     })

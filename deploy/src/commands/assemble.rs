@@ -9,7 +9,7 @@ use lockstep_model::corpus::Corpus;
 use lockstep_model::sampler::{LineSource, Source, TokenSource, WeightedCorpus};
 use lockstep_model::tokenizer::Tokenizer;
 
-use super::Usage;
+use super::{Usage, initial};
 use crate::cli::RecipeArgs;
 use crate::data::corpus;
 use crate::recipe::{self, Recipe};
@@ -94,11 +94,17 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
         check_resume(recipe, &run)?;
     }
     let data = data(recipe)?;
+    let model = recipe.model.with_vocabulary(data.vocab_size());
+    let initial = match (&recipe.init, &data.tokenizer) {
+        (Some(init), Some(tokenizer)) => Some(initial::read(init, &model, tokenizer)?),
+        _ => None,
+    };
     Ok(RunConfig {
         recipe_name: recipe.name.clone(),
         recipe_toml: recipe.to_toml(),
         seed: recipe.seed,
-        model: recipe.model.with_vocabulary(data.vocab_size()),
+        model,
+        initial,
         tokenizer: data.tokenizer,
         bytes_per_token: data.bytes_per_token,
         source: Arc::new(data.source),

@@ -5,7 +5,10 @@ mod bench;
 mod check;
 mod coordinator;
 mod devices;
+mod export;
 mod generate;
+mod import;
+mod initial;
 mod inspect;
 mod prepare;
 mod status;
@@ -41,6 +44,8 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Check(args) => check::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Prepare(args) => prepare::run(&args),
+        Command::Import(args) => import::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Status(args) => status::run(args),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(bench) => bench::run(bench),

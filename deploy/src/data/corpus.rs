@@ -26,7 +26,7 @@ enum Content {
 pub(crate) fn load(recipe: &DataRecipe) -> anyhow::Result<Vec<Corpus>> {
     let known = known_tokenizer(&recipe.tokenizer)?;
     let by_documents = match &known {
-        Some(tokenizer) => matches!(tokenizer, Tokenizer::Bpe(_)),
+        Some(tokenizer) => matches!(tokenizer, Tokenizer::Bpe(_) | Tokenizer::Hf(_)),
         None => recipe.tokenizer.kind == TokenizerKind::Bpe,
     };
     let contents = recipe.inputs.iter().map(|weighted| open(&weighted.input, by_documents));

@@ -50,7 +50,8 @@ pub(super) enum Reader {
 /// Whether a key may change while a run is resumed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum OnResume {
-    /// It may: the parameters do not depend on it. (The text behind `data.input` is known by its digest, wherever it lies.)
+    /// It may: the parameters do not depend on it. (The text behind `data.input` and the parameters behind `init` are known
+    /// by their digests, wherever they lie.)
     Free,
     /// It may not: the run would become another run, or be measured otherwise.
     Fixed,
@@ -125,12 +126,14 @@ use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line, Llama, Muon, Text};
 pub(super) const KEYS: &[Key] = &[
     key("name",                          Required("\"mine\""),        Every,       Free),
     key("seed",                          Default("1"),                Every,       Fixed),
+    key("init",                          Default("\"\""),             Text,        Free),
 
     key("model.kind",                    Default("\"gpt\""),          Every,       Fixed),
     key("model.layers",                  Required("4"),               Text,        Fixed),
     key("model.heads",                   Required("4"),               Text,        Fixed),
     key("model.kv_heads",                Default("0"),                Llama,       Fixed),
     key("model.width",                   Required("128"),             Text,        Fixed),
+    key("model.head_width",              Default("0"),                Llama,       Fixed),
     key("model.ffn_width",               Default("0"),                Llama,       Fixed),
     key("model.context",                 Required("64"),              Text,        Fixed),
     key("model.bias",                    Default("true"),             Gpt,         Fixed),
@@ -138,6 +141,7 @@ pub(super) const KEYS: &[Key] = &[
     key("model.tied_head",               Default("true"),             Text,        Fixed),
     key("model.gelu",                    Default("\"exact\""),        Gpt,         Fixed),
     key("model.rope_theta",              Default("10000.0"),          Llama,       Fixed),
+    key("model.rope_scaling",            Default("[]"),               Llama,       Fixed),
     key("model.norm_epsilon",            Default("1e-5"),             Text,        Fixed),
     key("model.dropout",                 Default("0.0"),              Text,        Fixed),
     key("model.initial_weight",          Default("0.0"),              Line,        Fixed),

@@ -45,6 +45,8 @@ pub(crate) struct Recipe {
     pub(crate) name: String,
     /// Seed of everything drawn at random.
     pub(crate) seed: u64,
+    /// Where the initial parameters come from: a run, a checkpoint or a Hugging Face folder; `None`: drawn from the seed.
+    pub(crate) init: Option<PathBuf>,
     /// The model, as far as it is known without its corpus.
     pub(crate) model: ModelRecipe,
     /// The corpus; `None` where the model reads no text.

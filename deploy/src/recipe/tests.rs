@@ -156,11 +156,22 @@ fn the_sizes_of_a_llama_fit_together() {
     };
     assert_eq!(model(&[]), Ok((4, 2, 384)));
     assert_eq!(model(&["model.kv_heads=0", "model.ffn_width=0"]), Ok((4, 4, 352)));
-    let refused = [["model.kv_heads=3"], ["model.heads=128"], ["model.width=129"], ["model.gelu=tanh"]];
+    assert_eq!(model(&["model.heads=6", "model.head_width=10"]), Ok((6, 2, 384)));
+    assert_eq!(model(&["model.rope_scaling=[8, 1, 4, 8192]"]), Ok((4, 2, 384)));
+    let refused = [
+        ["model.kv_heads=3"],
+        ["model.heads=128"],
+        ["model.width=129"],
+        ["model.head_width=33"],
+        ["model.rope_scaling=[8, 4, 1, 8192]"],
+        ["model.gelu=tanh"],
+    ];
     expect![[r#"
         recipe quickstart-llama: model.kv_heads = 3: heads must divide model.heads = 4; for example model.kv_heads = 2
         recipe quickstart-llama: model.heads = 128: heads must divide half of model.width = 64; for example model.heads = 64
         recipe quickstart-llama: model.width = 129: rotary positions turn pairs of numbers: it must be even; for example model.width = 130
+        recipe quickstart-llama: model.head_width = 33: rotary positions turn pairs of numbers: it must be even; for example model.head_width = 34
+        recipe quickstart-llama: model.rope_scaling = [8, 4, 1, 8192]: must be empty, or factor (at least 1), low_freq_factor, high_freq_factor (above the second) and original context; for example model.rope_scaling = [8.0, 1.0, 4.0, 8192.0]
         recipe quickstart-llama: model.gelu = "tanh": nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "gpt""#]].assert_eq(&refused.map(|sets| model(&sets).unwrap_err()).join("\n"));
 }
 
@@ -352,15 +363,15 @@ fn keys_that_nothing_reads_are_refused() {
         recipe shakespeare-char-cpu: optimizer.beta1 = 0.5: nothing reads this key beside the others; leave it out, or change the kind; for example optimizer.kind = "adamw"
         recipe shakespeare-char-cpu: model.initial_weight = 1: nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "line"
         recipe shakespeare-char-cpu: tokenizer.vocab_size = 300: nothing reads this key beside the others; leave it out, or change the kind; for example tokenizer.kind = "bpe"
-        recipe shakespeare-char-cpu: model.head = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed
-        recipe shakespeare-char-cpu: model = 4: unknown key; the keys of [model] are kind, layers, heads, kv_heads, width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: model.heads.x = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed"#]].assert_eq(&refusals.map(refusal).join("\n"));
+        recipe shakespeare-char-cpu: model.head = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
+        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, init
+        recipe shakespeare-char-cpu: model = 4: unknown key; the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
+        recipe shakespeare-char-cpu: model.heads.x = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
+        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, init"#]].assert_eq(&refusals.map(refusal).join("\n"));
 
     let text = |text: &str| Recipe::from_toml("mine", text, &[]).unwrap_err().to_string();
     expect![[r#"recipe mine: tokenizer.kind = "chars": nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "gpt""#]].assert_eq(&text("[model]\nkind = 'line'\n[tokenizer]\nkind = 'chars'"));
-    expect!["recipe mine: modle = {}: unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed"].assert_eq(&text("[modle]"));
+    expect!["recipe mine: modle = {}: unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, init"].assert_eq(&text("[modle]"));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use lockstep_coordinator::engine::OnDispute;
 use lockstep_model::bpe::MIN_VOCAB_SIZE;
 use lockstep_model::config::{
     AdamwConfig, BatchConfig, Decay, GptConfig, LineConfig, LlamaConfig, ModelConfig, MuonConfig, OptimizerConfig,
-    ScheduleConfig, UpdateRule, WindowOrder,
+    RopeScaling, ScheduleConfig, UpdateRule, WindowOrder,
 };
 use lockstep_model::layout::Layout;
 use lockstep_model::step_filter::SkipConfig;
@@ -58,6 +58,10 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
     Ok(Recipe {
         name: name(v)?,
         seed: v.integer("seed", 0..=i64::MAX)?,
+        init: match kinds.model {
+            ModelKind::Line => None,
+            _ => v.text_or_none("init")?.map(PathBuf::from),
+        },
         sampling: sampling(v, kinds.model)?,
         checkpoint: checkpoint(v, schedule.steps)?,
         cluster: cluster(v)?,
@@ -117,7 +121,18 @@ fn llama(v: &Values) -> Result<LlamaConfig, RecipeError> {
         let reason = "rotary positions turn pairs of numbers: it must be even";
         return Err(v.refuse_for("model.width", reason, format!("model.width = {}", width + 1)));
     }
-    check_heads(v, "model.heads", heads, "half of model.width", width / 2, |heads| width.is_multiple_of(2 * heads))?;
+    let head_width = match v.integer("model.head_width", 0..=MAX_WIDTH)? {
+        0 => {
+            let divides = |heads| width.is_multiple_of(2 * heads);
+            check_heads(v, "model.heads", heads, "half of model.width", width / 2, divides)?;
+            None
+        }
+        odd if odd % 2 == 1 => {
+            let reason = "rotary positions turn pairs of numbers: it must be even";
+            return Err(v.refuse_for("model.head_width", reason, format!("model.head_width = {}", odd + 1)));
+        }
+        head_width => Some(head_width),
+    };
     let kv_heads = match v.integer("model.kv_heads", 0..=MAX_WIDTH)? {
         0 => heads,
         kv_heads => kv_heads,
@@ -134,13 +149,31 @@ fn llama(v: &Values) -> Result<LlamaConfig, RecipeError> {
         heads,
         kv_heads,
         width,
+        head_width,
         ffn_width,
         qk_norm: v.boolean("model.qk_norm")?,
         tied_head: v.boolean("model.tied_head")?,
         rope_theta: v.number("model.rope_theta", "above 1", |theta| theta > 1.0)?,
+        rope_scaling: rope_scaling(v)?,
         norm_epsilon: v.number("model.norm_epsilon", "above 0", |epsilon| epsilon > 0.0)?,
         dropout: v.number("model.dropout", "of at least 0 and below 1", is_below_one)?,
     })
+}
+
+fn rope_scaling(v: &Values) -> Result<Option<RopeScaling>, RecipeError> {
+    match v.positive_numbers("model.rope_scaling")?[..] {
+        [] => Ok(None),
+        [factor, low_freq_factor, high_freq_factor, original_context]
+            if factor >= 1.0 && high_freq_factor > low_freq_factor =>
+        {
+            Ok(Some(RopeScaling { factor, low_freq_factor, high_freq_factor, original_context }))
+        }
+        _ => {
+            let reason = "must be empty, or factor (at least 1), low_freq_factor, high_freq_factor (above the second) and \
+                          original context";
+            Err(v.refuse_for("model.rope_scaling", reason, "model.rope_scaling = [8.0, 1.0, 4.0, 8192.0]"))
+        }
+    }
 }
 
 /// Refuses a number of heads that does not divide `whole`, called `of`, as `divides` says.

@@ -11,6 +11,7 @@ mod equal_runs;
 #[cfg(unix)]
 mod faults;
 mod gpu;
+mod interchange;
 mod line;
 mod parity;
 mod prepare;

@@ -208,10 +208,12 @@ fn a_trained_llama_says_what_transformers_says() {
         heads: 8,
         kv_heads: 4,
         width: 128,
+        head_width: None,
         ffn_width: 384,
         qk_norm: false,
         tied_head: true,
         rope_theta: 1e4,
+        rope_scaling: None,
         norm_epsilon: 1e-6,
         dropout: 0.0,
     });

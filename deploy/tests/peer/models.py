@@ -3,7 +3,7 @@
 Nothing here is shared with the Rust code. Parameters are a dictionary from layout name to tensor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,9 +96,15 @@ class LlamaConfig:
     rope_theta: float
     norm_epsilon: float
     dropout: float = 0.0
+    head_width: int = 0
+    """0: width / heads."""
+    rope_scaling: Sequence[float] = ()
+    """Only what scales nothing."""
     kind: str = "llama"
 
     def __post_init__(self) -> None:
+        if self.head_width or self.rope_scaling:
+            raise ValueError(f"heads of another width and scaled rotations are compared by hf_models.py: {self}")
         if self.width % (2 * self.heads) or self.heads % self.kv_heads or self.dropout != 0.0:
             raise ValueError(f"heads must be even in width, kv_heads divide heads, and dropout be 0: {self}")
 

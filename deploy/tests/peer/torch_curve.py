@@ -67,6 +67,8 @@ class Run:
             sys.exit(f"{directory}: its data.input must be one corpus written by `lockstep prepare`, not {inputs}")
         if recipe["data"]["order"] != "random" or recipe["model"]["dropout"] != 0.0:
             sys.exit(f"{directory}: only runs in random order and without dropout can be repeated here")
+        if recipe.get("init"):
+            sys.exit(f"{directory}: runs that begin with parameters of another model cannot be repeated here")
         if recipe["data"].get("separate_documents"):
             sys.exit(f"{directory}: runs that keep documents apart cannot be repeated here")
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]

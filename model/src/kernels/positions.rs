@@ -4,6 +4,8 @@ use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Device, Tensor};
 
+use crate::config::RopeScaling;
+
 /// Positions of tokens `[B, T]`. What only the plain forms need is made when they first ask.
 #[derive(Debug)]
 pub struct Positions {
@@ -32,12 +34,17 @@ impl Positions {
         Self { device: device.clone(), shape, starts, mask: OnceLock::new(), angles: None }
     }
 
-    /// These, turning element i of a head's first half, and of its second, by `position · theta^(-2i/D)`. Angles are computed
-    /// in f64 by `libm`, so that every machine has the same.
+    /// These, turning element i of a head's first half, and of its second, by `position · theta^(-2i/D)`, slowed down by
+    /// `scaling`. Angles are computed in f64 by `libm`, so that every machine has the same.
     #[must_use]
-    pub fn rotary(self, head_width: usize, theta: f64) -> Self {
+    pub fn rotary(self, head_width: usize, theta: f64, scaling: Option<RopeScaling>) -> Self {
         let half = head_width / 2;
-        let angle = |i: usize| (i / half) as f64 * libm::pow(theta, -((i % half) as f64) / half as f64);
+        let frequency = |i: usize| {
+            let frequency = libm::pow(theta, -(i as f64) / half as f64);
+            scaling.map_or(frequency, |scaling| frequency / scaling.stretch(frequency))
+        };
+        let frequencies: Vec<f64> = (0..half).map(frequency).collect();
+        let angle = |i: usize| (i / half) as f64 * frequencies[i % half];
         let elements = self.shape[1] * half;
         let table = |function: fn(f64) -> f64| Arc::new((0..elements).map(|i| function(angle(i)) as f32).collect());
         let angles = Angles { cos: table(libm::cos), sin: table(libm::sin), tables: OnceLock::new() };

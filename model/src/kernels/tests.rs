@@ -238,7 +238,7 @@ fn rotation_is_its_plain_form() {
         let segments = in_segments.then(|| segments(batch * t));
         let positions = || {
             let positions = Positions::new([batch, t], segments.as_deref(), &Device::flex().autodiff());
-            positions.rotary(head_width, 100.0)
+            positions.rotary(head_width, 100.0, None)
         };
         let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch, t, heads, head_width]).swap_dims(1, 2);
         let plain = |leaves: &[Tensor<1>]| flat(plain::rotate(x(leaves), &positions()));

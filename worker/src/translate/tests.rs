@@ -205,6 +205,8 @@ fn models_that_cannot_be_are_refused() {
         llama(&v1::Llama { width: 12, ..wire_llama() }),
         &expect!["the model's head width 3 is odd, and its halves are rotated"],
     );
+    let given = llama(&v1::Llama { width: 12, head_width: 6, ..wire_llama() }).unwrap();
+    assert_eq!(given.head_width(), 6);
     refused(
         model(&v1::Model { kind: None }),
         &expect!["the kind of model is missing, or of a kind that this build does not know"],

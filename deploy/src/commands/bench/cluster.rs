@@ -159,6 +159,7 @@ fn run_config(measurement: &Measurement, shape: &Shape, run: &Path) -> RunConfig
         recipe_toml: String::new(),
         seed: 1,
         model: shape.model.clone(),
+        initial: None,
         tokenizer: None,
         source: Arc::new(Source::Tokens(source)),
         bytes_per_token: None,

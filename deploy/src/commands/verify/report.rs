@@ -95,6 +95,10 @@ pub(super) fn verify(run: &Path, overrides: &[String], progress: &mut Progress) 
     let manifests = files::checkpoints(run, &run_id, &mut report)?;
     let recipe = recipe(run, manifests.last(), overrides)?;
     let lines = files::lines(run, &manifests, &mut report)?;
+    if manifests.last().is_some_and(|newest| newest.corpus_sha256.is_empty()) {
+        // Imported: nothing was drawn.
+        return Ok(report);
+    }
     match assemble::data(&recipe) {
         Ok(data) => {
             let found = hex(&data.source.sha256());

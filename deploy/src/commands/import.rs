@@ -1,0 +1,152 @@
+//! `lockstep import`: a model that others trained becomes a run.
+//!
+//! The run has one checkpoint, of step 0, and a recipe to train it further with. Its id follows from the model, so that
+//! the same folder gives the same run.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, absolute};
+
+use anyhow::Context as _;
+use lockstep_coordinator::run_dir;
+use lockstep_model::checkpoint::{self, FORMAT_VERSION, Manifest};
+use lockstep_model::config::{Gelu, ModelConfig};
+use lockstep_model::digest::{bytes_sha256, hex, vector_sha256};
+use lockstep_model::interchange::{Imported, StagedDir, read_folder};
+use lockstep_model::layout::Layout;
+use lockstep_model::ledger::Ledger;
+use lockstep_model::optimizer::OptimizerState;
+use lockstep_model::step_filter::StepFilter;
+use toml::{Table, Value};
+
+use crate::cli::Import;
+use crate::recipe::Recipe;
+use crate::telemetry;
+
+/// The tokenizer's file in the run.
+const TOKENIZER: &str = "tokenizer.json";
+
+/// Imports a model.
+pub(crate) fn run(args: &Import) -> anyhow::Result<()> {
+    telemetry::init("warn", false);
+    let staged = StagedDir::create(&args.out)?;
+    let imported = read_folder(&args.folder)?;
+    let recipe = recipe(&args.out, &imported.model)?;
+    let Imported { model, parameters, tokenizer } = imported;
+
+    let tokenizer_path = staged.path().join(TOKENIZER);
+    fs::write(&tokenizer_path, tokenizer.to_json())
+        .with_context(|| format!("{}: cannot write", tokenizer_path.display()))?;
+    let digests = format!("{}{}", hex(&vector_sha256(&parameters)), tokenizer.sha256());
+    let run_id = hex(&bytes_sha256(digests.as_bytes())[..16]);
+    run_dir::write_new(staged.path(), &run_id, &recipe.to_toml())?;
+    let elements = Layout::of(&model).len();
+    let manifest = Manifest {
+        format_version: FORMAT_VERSION,
+        run_id,
+        step: 0,
+        train_loss: None,
+        validation: None,
+        model,
+        tokenizer: Some(tokenizer),
+        corpus_sha256: String::new(),
+        initial_sha256: None,
+        recipe_name: recipe.name.clone(),
+        recipe: recipe.to_toml(),
+        device_classes: Vec::new(),
+        filter: StepFilter::default(),
+        unchecked_since: BTreeMap::new(),
+        tokens: 0,
+        ledger: Ledger::default(),
+        ledger_seal: String::new(),
+        metrics_seal: String::new(),
+        params_sha256: String::new(),
+        optimizer_sha256: String::new(),
+        files: BTreeMap::new(),
+        seal: String::new(),
+    };
+    let checkpoints = run_dir::checkpoints(staged.path());
+    checkpoint::write(&checkpoints, manifest, &parameters, &OptimizerState::default())?.publish()?;
+    staged.publish()?;
+
+    let out = args.out.display();
+    println!("imported    {} to {out}", args.folder.display());
+    println!("parameters  {elements}");
+    println!("\nTry it, and train it further, with:\n  lockstep generate --run {out} --prompt \"…\"");
+    println!("  lockstep train {} --set data.input=TEXT --run NEW", run_dir::recipe(&args.out).display());
+    Ok(())
+}
+
+/// A recipe that trains the model in `run` further: its shape as it is, all else to be chosen.
+fn recipe(run: &Path, model: &ModelConfig) -> anyhow::Result<Recipe> {
+    // Named in full, so that it holds from wherever the recipe is used.
+    let run = absolute(run).with_context(|| format!("{}: is no path", run.display()))?;
+    let text = |path: &Path| -> anyhow::Result<Value> {
+        let text = path.to_str().with_context(|| format!("{}: a recipe names paths in UTF-8 alone", path.display()))?;
+        Ok(text.into())
+    };
+    let stem = run.file_name().map_or("model".into(), |name| name.to_string_lossy());
+    let sizes = match model {
+        ModelConfig::Gpt(gpt) => vec![
+            ("kind", "gpt".into()),
+            ("layers", size(gpt.layers)),
+            ("heads", size(gpt.heads)),
+            ("width", size(gpt.width)),
+            ("context", size(gpt.context)),
+            ("bias", gpt.bias.into()),
+            ("tied_head", gpt.tied_head.into()),
+            ("gelu", if gpt.gelu == Gelu::Tanh { "tanh" } else { "exact" }.into()),
+            ("norm_epsilon", gpt.norm_epsilon.into()),
+        ],
+        ModelConfig::Llama(llama) => vec![
+            ("kind", "llama".into()),
+            ("layers", size(llama.layers)),
+            ("heads", size(llama.heads)),
+            ("kv_heads", size(llama.kv_heads)),
+            ("width", size(llama.width)),
+            ("head_width", size(llama.head_width.unwrap_or(0))),
+            ("ffn_width", size(llama.ffn_width)),
+            ("context", size(llama.context)),
+            ("tied_head", llama.tied_head.into()),
+            ("rope_theta", llama.rope_theta.into()),
+            (
+                "rope_scaling",
+                llama
+                    .rope_scaling
+                    .map_or_else(Vec::new, |scaling| {
+                        let of = [
+                            scaling.factor,
+                            scaling.low_freq_factor,
+                            scaling.high_freq_factor,
+                            scaling.original_context,
+                        ];
+                        of.map(Value::from).to_vec()
+                    })
+                    .into(),
+            ),
+            ("norm_epsilon", llama.norm_epsilon.into()),
+        ],
+        ModelConfig::Line(_) => anyhow::bail!("a straight line is not imported"),
+    };
+    let sections: [(&str, Vec<(&str, Value)>); 6] = [
+        ("model", sizes),
+        ("data", vec![("input", crate::builtin::KJV.into())]),
+        ("tokenizer", vec![("file", text(&run.join(TOKENIZER))?)]),
+        ("optimizer", vec![("lr", 2e-5.into()), ("beta2", 0.95.into()), ("grad_clip", 1.0.into())]),
+        ("schedule", vec![("steps", size(1000)), ("warmup_steps", size(50))]),
+        ("batch", vec![("slots", size(4)), ("sequences_per_slot", size(1))]),
+    ];
+    let mut table: Table = sections
+        .into_iter()
+        .map(|(section, keys)| {
+            let keys: Table = keys.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
+            (section.to_string(), keys.into())
+        })
+        .collect();
+    table.insert("init".into(), text(&run)?);
+    Ok(Recipe::from_toml(stem.trim_start_matches('.'), &table.to_string(), &[])?)
+}
+
+fn size(size: usize) -> Value {
+    i64::try_from(size).unwrap_or(i64::MAX).into()
+}

@@ -1,0 +1,113 @@
+//! The parameters that a run begins with, taken from another model.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::bail;
+use lockstep_coordinator::config::Initial;
+use lockstep_model::checkpoint;
+use lockstep_model::config::{LlamaConfig, ModelConfig};
+use lockstep_model::digest::{hex, vector_sha256};
+use lockstep_model::interchange::{self, Imported};
+use lockstep_model::tokenizer::Tokenizer;
+
+use super::inspect;
+
+/// Reads the parameters of the run, checkpoint or Hugging Face folder at `path`, for `model`, whose text becomes tokens by
+/// `tokenizer`.
+///
+/// # Errors
+/// If there are none, or they belong to another model or tokenizer.
+pub(super) fn read(path: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> anyhow::Result<Initial> {
+    let (found, parameters, its_tokenizer) = if interchange::is_folder(path) {
+        let Imported { model, parameters, tokenizer } = interchange::read_folder(path)?;
+        (model, parameters, Some(tokenizer))
+    } else {
+        let (manifest, parameters) = checkpoint::read_parameters(&inspect::locate(path)?)?;
+        (manifest.model, parameters, manifest.tokenizer)
+    };
+    let shown = path.display();
+    if let Some((key, theirs, ours)) = first_difference(&found, model)? {
+        bail!(
+            "init = \"{shown}\": its model has {key} = {theirs}, and the one that the recipe describes has {ours}; change [model] \
+             and the tokenizer to what it has, or leave init out"
+        );
+    }
+    if its_tokenizer.is_none_or(|its| !same_tokens(&its, tokenizer)) {
+        bail!(
+            "init = \"{shown}\": its model reads other tokens than the recipe's; set tokenizer.file to its tokenizer.json, and \
+             prepare corpora with that"
+        );
+    }
+    let sha256 = hex(&vector_sha256(&parameters));
+    Ok(Initial { parameters: Arc::new(parameters), sha256 })
+}
+
+/// The first setting in which two models differ, dropout and the length of what a Llama reads excepted, on which no
+/// parameter depends.
+fn first_difference(found: &ModelConfig, asked: &ModelConfig) -> anyhow::Result<Option<(String, String, String)>> {
+    let settings = |model: &ModelConfig| {
+        let model = match model.clone() {
+            ModelConfig::Gpt(gpt) => ModelConfig::Gpt(lockstep_model::config::GptConfig { dropout: 0.0, ..gpt }),
+            ModelConfig::Llama(llama) => ModelConfig::Llama(LlamaConfig {
+                dropout: 0.0,
+                context: 0,
+                head_width: Some(llama.head_width()),
+                ..llama
+            }),
+            line => line,
+        };
+        Ok::<_, serde_json::Error>(serde_json::to_value(model)?.as_object().cloned().unwrap_or_default())
+    };
+    let (found, asked) = (settings(found)?, settings(asked)?);
+    let word = |value: Option<&serde_json::Value>| value.map_or("nothing".into(), serde_json::Value::to_string);
+    let keys = ["kind"].into_iter().chain(asked.keys().chain(found.keys()).map(String::as_str));
+    let differs = |key: &&str| found.get(*key) != asked.get(*key);
+    let mut different = keys.filter(differs);
+    Ok(different.next().map(|key| (key.to_string(), word(found.get(key)), word(asked.get(key)))))
+}
+
+/// Whether the same number means the same text: an imported tokenizer may be read from its file alone.
+fn same_tokens(a: &Tokenizer, b: &Tokenizer) -> bool {
+    let library = |tokenizer: &Tokenizer| match tokenizer {
+        Tokenizer::Hf(hf) => Some(hf.files().tokenizer_json.clone()),
+        Tokenizer::Bpe(bpe) => Some(bpe.to_json().to_string()),
+        Tokenizer::Bytes | Tokenizer::Chars { .. } => None,
+    };
+    a == b || library(a).is_some_and(|json| library(b) == Some(json))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn llama(change: impl FnOnce(&mut LlamaConfig)) -> ModelConfig {
+        let mut llama = LlamaConfig {
+            vocab_size: 65,
+            context: 64,
+            layers: 4,
+            heads: 4,
+            kv_heads: 2,
+            width: 128,
+            head_width: None,
+            ffn_width: 320,
+            qk_norm: true,
+            tied_head: true,
+            rope_theta: 1e4,
+            rope_scaling: None,
+            norm_epsilon: 1e-5,
+            dropout: 0.0,
+        };
+        change(&mut llama);
+        ModelConfig::Llama(llama)
+    }
+
+    #[test]
+    fn what_parameters_depend_on_must_be_the_same() {
+        let difference = |change: fn(&mut LlamaConfig)| first_difference(&llama(|_| ()), &llama(change)).unwrap();
+        assert_eq!(difference(|llama| (llama.dropout, llama.context, llama.head_width) = (0.1, 8, Some(32))), None);
+        let (key, found, asked) = difference(|llama| llama.rope_theta = 5e5).unwrap();
+        assert_eq!((&*key, &*found, &*asked), ("rope_theta", "10000.0", "500000.0"));
+        assert_eq!(difference(|llama| llama.head_width = Some(34)).unwrap().0, "head_width");
+    }
+}
