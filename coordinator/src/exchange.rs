@@ -8,11 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use bytes::Bytes;
-use lockstep_model::pieces::{PIECE_ELEMENTS, PieceDigest, PieceSquares};
+use lockstep_model::pieces::{PieceDigest, PieceSquares, in_pieces, in_pieces_mut};
 use lockstep_proto::chunk;
 use lockstep_proto::region::{Region, Token, stamp_of};
 use lockstep_proto::v1;
-use rayon::prelude::*;
 
 use crate::engine::{LeaseId, WorkerId};
 
@@ -70,7 +69,13 @@ pub(crate) struct Staged {
 }
 
 impl Staged {
-    /// Takes the vector of `lease` out of shared memory, into `vector`, on all cores; `None` if it is not there.
+    /// A vector that came by the network.
+    pub(crate) fn of(vector: Vec<f32>) -> Self {
+        let looks = in_pieces(&vector, |start, piece| Look::at(start, piece, vector.len()));
+        Self::looked_at(vector, looks)
+    }
+
+    /// Takes the vector of `lease` out of shared memory, into `vector`; `None` if it is not there.
     ///
     /// # Errors
     /// If the system refuses.
@@ -80,16 +85,28 @@ impl Staged {
             return Ok(None);
         }
         vector.resize(elements, 0.0);
-        let pieces = vector.par_chunks_mut(PIECE_ELEMENTS).enumerate();
-        let looked_at = pieces.map(|(index, piece)| {
-            let start = index * PIECE_ELEMENTS;
-            region.read(start, piece)?;
-            Ok((PieceDigest::of(piece, start, elements), PieceSquares::of(piece)))
+        let looks = in_pieces_mut(&mut vector, |start, piece| {
+            region.read(start, piece).map(|()| Look::at(start, piece, elements))
         });
-        let (digests, squares): (Vec<_>, Vec<_>) = looked_at.collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
-        let whole = region.has(lease.0)?;
-        let (digest, norm) = (PieceDigest::join(&digests, elements), PieceSquares::norm(&squares));
-        Ok(whole.then_some(Self { vector, digest, norm }))
+        let looks = looks.into_iter().collect::<io::Result<Vec<_>>>()?;
+        Ok(region.has(lease.0)?.then(|| Self::looked_at(vector, looks)))
+    }
+
+    fn looked_at(vector: Vec<f32>, looks: Vec<Look>) -> Self {
+        let (digests, squares): (Vec<_>, Vec<_>) = looks.into_iter().map(|look| (look.digest, look.squares)).unzip();
+        Self { digest: PieceDigest::join(&digests, vector.len()), norm: PieceSquares::norm(&squares), vector }
+    }
+}
+
+/// What one piece of a gradient adds to what is known of the whole.
+struct Look {
+    digest: PieceDigest,
+    squares: PieceSquares,
+}
+
+impl Look {
+    fn at(start: usize, piece: &[f32], elements: usize) -> Self {
+        Self { digest: PieceDigest::of(piece, start, elements), squares: PieceSquares::of(piece) }
     }
 }
 
@@ -203,8 +220,7 @@ impl Publication {
     /// Publishes `parameters` as `version` instead.
     pub(crate) fn set(&self, version: u64, parameters: &[f32]) {
         let draft = self.draft(version, parameters.len());
-        let pieces = parameters.par_chunks(PIECE_ELEMENTS).enumerate();
-        let digests: Vec<_> = pieces.map(|(index, piece)| draft.add(index * PIECE_ELEMENTS, piece)).collect();
+        let digests = in_pieces(parameters, |start, piece| draft.add(start, piece));
         self.publish(draft, &digests, parameters);
     }
 
@@ -224,8 +240,7 @@ impl Publication {
         if let Some(bytes) = published.bytes.get() {
             return Some(bytes.clone());
         }
-        let Shared { parameters, .. } = self.0.shared.as_ref()?;
-        let (region, stamp) = (&parameters[(published.version % 2) as usize], stamp_of(&published.digest));
+        let (region, stamp) = (self.0.shared.as_ref()?.region(published.version), stamp_of(&published.digest));
         let mut vector = vec![0.0; region.elements()];
         region.read(0, &mut vector).ok()?;
         let whole = region.has(stamp).ok()?;
@@ -256,7 +271,7 @@ pub(crate) struct Draft<'a> {
 
 impl<'a> Draft<'a> {
     fn new(version: u64, elements: usize, shared: Option<&'a Shared>) -> Self {
-        let region = shared.map(|shared| &shared.parameters[(version % 2) as usize]);
+        let region = shared.map(|shared| shared.region(version));
         let written = region.is_some_and(|region| region.clear().is_ok()).into();
         Self { version, elements, region, written }
     }
@@ -285,6 +300,11 @@ impl Shared {
         let token = random_token();
         let parameters = [Region::create(&token, elements)?, Region::create(&token, elements)?];
         Ok(Self { token, parameters })
+    }
+
+    /// Where a version of the parameters is, until two versions later.
+    fn region(&self, version: u64) -> &Region {
+        &self.parameters[(version % 2) as usize]
     }
 }
 

@@ -5,8 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lockstep_model::batch::Sums;
-use lockstep_model::digest::VectorBlake3;
-use lockstep_model::pieces::l2_norm;
 use lockstep_model::tree::Block;
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::{self, push_message, worker_message};
@@ -65,8 +63,7 @@ impl Service {
         let no_region = || Status::failed_precondition(format!("no memory is shared with worker {worker}; join again"));
         let region = self.staging.region(worker).ok_or_else(no_region)?;
         let memory = self.staging.spare.take();
-        let read = tokio::task::spawn_blocking(move || Staged::read(&region, lease, memory));
-        let read = read.await.map_err(|error| Status::internal(error.to_string()))?;
+        let read = blocking(move || Staged::read(&region, lease, memory)).await?;
         let lost = || Status::data_loss(format!("the vector of lease {lease} is not in shared memory; push it again"));
         read.map_err(|error| Status::unavailable(format!("shared memory cannot be read: {error}")))?.ok_or_else(lost)
     }
@@ -203,16 +200,20 @@ async fn receive(
     elements: usize,
     memory: Vec<f32>,
 ) -> Result<Staged, Status> {
-    let mut digest = VectorBlake3::default();
     let mut assembler = Assembler::within(memory, elements);
     while let Some(message) = messages.message().await? {
         let Some(push_message::Kind::Chunk(chunk)) = message.kind else {
             return Err(Status::invalid_argument("after its header a push holds chunks alone"));
         };
-        digest.add(assembler.push(&chunk).map_err(chunk_status)?);
+        assembler.push(&chunk).map_err(chunk_status)?;
     }
     let vector = assembler.finish().map_err(chunk_status)?;
-    Ok(Staged { norm: l2_norm(&vector), digest: digest.finish(), vector })
+    blocking(move || Staged::of(vector)).await
+}
+
+/// Does something that takes a while beside the other tasks.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Status::internal(error.to_string()))
 }
 
 /// Reads one member's control stream.

@@ -1,5 +1,5 @@
-//! SHA-256 and BLAKE3 over vectors, the identity of parameters and gradients: SHA-256 in files and wherever a person may want
-//! to compare, BLAKE3, which is several times as fast, between processes.
+//! SHA-256 over vectors, the identity of parameters and gradients in files and wherever a person may want to compare. Between
+//! processes it is BLAKE3, of [`pieces`](crate::pieces), which is several times as fast.
 
 use serde::{Deserialize as _, Deserializer, Serializer};
 use sha2::{Digest as _, Sha256};
@@ -17,24 +17,6 @@ pub fn vectors_sha256(vectors: &[&[f32]]) -> [u8; 32] {
     let mut hasher = Sha256::new();
     vectors.iter().for_each(|vector| update(&mut hasher, vector));
     hasher.finalize().into()
-}
-
-/// BLAKE3 of a vector's elements as little-endian f32, which come in parts; [`pieces`](crate::pieces) takes it on all cores.
-#[derive(Clone, Debug, Default)]
-pub struct VectorBlake3(blake3::Hasher);
-
-impl VectorBlake3 {
-    /// Adds the next part.
-    pub fn add(&mut self, part: &[f32]) {
-        with_bytes(part, |bytes| {
-            self.0.update(bytes);
-        });
-    }
-
-    /// The digest of all parts.
-    pub fn finish(&self) -> [u8; 32] {
-        self.0.finalize().into()
-    }
 }
 
 /// SHA-256 of bytes.
@@ -105,10 +87,6 @@ mod tests {
         let bytes: Vec<u8> = vector.iter().flat_map(|v| v.to_le_bytes()).collect();
         assert_eq!(vector_sha256(&vector), bytes_sha256(&bytes));
         assert_eq!(vectors_sha256(&[&vector[..7], &vector[7..]]), bytes_sha256(&bytes));
-        let mut parts = VectorBlake3::default();
-        parts.add(&vector[..7]);
-        parts.add(&vector[7..]);
-        assert_eq!(parts.finish(), *blake3::hash(&bytes).as_bytes());
     }
 
     #[test]

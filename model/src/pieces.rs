@@ -8,6 +8,18 @@ use crate::digest::with_bytes;
 /// Elements of one piece; of the last one, what is left.
 pub const PIECE_ELEMENTS: usize = 1 << 16;
 
+/// What `look` makes of each piece of a vector, of which it is told the first element, in order.
+pub fn in_pieces<T: Send>(vector: &[f32], look: impl Fn(usize, &[f32]) -> T + Sync) -> Vec<T> {
+    let pieces = vector.par_chunks(PIECE_ELEMENTS).enumerate();
+    pieces.map(|(index, piece)| look(index * PIECE_ELEMENTS, piece)).collect()
+}
+
+/// [`in_pieces`], where `look` may change each piece.
+pub fn in_pieces_mut<T: Send>(vector: &mut [f32], look: impl Fn(usize, &mut [f32]) -> T + Sync) -> Vec<T> {
+    let pieces = vector.par_chunks_mut(PIECE_ELEMENTS).enumerate();
+    pieces.map(|(index, piece)| look(index * PIECE_ELEMENTS, piece)).collect()
+}
+
 /// Elements of one partial sum of the squared norm.
 const NORM_BLOCK: usize = 4096;
 /// Interleaved partial sums within a block.
@@ -62,8 +74,7 @@ fn subtree(pieces: &[PieceDigest], elements: usize) -> [u8; 32] {
 
 /// BLAKE3 of a vector's elements as little-endian f32.
 pub fn vector_blake3(vector: &[f32]) -> [u8; 32] {
-    let pieces = vector.par_chunks(PIECE_ELEMENTS).enumerate();
-    let digests: Vec<_> = pieces.map(|(i, piece)| PieceDigest::of(piece, i * PIECE_ELEMENTS, vector.len())).collect();
+    let digests = in_pieces(vector, |start, piece| PieceDigest::of(piece, start, vector.len()));
     PieceDigest::join(&digests, vector.len())
 }
 
@@ -102,8 +113,7 @@ fn sum_of_squares(block: &[f32]) -> f64 {
 
 /// The L2 norm, summed in `f64` in one fixed order: eight interleaved lanes in blocks of 4,096, blocks in order.
 pub fn l2_norm(vector: &[f32]) -> f64 {
-    let pieces: Vec<_> = vector.par_chunks(PIECE_ELEMENTS).map(PieceSquares::of).collect();
-    PieceSquares::norm(&pieces)
+    PieceSquares::norm(&in_pieces(vector, |_, piece| PieceSquares::of(piece)))
 }
 
 #[cfg(test)]

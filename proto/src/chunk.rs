@@ -74,7 +74,7 @@ pub struct Assembler {
 impl Assembler {
     /// An empty vector of `total_elements` to come.
     pub fn new(total_elements: usize) -> Self {
-        Self { vector: Vec::with_capacity(total_elements), total_elements }
+        Self::within(Vec::new(), total_elements)
     }
 
     /// The same, in `memory` that was used before.
@@ -84,11 +84,11 @@ impl Assembler {
         Self { vector: memory, total_elements }
     }
 
-    /// Adds the next chunk, and gives its elements.
+    /// Adds the next chunk.
     ///
     /// # Errors
     /// If its checksum, order or size is wrong; the vector is then unusable.
-    pub fn push(&mut self, chunk: &Chunk) -> Result<&[f32], ChunkError> {
+    pub fn push(&mut self, chunk: &Chunk) -> Result<(), ChunkError> {
         let expected = self.vector.len() as u64 * 4;
         let (offset, length, total) = (chunk.offset_bytes, chunk.data.len(), self.total_elements as u64 * 4);
         if offset != expected {
@@ -102,7 +102,7 @@ impl Assembler {
         }
         let elements = chunk.data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
         self.vector.extend(elements);
-        Ok(&self.vector[self.vector.len() - length / 4..])
+        Ok(())
     }
 
     /// The whole vector.
@@ -159,12 +159,11 @@ mod tests {
         flipped.data = data.into();
         assert_eq!(assembler().push(&flipped), Err(ChunkError::Checksum { offset: 0 }));
 
-        assert_eq!(assembler().push(&good[1]), Err(ChunkError::Order { expected: 0, found: MAX_CHUNK_BYTES as u64 }));
+        let gap = assembler().push(&good[1]);
+        assert_eq!(gap, Err(ChunkError::Order { expected: 0, found: MAX_CHUNK_BYTES as u64 }));
 
-        assert_eq!(
-            Assembler::new(2).push(&good[0]),
-            Err(ChunkError::Size { offset: 0, length: MAX_CHUNK_BYTES, total: 8 })
-        );
+        let excess = Assembler::new(2).push(&good[0]);
+        assert_eq!(excess, Err(ChunkError::Size { offset: 0, length: MAX_CHUNK_BYTES, total: 8 }));
 
         let mut short = assembler();
         short.push(&good[0]).unwrap();

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{MuonConfig, OptimizerConfig, UpdateRule};
 use crate::layout::{Layout, TensorSpec};
-use crate::pieces::{PIECE_ELEMENTS, l2_norm};
+use crate::pieces::{PIECE_ELEMENTS, in_pieces, l2_norm};
 
 /// What an optimizer remembers between steps. Vectors are flat in layout order, and empty for rules that need none.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -123,9 +123,7 @@ pub fn step_if<T: Send>(
     let Update { gradient_sum, weight_sum, lr, step } = update;
     let grad_norm = l2_norm(gradient_sum) / weight_sum;
     if !accepts(grad_norm) {
-        let pieces = parameters.par_chunks(PIECE_ELEMENTS).enumerate();
-        let shown = pieces.map(|(index, piece)| finished(index * PIECE_ELEMENTS, piece)).collect();
-        return (StepReport { grad_norm, applied: false }, shown);
+        return (StepReport { grad_norm, applied: false }, in_pieces(parameters, finished));
     }
     let clip = match config.grad_clip {
         Some(limit) if grad_norm > limit => limit / (grad_norm + 1e-6),
