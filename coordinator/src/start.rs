@@ -1,14 +1,12 @@
 //! How a run starts, or goes on: from its configuration and what lies in its directory.
 
-use std::collections::BTreeMap;
 use std::hash::BuildHasher as _;
 
 use anyhow::{Context as _, bail};
-use lockstep_model::checkpoint::{self, Checkpoint, CheckpointError, FORMAT_VERSION, Manifest};
+use lockstep_model::checkpoint::{self, Checkpoint, CheckpointError, Manifest};
 use lockstep_model::config::ModelConfig;
 use lockstep_model::digest::{bytes_sha256, hex, parse_hex};
 use lockstep_model::layout::{Layout, initial_parameters};
-use lockstep_model::ledger::Ledger;
 use lockstep_model::optimizer::OptimizerState;
 use lockstep_model::step_filter::StepFilter;
 use lockstep_model::tree::Block;
@@ -140,28 +138,12 @@ pub(crate) fn initial_state(config: &RunConfig) -> State {
 /// A new run's manifest, before its first step.
 pub(crate) fn new_manifest(config: &RunConfig, run_id: &str) -> Manifest {
     Manifest {
-        format_version: FORMAT_VERSION,
-        run_id: run_id.into(),
-        step: 0,
-        train_loss: None,
-        validation: None,
-        model: config.model.clone(),
         tokenizer: config.tokenizer.clone(),
         corpus_sha256: hex(&config.source.sha256()),
         initial_sha256: config.initial.as_ref().map(|initial| initial.sha256.clone()),
         recipe_name: config.recipe_name.clone(),
         recipe: config.recipe_toml.clone(),
-        device_classes: Vec::new(),
-        filter: StepFilter::default(),
-        unchecked_since: BTreeMap::new(),
-        tokens: 0,
-        ledger: Ledger::default(),
-        ledger_seal: String::new(),
-        metrics_seal: String::new(),
-        params_sha256: String::new(),
-        optimizer_sha256: String::new(),
-        files: BTreeMap::new(),
-        seal: String::new(),
+        ..Manifest::new(run_id.into(), config.model.clone())
     }
 }
 

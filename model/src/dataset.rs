@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::digest::hex;
+use crate::partial_dir::{PartialDir, Refused, sync_file};
 use crate::shard::{MAX_SHARD_TOKENS, Shard, ShardError, ShardWriter, Width};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::tokens::Tokens;
@@ -108,6 +109,12 @@ impl DatasetError {
 
     fn damaged(path: &Path, problem: impl Into<String>) -> Self {
         Self::Damaged { path: path.into(), problem: problem.into() }
+    }
+}
+
+impl From<Refused> for DatasetError {
+    fn from(Refused { path, action, error }: Refused) -> Self {
+        Self::Io { path, action, error }
     }
 }
 
@@ -219,9 +226,8 @@ fn seal(path: &Path, name: &str, tokens: u64) -> Result<ShardSeal, ShardError> {
 /// Writes a prepared corpus, whole or not at all.
 #[derive(Debug)]
 pub struct DatasetWriter {
-    target: PathBuf,
     /// Where it is written; removed unless it is finished.
-    partial: PathBuf,
+    partial: PartialDir,
     tokenizer: Tokenizer,
     width: Width,
     shard_tokens: u64,
@@ -236,16 +242,13 @@ impl DatasetWriter {
     /// If there is something, or the system refuses.
     pub fn create(target: &Path, tokenizer: Tokenizer, shard_tokens: u64) -> Result<Self, DatasetError> {
         check_free(target)?;
-        let Some(name) = target.file_name() else { return Err(DatasetError::Exists { path: target.into() }) };
-        let partial = target.with_file_name(format!(".{}.partial", name.to_string_lossy()));
-        if partial.exists() {
-            fs::remove_dir_all(&partial).map_err(DatasetError::io(&partial, "remove an unfinished corpus"))?;
+        if target.file_name().is_none() {
+            return Err(DatasetError::Exists { path: target.into() });
         }
-        fs::create_dir_all(&partial).map_err(DatasetError::io(&partial, "create the directory"))?;
+        let partial = PartialDir::create(target)?;
         let width = Width::for_vocabulary(tokenizer.vocab_size());
         let shard_tokens = shard_tokens.clamp(1, MAX_SHARD_TOKENS);
-        let target = target.into();
-        Ok(Self { target, partial, tokenizer, width, shard_tokens, shard: None, seals: Vec::new() })
+        Ok(Self { partial, tokenizer, width, shard_tokens, shard: None, seals: Vec::new() })
     }
 
     /// Appends tokens of the tokenizer's vocabulary.
@@ -256,7 +259,7 @@ impl DatasetWriter {
         while !tokens.is_empty() {
             let mut shard = match self.shard.take() {
                 Some(shard) => shard,
-                None => ShardWriter::create(&self.partial.join(self.shard_name()), self.width)?,
+                None => ShardWriter::create(&self.partial.path().join(self.shard_name()), self.width)?,
             };
             let (now, later) = tokens.split_at(tokens.len().min((self.shard_tokens - shard.tokens()) as usize));
             shard.push(now)?;
@@ -288,15 +291,16 @@ impl DatasetWriter {
         };
         let text = serde_json::to_string_pretty(&manifest).expect("numbers and texts can be written");
         for (name, text) in [(TOKENIZER, self.tokenizer.to_json()), (MANIFEST, text)] {
-            let path = self.partial.join(name);
+            let path = self.partial.path().join(name);
             fs::write(&path, text).map_err(DatasetError::io(&path, "write"))?;
-            File::open(&path).and_then(|file| file.sync_all()).map_err(DatasetError::io(&path, "flush to the disk"))?;
+            sync_file(&path)?;
         }
-        check_free(&self.target)?;
-        if self.target.exists() {
-            fs::remove_dir(&self.target).map_err(DatasetError::io(&self.target, "replace the empty directory"))?;
+        let target = self.partial.target();
+        check_free(target)?;
+        if target.exists() {
+            fs::remove_dir(target).map_err(DatasetError::io(target, "replace the empty directory"))?;
         }
-        fs::rename(&self.partial, &self.target).map_err(DatasetError::io(&self.target, "rename into place"))?;
+        self.partial.publish()?;
         Ok(manifest)
     }
 
@@ -307,15 +311,8 @@ impl DatasetWriter {
     fn seal_shard(&mut self, shard: ShardWriter) -> Result<(), DatasetError> {
         let (name, tokens) = (self.shard_name(), shard.tokens());
         shard.finish()?;
-        self.seals.push(seal(&self.partial.join(&name), &name, tokens)?);
+        self.seals.push(seal(&self.partial.path().join(&name), &name, tokens)?);
         Ok(())
-    }
-}
-
-impl Drop for DatasetWriter {
-    fn drop(&mut self) {
-        // After `finish` there is nothing to remove; otherwise an error was said, and remains of it say no more.
-        let _ = fs::remove_dir_all(&self.partial);
     }
 }
 

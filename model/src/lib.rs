@@ -31,6 +31,7 @@ mod mapping;
 mod network;
 pub mod number;
 pub mod optimizer;
+mod partial_dir;
 pub mod pieces;
 pub mod probe;
 pub mod random;

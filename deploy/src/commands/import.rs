@@ -3,20 +3,16 @@
 //! The run has one checkpoint, of step 0, and a recipe to train it further with. Its id follows from the model, so that
 //! the same folder gives the same run.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, absolute};
 
 use anyhow::Context as _;
 use lockstep_coordinator::run_dir;
-use lockstep_model::checkpoint::{self, FORMAT_VERSION, Manifest};
+use lockstep_model::checkpoint::{self, Manifest};
 use lockstep_model::config::{Gelu, ModelConfig};
 use lockstep_model::digest::{bytes_sha256, hex, vector_sha256};
 use lockstep_model::interchange::{Imported, StagedDir, read_folder};
-use lockstep_model::layout::Layout;
-use lockstep_model::ledger::Ledger;
 use lockstep_model::optimizer::OptimizerState;
-use lockstep_model::step_filter::StepFilter;
 use toml::{Table, Value};
 
 use crate::cli::Import;
@@ -39,32 +35,10 @@ pub(crate) fn run(args: &Import) -> anyhow::Result<()> {
         .with_context(|| format!("{}: cannot write", tokenizer_path.display()))?;
     let digests = format!("{}{}", hex(&vector_sha256(&parameters)), tokenizer.sha256());
     let run_id = hex(&bytes_sha256(digests.as_bytes())[..16]);
-    run_dir::write_new(staged.path(), &run_id, &recipe.to_toml())?;
-    let elements = Layout::of(&model).len();
-    let manifest = Manifest {
-        format_version: FORMAT_VERSION,
-        run_id,
-        step: 0,
-        train_loss: None,
-        validation: None,
-        model,
-        tokenizer: Some(tokenizer),
-        corpus_sha256: String::new(),
-        initial_sha256: None,
-        recipe_name: recipe.name.clone(),
-        recipe: recipe.to_toml(),
-        device_classes: Vec::new(),
-        filter: StepFilter::default(),
-        unchecked_since: BTreeMap::new(),
-        tokens: 0,
-        ledger: Ledger::default(),
-        ledger_seal: String::new(),
-        metrics_seal: String::new(),
-        params_sha256: String::new(),
-        optimizer_sha256: String::new(),
-        files: BTreeMap::new(),
-        seal: String::new(),
-    };
+    let (recipe_name, recipe) = (recipe.name.clone(), recipe.to_toml());
+    run_dir::write_new(staged.path(), &run_id, &recipe)?;
+    let elements = parameters.len();
+    let manifest = Manifest { tokenizer: Some(tokenizer), recipe_name, recipe, ..Manifest::new(run_id, model) };
     let checkpoints = run_dir::checkpoints(staged.path());
     checkpoint::write(&checkpoints, manifest, &parameters, &OptimizerState::default())?.publish()?;
     staged.publish()?;

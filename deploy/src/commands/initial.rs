@@ -19,12 +19,13 @@ use super::inspect;
 /// # Errors
 /// If there are none, or they belong to another model or tokenizer.
 pub(super) fn read(path: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> anyhow::Result<Initial> {
-    let (found, parameters, its_tokenizer) = if interchange::is_folder(path) {
+    let (found, parameters, its_tokenizer, sha256) = if interchange::is_folder(path) {
         let Imported { model, parameters, tokenizer } = interchange::read_folder(path)?;
-        (model, parameters, Some(tokenizer))
+        let sha256 = hex(&vector_sha256(&parameters));
+        (model, parameters, Some(tokenizer), sha256)
     } else {
         let (manifest, parameters) = checkpoint::read_parameters(&inspect::locate(path)?)?;
-        (manifest.model, parameters, manifest.tokenizer)
+        (manifest.model, parameters, manifest.tokenizer, manifest.params_sha256)
     };
     let shown = path.display();
     if let Some((key, theirs, ours)) = first_difference(&found, model)? {
@@ -39,7 +40,6 @@ pub(super) fn read(path: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> a
              prepare corpora with that"
         );
     }
-    let sha256 = hex(&vector_sha256(&parameters));
     Ok(Initial { parameters: Arc::new(parameters), sha256 })
 }
 

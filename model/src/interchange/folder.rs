@@ -12,7 +12,7 @@ use super::hf_config::{self, HfConfig};
 use super::weights::{self, Written};
 use super::{Exported, InterchangeError, hf_tokenizer_files, names};
 use crate::config::ModelConfig;
-use crate::layout::{Layout, TensorSpec};
+use crate::layout::Layout;
 use crate::mapping::Mapping;
 use crate::tokenizer::Tokenizer;
 
@@ -176,7 +176,9 @@ pub fn write_folder(folder: &Path, exported: &Exported<'_>, max_shard_bytes: u64
     fs::write(&path, config).map_err(InterchangeError::io(&path, "write"))?;
     hf_tokenizer_files::write(folder, tokenizer, model.context().unwrap_or_default())?;
 
-    let tensors = tensors(folder, exported)?;
+    let tensors = exported.tensors(folder)?.into_iter();
+    let tensors: Vec<_> =
+        tensors.map(|(spec, values)| Written { foreign: names::hf(model, &spec), element, values }).collect();
     let sizes: Vec<u64> = tensors.iter().map(|tensor| (tensor.elements() * element.bytes()) as u64).collect();
     let shards = cut(&sizes, max_shard_bytes);
     let count = shards.iter().max().map_or(1, |last| last + 1);
@@ -204,48 +206,6 @@ pub fn write_folder(folder: &Path, exported: &Exported<'_>, max_shard_bytes: u64
         fs::write(&path, format!("{index:#}\n")).map_err(InterchangeError::io(&path, "write"))?;
     }
     Ok(())
-}
-
-/// The tensors that `transformers` expects, in layout order: biases too, of a GPT-2 without any.
-fn tensors<'a>(folder: &Path, exported: &Exported<'a>) -> Result<Vec<Written<'a>>, InterchangeError> {
-    let Exported { model, parameters, element, .. } = *exported;
-    let layout = Layout::of(model);
-    check_range(folder, &layout, parameters, element)?;
-    let complete = with_biases(model);
-    let tensor = |spec: &TensorSpec| {
-        let ours = layout.tensors.iter().find(|tensor| tensor.name == spec.name);
-        let values = ours.map_or(&[][..], |tensor| &parameters[tensor.range()]);
-        Written { foreign: names::hf(model, spec), element, values }
-    };
-    Ok(Layout::of(&complete).tensors.iter().map(tensor).collect())
-}
-
-/// The model with the biases that others' GPT-2 always has.
-pub(super) fn with_biases(model: &ModelConfig) -> ModelConfig {
-    match model.clone() {
-        ModelConfig::Gpt(gpt) => ModelConfig::Gpt(crate::config::GptConfig { bias: true, ..gpt }),
-        other => other,
-    }
-}
-
-/// Refuses to write an infinity for a number.
-pub(super) fn check_range(
-    path: &Path,
-    layout: &Layout,
-    parameters: &[f32],
-    element: ElementType,
-) -> Result<(), InterchangeError> {
-    let holds = |tensor: &&TensorSpec| parameters[tensor.range()].iter().all(|value| element.holds(*value));
-    match layout.tensors.iter().find(|tensor| !holds(tensor)) {
-        None => Ok(()),
-        Some(tensor) => {
-            let (name, form) = (&tensor.name, element.torch_name());
-            Err(InterchangeError::refused(
-                path,
-                format!("{name} holds a number too large for {form}; take --dtype f32"),
-            ))
-        }
-    }
 }
 
 /// In which file each of some tensors comes, in their order.

@@ -17,7 +17,7 @@ const BOOL: u32 = 7;
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 /// Tensors begin at multiples of it, in bytes.
-const ALIGNMENT: usize = 32;
+pub(super) const ALIGNMENT: usize = 32;
 
 /// A value of the metadata.
 #[derive(Clone, Debug, PartialEq)]

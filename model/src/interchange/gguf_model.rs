@@ -6,31 +6,27 @@ use super::element::ElementType;
 use super::gguf::{self, Metadata, Value};
 use super::names::{self, Foreign};
 use super::weights::Written;
-use super::{Exported, InterchangeError, folder, gguf_vocabulary};
+use super::{Exported, InterchangeError, gguf_vocabulary};
 use crate::config::{GptConfig, LlamaConfig, ModelConfig};
-use crate::layout::Layout;
+use crate::kernels::rotary_frequency;
 
 /// Writes a model to `path`. Matrices are in the form asked for; vectors, which are few, and places in single precision.
 ///
 /// # Errors
 /// If llama.cpp has no such model or tokenizer, a number is too large for its form, or the system refuses.
 pub fn write_gguf(path: &Path, exported: &Exported<'_>) -> Result<(), InterchangeError> {
-    let Exported { model, parameters, tokenizer, element, .. } = *exported;
+    let Exported { model, tokenizer, element, .. } = *exported;
     let refused = |problem| InterchangeError::refused(path, problem);
     let mut metadata = architecture(exported).map_err(refused)?;
     let context = model.context().unwrap_or_default();
     metadata.extend(gguf_vocabulary::metadata(tokenizer, context).map_err(refused)?);
 
-    let layout = Layout::of(model);
-    folder::check_range(path, &layout, parameters, element)?;
-    let mut tensors = Vec::with_capacity(layout.tensors.len() + 1);
-    for spec in &Layout::of(&folder::with_biases(model)).tensors {
-        let Some(foreign) = names::gguf(model, spec) else {
+    let mut tensors = Vec::new();
+    for (spec, values) in exported.tensors(path)? {
+        let Some(foreign) = names::gguf(model, &spec) else {
             return Err(refused(format!("GGUF has no name for tensor {}", spec.name)));
         };
         let single = spec.shape.len() == 1 || spec.name == "wpe.weight";
-        let ours = layout.tensors.iter().find(|tensor| tensor.name == spec.name);
-        let values = ours.map_or(&[][..], |tensor| &parameters[tensor.range()]);
         tensors.push(Written { foreign, element: if single { ElementType::F32 } else { element }, values });
     }
     let stretches = rotary_stretches(model);
@@ -91,7 +87,7 @@ fn architecture(exported: &Exported<'_>) -> Result<Metadata, String> {
     let general = [
         ("general.architecture", Value::Text(architecture.into())),
         ("general.name", Value::Text(exported.name.into())),
-        ("general.alignment", Value::U32(32)),
+        ("general.alignment", Value::U32(gguf::ALIGNMENT as u32)),
         ("general.file_type", Value::U32(file_type)),
     ];
     let general = general.map(|(key, value)| (key.to_string(), value));
@@ -104,6 +100,5 @@ fn rotary_stretches(model: &ModelConfig) -> Vec<f32> {
     let ModelConfig::Llama(llama) = model else { return Vec::new() };
     let Some(scaling) = llama.rope_scaling else { return Vec::new() };
     let half = llama.head_width() / 2;
-    let frequency = |pair: usize| libm::pow(llama.rope_theta, -(pair as f64) / half as f64);
-    (0..half).map(|pair| scaling.stretch(frequency(pair)) as f32).collect()
+    (0..half).map(|pair| scaling.stretch(rotary_frequency(pair, half, llama.rope_theta)) as f32).collect()
 }

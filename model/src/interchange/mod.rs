@@ -24,7 +24,9 @@ pub use self::element::ElementType;
 pub use self::folder::{Imported, is_folder, read_folder, write_folder};
 pub use self::gguf_model::write_gguf;
 pub use self::staged::StagedDir;
-use crate::config::ModelConfig;
+use crate::config::{GptConfig, ModelConfig};
+use crate::layout::{Layout, TensorSpec};
+use crate::partial_dir::Refused;
 use crate::tokenizer::Tokenizer;
 
 /// A model that is written in a form of others.
@@ -40,6 +42,33 @@ pub struct Exported<'a> {
     pub tokenizer: &'a Tokenizer,
     /// In what form numbers are written.
     pub element: ElementType,
+}
+
+impl<'a> Exported<'a> {
+    /// The tensors that others expect, in layout order, with their values, none where all are 0: those of a GPT-2 always
+    /// have biases.
+    ///
+    /// # Errors
+    /// If a number would be an infinity in the form asked for.
+    fn tensors(&self, path: &Path) -> Result<Vec<(TensorSpec, &'a [f32])>, InterchangeError> {
+        let Self { model, parameters, element, .. } = *self;
+        let layout = Layout::of(model);
+        let holds = |tensor: &&TensorSpec| parameters[tensor.range()].iter().all(|value| element.holds(*value));
+        if let Some(tensor) = layout.tensors.iter().find(|tensor| !holds(tensor)) {
+            let (name, form) = (&tensor.name, element.torch_name());
+            let problem = format!("{name} holds a number too large for {form}; take --dtype f32");
+            return Err(InterchangeError::refused(path, problem));
+        }
+        let complete = match model.clone() {
+            ModelConfig::Gpt(gpt) => ModelConfig::Gpt(GptConfig { bias: true, ..gpt }),
+            other => other,
+        };
+        let values = |spec: TensorSpec| {
+            let ours = layout.tensors.iter().find(|tensor| tensor.name == spec.name);
+            (spec, ours.map_or(&[][..], |tensor| &parameters[tensor.range()]))
+        };
+        Ok(Layout::of(&complete).tensors.into_iter().map(values).collect())
+    }
 }
 
 /// Why a model was not read or written.
@@ -73,5 +102,11 @@ impl InterchangeError {
 
     fn refused(path: &Path, problem: impl Into<String>) -> Self {
         Self::Refused { path: path.into(), problem: problem.into() }
+    }
+}
+
+impl From<Refused> for InterchangeError {
+    fn from(Refused { path, action, error }: Refused) -> Self {
+        Self::Io { path, action, error }
     }
 }

@@ -12,6 +12,7 @@ mod tests;
 use burn::tensor::{Tensor, TensorData};
 
 pub use self::positions::Positions;
+pub(crate) use self::positions::rotary_frequency;
 use crate::config::Gelu;
 use crate::dropout::{Dropout, Site};
 

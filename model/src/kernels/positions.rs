@@ -40,7 +40,7 @@ impl Positions {
     pub fn rotary(self, head_width: usize, theta: f64, scaling: Option<RopeScaling>) -> Self {
         let half = head_width / 2;
         let frequency = |i: usize| {
-            let frequency = libm::pow(theta, -(i as f64) / half as f64);
+            let frequency = rotary_frequency(i, half, theta);
             scaling.map_or(frequency, |scaling| frequency / scaling.stretch(frequency))
         };
         let frequencies: Vec<f64> = (0..half).map(frequency).collect();
@@ -64,6 +64,11 @@ impl Positions {
             Some(starts) => (0..length).cycle().zip(starts.iter()).map(|(token, start)| token - start).collect(),
         }
     }
+}
+
+/// Radians a position by which element i of a head's halves, of `half` elements, turns: `theta^(-2i/D)`.
+pub(crate) fn rotary_frequency(i: usize, half: usize, theta: f64) -> f64 {
+    libm::pow(theta, -(i as f64) / half as f64)
 }
 
 /// The first token of each one's segment.

@@ -4,127 +4,27 @@
 //! disk, and renamed: a name that looks right is whole, whatever happened in between. The manifest holds the SHA-256 of
 //! each file and its own, and reading checks them.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+mod manifest;
+mod tensors;
+
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, SafeTensors, View};
-use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::config::ModelConfig;
+pub use self::manifest::{FORMAT_VERSION, FileSeal, Manifest, Validation, read_manifest};
+use self::tensors::{Tensors, flatten, has_prefix};
 use crate::digest::{bytes_sha256, hex, vector_sha256, vectors_sha256};
-use crate::layout::{Layout, TensorSpec};
-use crate::ledger::Ledger;
+use crate::layout::Layout;
 use crate::optimizer::OptimizerState;
-use crate::step_filter::StepFilter;
-use crate::tokenizer::Tokenizer;
+use crate::partial_dir::{self, PartialDir, Refused, sync_directory, sync_file};
 
-/// Version of the manifest's form.
-pub const FORMAT_VERSION: u32 = 2;
-
-const MANIFEST: &str = "manifest.json";
 const PARAMETERS: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const FIRST_MOMENT: &str = "first_moment.";
 const SECOND_MOMENT: &str = "second_moment.";
-/// What a manifest's text ends with while its seal is empty.
-const UNSEALED_END: &str = "\"seal\": \"\"\n}";
-
-/// What a checkpoint says of itself.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// [`FORMAT_VERSION`] of the program that wrote it.
-    pub format_version: u32,
-    /// The run.
-    pub run_id: String,
-    /// Optimizer steps committed.
-    pub step: u64,
-    /// Mean training loss of that step; none before the first.
-    pub train_loss: Option<f64>,
-    /// Mean validation loss, and the step it was measured after.
-    pub validation: Option<Validation>,
-    /// The model.
-    pub model: ModelConfig,
-    /// How text becomes tokens.
-    pub tokenizer: Option<Tokenizer>,
-    /// SHA-256 of the corpus' tokens, hexadecimal; empty of a model that was imported.
-    pub corpus_sha256: String,
-    /// SHA-256 of the parameters that the run began with, where they came from another model, hexadecimal.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initial_sha256: Option<String>,
-    /// The recipe's name.
-    pub recipe_name: String,
-    /// The recipe in full, as TOML.
-    pub recipe: String,
-    /// Device classes of the workers that contributed, hexadecimal.
-    pub device_classes: Vec<String>,
-    /// By what the next steps' gradients are judged.
-    pub filter: StepFilter,
-    /// By a worker's name, the first step in which a gradient of its counts that nobody checked.
-    pub unchecked_since: BTreeMap<String, u64>,
-    /// Tokens (or rows) trained on so far.
-    pub tokens: u64,
-    /// Which ones they were.
-    pub ledger: Ledger,
-    /// Seal of the last line of the run's ledger file; empty before the first.
-    pub ledger_seal: String,
-    /// Seal of the last line of the run's metrics; empty before the first.
-    pub metrics_seal: String,
-    /// SHA-256 of the parameters as little-endian f32 in layout order, hexadecimal.
-    pub params_sha256: String,
-    /// SHA-256 of first and second moments likewise, one after the other.
-    pub optimizer_sha256: String,
-    /// The other files.
-    pub files: BTreeMap<String, FileSeal>,
-    /// SHA-256 of the manifest's own text, with this still empty, hexadecimal.
-    pub seal: String,
-}
-
-impl Manifest {
-    /// Whether the validation loss of these very parameters is known.
-    pub fn is_validated(&self) -> bool {
-        self.validation.is_some_and(|validation| validation.step == self.step)
-    }
-}
-
-/// The part of a manifest that every format version has.
-#[derive(Deserialize)]
-struct Versioned {
-    format_version: u32,
-}
-
-/// A validation result.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Validation {
-    /// Optimizer steps applied when it was measured.
-    pub step: u64,
-    /// Mean loss; NaN where the run diverged.
-    #[serde(deserialize_with = "crate::number::or_nan")]
-    pub loss: f64,
-    /// The loss in bits for each byte of text; none where that is not known.
-    #[serde(default)]
-    pub bits_per_byte: Option<f64>,
-}
-
-impl Validation {
-    /// A mean loss of `loss` nats a token, after `step`, where a token stands for `bytes_per_token` bytes of text.
-    pub fn new(step: u64, loss: f64, bytes_per_token: Option<f64>) -> Self {
-        let bits_per_byte = bytes_per_token.map(|bytes| loss / std::f64::consts::LN_2 / bytes);
-        Self { step, loss, bits_per_byte }
-    }
-}
-
-/// Size and digest of a file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileSeal {
-    /// Length in bytes.
-    pub bytes: u64,
-    /// SHA-256, hexadecimal.
-    pub sha256: String,
-}
 
 /// A checkpoint in memory.
 #[derive(Clone, Debug)]
@@ -178,6 +78,12 @@ pub enum CheckpointError {
     },
 }
 
+impl From<Refused> for CheckpointError {
+    fn from(Refused { path, action, error }: Refused) -> Self {
+        Self::Io { path, action, error }
+    }
+}
+
 impl CheckpointError {
     fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_path_buf();
@@ -203,11 +109,7 @@ pub fn step_of(path: &Path) -> Option<u64> {
 
 /// A checkpoint that is whole on the disk, beside its final name. Dropping it removes it.
 #[derive(Debug)]
-pub struct Staged {
-    directory: PathBuf,
-    partial: PathBuf,
-    target: PathBuf,
-}
+pub struct Staged(PartialDir);
 
 impl Staged {
     /// Gives the checkpoint its name, in the place of an earlier one of the same step, and returns its path.
@@ -215,27 +117,13 @@ impl Staged {
     /// # Errors
     /// If the system refuses.
     pub fn publish(self) -> Result<PathBuf, CheckpointError> {
-        let Self { directory, partial, target } = &self;
+        let target = self.0.target().to_path_buf();
         if target.exists() {
-            fs::remove_dir_all(target).map_err(CheckpointError::io(target, "replace"))?;
+            fs::remove_dir_all(&target).map_err(CheckpointError::io(&target, "replace"))?;
         }
-        fs::rename(partial, target).map_err(CheckpointError::io(target, "rename into place"))?;
-        sync_directory(directory)?;
-        Ok(target.clone())
+        self.0.publish()?;
+        Ok(target)
     }
-}
-
-impl Drop for Staged {
-    fn drop(&mut self) {
-        // Gone already where it was published. Elsewhere the error that led here says what went wrong; that the remains of
-        // an attempt cannot be removed either adds nothing.
-        let _ = fs::remove_dir_all(&self.partial);
-    }
-}
-
-/// Where a checkpoint lies while it is not, or no longer, whole.
-fn partial(directory: &Path, name: &str) -> PathBuf {
-    directory.join(format!(".{name}.partial"))
 }
 
 /// Writes a checkpoint into `directory` (of all checkpoints of a run), whole or not at all, to be published. Fills in the
@@ -249,14 +137,12 @@ pub fn write(
     parameters: &[f32],
     optimizer: &OptimizerState,
 ) -> Result<Staged, CheckpointError> {
-    let name = directory_name(manifest.step);
     manifest.params_sha256 = hex(&vector_sha256(parameters));
     manifest.optimizer_sha256 = hex(&vectors_sha256(&[&optimizer.first_moment, &optimizer.second_moment]));
     fs::create_dir_all(directory).map_err(CheckpointError::io(directory, "create the directory"))?;
-    let staged =
-        Staged { directory: directory.into(), partial: partial(directory, &name), target: directory.join(name) };
-    write_files(&staged.partial, manifest, parameters, optimizer)?;
-    Ok(staged)
+    let partial = PartialDir::create(&directory.join(directory_name(manifest.step)))?;
+    write_files(partial.path(), manifest, parameters, optimizer)?;
+    Ok(Staged(partial))
 }
 
 fn write_files(
@@ -265,10 +151,6 @@ fn write_files(
     parameters: &[f32],
     optimizer: &OptimizerState,
 ) -> Result<(), CheckpointError> {
-    if partial.exists() {
-        fs::remove_dir_all(partial).map_err(CheckpointError::io(partial, "remove an unfinished checkpoint"))?;
-    }
-    fs::create_dir_all(partial).map_err(CheckpointError::io(partial, "create the directory"))?;
     let layout = Layout::of(&manifest.model);
     let tensors = |prefix: &str, vector| Tensors { prefix: prefix.into(), layout: &layout, vector };
     let moments = [(FIRST_MOMENT, &optimizer.first_moment), (SECOND_MOMENT, &optimizer.second_moment)];
@@ -283,15 +165,8 @@ fn write_files(
         sync_file(&path)?;
         manifest.files.insert(name.into(), seal(&path)?);
     }
-    let path = partial.join(MANIFEST);
-    manifest.seal.clear();
-    let text = serde_json::to_string_pretty(&manifest)
-        .map_err(|error| CheckpointError::io(&path, "write")(std::io::Error::other(error)))?;
-    let sealed_end = UNSEALED_END.replace("\"\"", &format!("\"{}\"", hex(&bytes_sha256(text.as_bytes()))));
-    let body = text.strip_suffix(UNSEALED_END).unwrap_or(&text);
-    fs::write(&path, format!("{body}{sealed_end}")).map_err(CheckpointError::io(&path, "write"))?;
-    sync_file(&path)?;
-    sync_directory(partial)
+    manifest::write(partial, manifest)?;
+    Ok(sync_directory(partial)?)
 }
 
 /// Reads a checkpoint and checks every digest.
@@ -353,33 +228,6 @@ fn check_seal(path: &Path, sealed: Option<&FileSeal>, found: &FileSeal) -> Resul
         true => Ok(()),
         false => Err(CheckpointError::damaged(path, "its size or SHA-256 is not the manifest's")),
     }
-}
-
-/// Reads a checkpoint's manifest alone.
-///
-/// # Errors
-/// If it is not there, unreadable, of another format version, or not what was written.
-pub fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
-    let file = path.join(MANIFEST);
-    let text = match fs::read_to_string(&file) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(CheckpointError::NotFound { path: path.into() });
-        }
-        Err(error) => return Err(CheckpointError::io(&file, "read")(error)),
-    };
-    let malformed = |error: serde_json::Error| CheckpointError::damaged(&file, error.to_string());
-    let Versioned { format_version } = serde_json::from_str(&text).map_err(malformed)?;
-    if format_version != FORMAT_VERSION {
-        return Err(CheckpointError::OtherVersion { path: file, found: format_version });
-    }
-    let manifest: Manifest = serde_json::from_str(&text).map_err(malformed)?;
-    let sealed_end = UNSEALED_END.replace("\"\"", &format!("\"{}\"", manifest.seal));
-    let unsealed = text.strip_suffix(&sealed_end).map(|body| format!("{body}{UNSEALED_END}"));
-    if unsealed.is_none_or(|unsealed| hex(&bytes_sha256(unsealed.as_bytes())) != manifest.seal) {
-        return Err(CheckpointError::damaged(&file, "it is not what was written: its seal is another"));
-    }
-    Ok(manifest)
 }
 
 /// The checkpoints in `directory`, oldest first: what is not named as one is none. Empty where there is no such directory.
@@ -467,7 +315,7 @@ pub fn prune(directory: &Path, keep_last: usize, whole: &mut BTreeSet<u64>) -> R
         kept == keep_last.max(1)
     });
     for path in all[..oldest_kept.unwrap_or(0)].iter().filter(|path| Some(*path) != best) {
-        remove(directory, path).map_err(CheckpointError::io(path, "remove an old checkpoint"))?;
+        remove(path).map_err(CheckpointError::io(path, "remove an old checkpoint"))?;
     }
     Ok(())
 }
@@ -478,81 +326,19 @@ pub fn prune(directory: &Path, keep_last: usize, whole: &mut BTreeSet<u64>) -> R
 /// If the directory cannot be read or a checkpoint not be removed.
 pub fn remove_after(directory: &Path, step: u64) -> Result<(), CheckpointError> {
     for path in list(directory)?.iter().rev().filter(|path| step_of(path).is_some_and(|later| later > step)) {
-        remove(directory, path)
-            .map_err(CheckpointError::io(path, "remove a checkpoint that the run goes back behind"))?;
+        remove(path).map_err(CheckpointError::io(path, "remove a checkpoint that the run goes back behind"))?;
     }
     Ok(())
 }
 
-/// Removes a checkpoint in `directory`, its name first, so that nobody finds a part of it.
-fn remove(directory: &Path, path: &Path) -> std::io::Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let hidden = partial(directory, &name);
+/// Removes a checkpoint, its name first, so that nobody finds a part of it.
+fn remove(path: &Path) -> std::io::Result<()> {
+    let hidden = partial_dir::hidden(path);
     if hidden.exists() {
         fs::remove_dir_all(&hidden)?;
     }
     fs::rename(path, &hidden)?;
     fs::remove_dir_all(hidden)
-}
-
-/// One vector's tensors under a name prefix, as safetensors writes them.
-struct Tensors<'a> {
-    prefix: String,
-    layout: &'a Layout,
-    vector: &'a [f32],
-}
-
-impl<'a> Tensors<'a> {
-    fn views(&self) -> impl Iterator<Item = (String, TensorView<'a>)> {
-        self.layout.tensors.iter().map(|tensor| {
-            let view = TensorView { shape: &tensor.shape, values: &self.vector[tensor.range()] };
-            (format!("{}{}", self.prefix, tensor.name), view)
-        })
-    }
-}
-
-struct TensorView<'a> {
-    shape: &'a [usize],
-    values: &'a [f32],
-}
-
-impl View for TensorView<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        self.values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>().into()
-    }
-
-    fn data_len(&self) -> usize {
-        self.values.len() * 4
-    }
-}
-
-/// The flat vector of the tensors under `prefix`.
-fn flatten(path: &Path, bytes: &[u8], prefix: &str, layout: &Layout) -> Result<Vec<f32>, CheckpointError> {
-    let file = SafeTensors::deserialize(bytes).map_err(|error| CheckpointError::damaged(path, error.to_string()))?;
-    let mut vector = Vec::with_capacity(layout.len());
-    for TensorSpec { name, shape, .. } in &layout.tensors {
-        let name = format!("{prefix}{name}");
-        let tensor = file.tensor(&name).map_err(|error| CheckpointError::damaged(path, error.to_string()))?;
-        if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
-            let reason = format!("{name} is {:?} {:?}, the model has F32 {shape:?}", tensor.dtype(), tensor.shape());
-            return Err(CheckpointError::damaged(path, reason));
-        }
-        vector.extend(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
-    }
-    Ok(vector)
-}
-
-fn has_prefix(path: &Path, bytes: &[u8], prefix: &str) -> Result<bool, CheckpointError> {
-    let file = SafeTensors::deserialize(bytes).map_err(|error| CheckpointError::damaged(path, error.to_string()))?;
-    Ok(file.names().iter().any(|name| name.starts_with(prefix)))
 }
 
 fn seal(path: &Path) -> Result<FileSeal, CheckpointError> {
@@ -568,44 +354,19 @@ fn seal(path: &Path) -> Result<FileSeal, CheckpointError> {
     }
 }
 
-fn sync_file(path: &Path) -> Result<(), CheckpointError> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(CheckpointError::io(path, "flush to the disk"))
-}
-
-/// Makes a rename within `path` durable. Only Unix can open a directory for that.
-fn sync_directory(path: &Path) -> Result<(), CheckpointError> {
-    if cfg!(unix) { sync_file(path) } else { Ok(()) }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::manifest::MANIFEST;
     use super::*;
-    use crate::config::LineConfig;
+    use crate::config::{LineConfig, ModelConfig};
 
     fn manifest(step: u64, val_loss: Option<f64>) -> Manifest {
         Manifest {
-            format_version: FORMAT_VERSION,
-            run_id: "r".into(),
             step,
             train_loss: Some(1.0),
             validation: val_loss.map(|loss| Validation::new(step, loss, Some(4.0))),
-            model: ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }),
-            tokenizer: None,
-            corpus_sha256: String::new(),
-            initial_sha256: None,
             recipe_name: "line".into(),
-            recipe: String::new(),
-            device_classes: vec![],
-            filter: StepFilter::default(),
-            unchecked_since: BTreeMap::new(),
-            tokens: 0,
-            ledger: Ledger::default(),
-            ledger_seal: String::new(),
-            metrics_seal: String::new(),
-            params_sha256: String::new(),
-            optimizer_sha256: String::new(),
-            files: BTreeMap::new(),
-            seal: String::new(),
+            ..Manifest::new("r".into(), ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }))
         }
     }
 
@@ -704,7 +465,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_disk_that_does_not_flush_is_named() {
-        let said = sync_file(Path::new("/dev/null")).unwrap_err().to_string();
+        let said = CheckpointError::from(sync_file(Path::new("/dev/null")).unwrap_err()).to_string();
         assert!(said.starts_with("/dev/null: cannot flush to the disk: "), "{said}");
     }
 
