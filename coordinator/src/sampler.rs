@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use lockstep_model::compute::Computer;
 use lockstep_model::config::ModelConfig;
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
-use lockstep_model::generate::{Choice, generate};
+use lockstep_model::inference::{Engine, Limits, Overflow, Request, Sampling, complete};
 use lockstep_model::tokenizer::Tokenizer;
 
 use crate::background::Background;
@@ -66,26 +66,32 @@ fn sample(
     parameters: &[f32],
 ) -> anyhow::Result<String> {
     let device = ComputeDevice::open(DeviceChoice::Cpu).or_else(|_| ComputeDevice::open(DeviceChoice::Auto))?;
-    let mut computer = Computer::new(model, &device);
-    computer.load(parameters)?;
-    match (model, model.context(), tokenizer) {
-        (_, Some(context), Some(tokenizer)) => {
-            let prompt = tokenizer.encode(prompt)?;
-            let choice = Choice { temperature: config.temperature, top_k: config.top_k, top_p: 1.0, seed };
+    match (model, tokenizer) {
+        (ModelConfig::Line(_), _) => {
+            let x: f32 =
+                prompt.trim().parse().map_err(|_| anyhow::anyhow!("{prompt:?} is no number to predict for"))?;
+            let mut computer = Computer::new(model, &device);
+            computer.load(parameters)?;
+            Ok(format!(" → {:.2}", computer.predict(x)?))
+        }
+        (_, Some(tokenizer)) => {
+            let mut engine = Engine::new(model, parameters, &device, Limits { sequences: 1, ..Limits::default() })?;
+            let (temperature, top_k) = (config.temperature, config.top_k);
+            let request = Request {
+                prompt: tokenizer.encode(prompt)?,
+                max_tokens: config.tokens,
+                sampling: Sampling { temperature, top_k, seed, ..Sampling::default() },
+                ends: tokenizer.stop_tokens(),
+                overflow: Overflow::Slide,
+            };
             let mut tokens = Vec::with_capacity(config.tokens);
-            let end = tokenizer.end_of_text();
-            generate(&computer, context, &prompt, config.tokens, &choice, end, |token| {
+            complete(&mut engine, request, |token| {
                 tokens.push(token);
                 true
             })?;
             Ok(tokenizer.decode(&tokens))
         }
-        (ModelConfig::Line(_), ..) => {
-            let x: f32 =
-                prompt.trim().parse().map_err(|_| anyhow::anyhow!("{prompt:?} is no number to predict for"))?;
-            Ok(format!(" → {:.2}", computer.predict(x)?))
-        }
-        _ => anyhow::bail!("a Transformer without a tokenizer generates no text"),
+        (_, None) => anyhow::bail!("a Transformer without a tokenizer generates no text"),
     }
 }
 

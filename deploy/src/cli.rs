@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use lockstep_model::device::DeviceChoice;
+use lockstep_model::inference::Sampling;
 
 use crate::chaos::Fault;
-use crate::commands::threads_each;
+use crate::commands::{Usage, threads_each};
 
 /// Train language models on whatever machines there are: every run is the same run.
 #[derive(Debug, Parser)]
@@ -169,35 +170,78 @@ pub(crate) struct Worker {
     pub(crate) announce: bool,
 }
 
+/// A model that answers, and on what.
 #[derive(Args, Debug)]
-#[command(after_help = "Examples:
-  lockstep generate --run runs/quickstart-1 --prompt \"And God said\"
-  lockstep generate --run runs/quickstart-1/checkpoints/step-000000400 --prompt \"In the\" --temperature 0")]
-pub(crate) struct Generate {
+pub(crate) struct ModelArgs {
     /// Directory of a run (its newest checkpoint is taken) or of a checkpoint.
     #[arg(long, value_name = "DIR")]
     pub(crate) run: PathBuf,
-    /// Text to continue.
-    #[arg(long)]
-    pub(crate) prompt: String,
-    /// Tokens to generate.
-    #[arg(long, default_value_t = 300)]
-    pub(crate) tokens: usize,
-    /// 0 takes the likeliest token; higher is more varied.
-    #[arg(long, default_value_t = 0.8)]
-    pub(crate) temperature: f64,
-    /// Draw among the K likeliest tokens; 0 for all.
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub(crate) top_k: usize,
-    /// Draw among the fewest likeliest tokens whose probabilities reach P.
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
-    pub(crate) top_p: f64,
-    /// The same seed gives the same text.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) seed: u64,
     /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
     #[arg(long, default_value = "auto")]
     pub(crate) device: DeviceChoice,
+    /// CPU threads [default: all cores].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+}
+
+/// How tokens are chosen.
+#[derive(Args, Debug)]
+pub(crate) struct SamplingArgs {
+    /// 0 takes the likeliest token; higher is more varied.
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f64,
+    /// Draw among the K likeliest tokens; 0 for all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Draw among the fewest likeliest tokens whose probabilities reach P.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f64,
+    /// Draw among tokens at least P times as likely as the likeliest.
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f64,
+    /// Above 1, what has been said is less likely to be said again.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    repetition_penalty: f64,
+    /// The same seed gives the same text.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+impl SamplingArgs {
+    /// Checked.
+    pub(crate) fn sampling(&self) -> Result<Sampling, Usage> {
+        let Self { temperature, top_k, top_p, min_p, repetition_penalty, seed } = *self;
+        let sampling = Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed, ..Sampling::default() };
+        sampling.validate().map_err(|error| Usage(error.to_string()))?;
+        Ok(sampling)
+    }
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  lockstep generate --run runs/quickstart-1 --prompt \"And God said\"
+  lockstep generate --run runs/quickstart-1 --prompt \"In the\" --samples 3 --top-p 0.9 --stop \".\"
+  lockstep generate --run runs/quickstart-1/checkpoints/step-000000400 --prompt \"In the\" --temperature 0")]
+pub(crate) struct Generate {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Text to continue.
+    #[arg(long)]
+    pub(crate) prompt: String,
+    /// Tokens to generate, at most.
+    #[arg(long, default_value_t = 300)]
+    pub(crate) tokens: usize,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// End before this text; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Continue so many times, with seeds from --seed on.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) samples: u32,
+    /// Print a JSON object a line for each, once it has ended.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args, Debug)]

@@ -2,7 +2,7 @@
 //! parameters, the tree sum, the optimizer, checkpoints and generation. It knows no network and no clock.
 //!
 //! Data flows one way: [`corpus`] or [`dataset`] → [`tokens`] → [`sampler`] → [`batch`] → [`compute`] → [`tree`] → [`optimizer`] →
-//! [`checkpoint`] → [`generate`].
+//! [`checkpoint`] → [`inference`].
 
 pub mod batch;
 pub mod bpe;
@@ -17,9 +17,9 @@ pub mod dataset;
 pub mod device;
 pub mod digest;
 pub mod dropout;
-pub mod generate;
 mod gpt;
 pub mod hf_tokenizer;
+pub mod inference;
 pub mod interchange;
 pub mod kernels;
 pub mod layout;

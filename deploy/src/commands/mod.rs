@@ -10,12 +10,14 @@ mod generate;
 mod import;
 mod initial;
 mod inspect;
+mod open_model;
 mod prepare;
 mod status;
 mod train;
 mod verify;
 mod worker;
 
+use anyhow::Context as _;
 use clap::CommandFactory as _;
 
 use crate::cli::{Cli, Command};
@@ -60,6 +62,12 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
 pub(crate) fn threads_each(asked: Option<u32>, workers: u32) -> u32 {
     let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u32;
     asked.unwrap_or_else(|| (cores() / workers).max(1))
+}
+
+/// Has work on the CPU use so many threads; all cores, where nothing else is asked for.
+fn use_threads(asked: Option<u32>) -> anyhow::Result<()> {
+    let threads = threads_each(asked, 1) as usize;
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("CPU threads cannot be started")
 }
 
 /// Runs a command's asynchronous part.

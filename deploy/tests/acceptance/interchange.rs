@@ -10,7 +10,7 @@ use lockstep_model::chat_template::{ChatTemplate, Day, Message};
 use lockstep_model::checkpoint::{self, Manifest};
 use lockstep_model::compute::Computer;
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
-use lockstep_model::generate::{Choice, generate};
+use lockstep_model::inference::{Engine, Limits, Overflow, Request, Sampling, complete};
 use lockstep_model::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
@@ -31,32 +31,43 @@ const TEXTS: &[&str] = &[
 /// A model as its run holds it, ready to be asked.
 struct Model {
     manifest: Manifest,
-    computer: Computer,
+    parameters: Vec<f32>,
+    device: ComputeDevice,
 }
 
 impl Model {
     fn of(run: &Path) -> Self {
         let newest = checkpoint::list(&run.join("checkpoints")).unwrap().pop().unwrap();
         let (manifest, parameters) = checkpoint::read_parameters(&newest).unwrap();
-        let mut computer = Computer::new(&manifest.model, &ComputeDevice::open(DeviceChoice::Cpu).unwrap());
-        computer.load(&parameters).unwrap();
-        Self { manifest, computer }
+        Self { manifest, parameters, device: ComputeDevice::open(DeviceChoice::Cpu).unwrap() }
     }
 
     fn tokenizer(&self) -> &Tokenizer {
         self.manifest.tokenizer.as_ref().unwrap()
     }
 
+    fn computer(&self) -> Computer {
+        let mut computer = Computer::new(&self.manifest.model, &self.device);
+        computer.load(&self.parameters).unwrap();
+        computer
+    }
+
     /// The prompt and the likeliest continuation, also beyond an end of text.
     fn greedy(&self, prompt: &[u32], count: usize) -> Vec<u32> {
         let mut said = prompt.to_vec();
-        let choice = Choice { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
-        let context = self.manifest.model.context().unwrap();
+        let mut engine = Engine::new(&self.manifest.model, &self.parameters, &self.device, Limits::default()).unwrap();
+        let request = Request {
+            prompt: prompt.to_vec(),
+            max_tokens: count,
+            sampling: Sampling::greedy(),
+            ends: Vec::new(),
+            overflow: Overflow::Stop,
+        };
         let each = |token| {
             said.push(token);
             true
         };
-        generate(&self.computer, context, prompt, count, &choice, None, each).unwrap();
+        complete(&mut engine, request, each).unwrap();
         said
     }
 
@@ -71,7 +82,7 @@ impl Model {
             assert_eq!(json!(ids), answer["ids"][index], "{}: {text:?}", folder.display());
             assert_eq!(json!(tokenizer.decode(&ids)), answer["texts"][index], "{}", folder.display());
         }
-        let logits = self.computer.next_token_logits(&prompt).unwrap();
+        let logits = self.computer().next_token_logits(&prompt).unwrap();
         let worst = difference(&logits, &answer["logits"]);
         assert!(worst <= LOGIT_TOLERANCE, "{}: logits are off by {worst:.1e}", folder.display());
         assert_eq!(json!(self.greedy(&prompt, tokens)), answer["greedy"], "{}", folder.display());
@@ -126,7 +137,7 @@ fn an_imported_model_says_what_its_golden_answers_say() {
     let model = Model::of(&run);
     let asked = golden["prompt_text"].as_str().unwrap();
     assert_eq!(model.tokenizer().encode(asked).unwrap(), prompt);
-    let logits = model.computer.next_token_logits(&prompt).unwrap();
+    let logits = model.computer().next_token_logits(&prompt).unwrap();
     let worst = difference(&logits[..16], &golden["last_logits_first16"]);
     assert!(worst <= LOGIT_TOLERANCE, "logits are off by {worst:.1e}");
     assert_eq!(model.greedy(&prompt, greedy.len() - prompt.len()), greedy);
@@ -137,7 +148,7 @@ fn an_imported_model_says_what_its_golden_answers_say() {
     assert_eq!(said.trim_end_matches('\n'), model.tokenizer().decode(&greedy));
 
     let shown = inspect(&run);
-    assert_eq!((&shown["step"], &shown["parameters"]), (&json!(0), &json!(model.computer.layout().len())));
+    assert_eq!((&shown["step"], &shown["parameters"]), (&json!(0), &json!(model.computer().layout().len())));
     succeed(lockstep(&["verify", path(&run)], &[]));
     // The same folder is the same run, and nothing is written over.
     let again = dir.path().join("again");

@@ -10,7 +10,7 @@ use lockstep_model::batch::{Batch, Column, Values};
 use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
 use lockstep_model::config::{LlamaConfig, ModelConfig, OptimizerConfig, ScheduleConfig};
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
-use lockstep_model::generate::{Choice, generate};
+use lockstep_model::inference::{Engine, Limits, Overflow, Request, Sampling, complete};
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::optimizer::{self, OptimizerState, Update};
 use lockstep_model::schedule::learning_rate;
@@ -252,8 +252,15 @@ fn a_trained_llama_says_what_transformers_says() {
     assert!((loss - reference).abs() <= LOGIT_TOLERANCE, "loss {loss} is not {reference}");
 
     let mut said = prompt.clone();
-    let choice = Choice { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
-    generate(&computer, 512, &prompt, greedy.len() - prompt.len(), &choice, None, |token| {
+    let request = Request {
+        prompt: prompt.clone(),
+        max_tokens: greedy.len() - prompt.len(),
+        sampling: Sampling::greedy(),
+        ends: Vec::new(),
+        overflow: Overflow::Stop,
+    };
+    let mut engine = Engine::new(&model, &parameters, &device, Limits::default()).unwrap();
+    complete(&mut engine, request, |token| {
         said.push(token);
         true
     })

@@ -4,6 +4,8 @@
 
 #[cfg(feature = "cpu")]
 pub(crate) mod cpu;
+pub(crate) mod elementary;
+pub(crate) mod lanes;
 pub mod plain;
 mod positions;
 #[cfg(all(test, feature = "cpu"))]
@@ -12,7 +14,7 @@ mod tests;
 use burn::tensor::{Tensor, TensorData};
 
 pub use self::positions::Positions;
-pub(crate) use self::positions::rotary_frequency;
+pub(crate) use self::positions::{rotary_frequency, rotary_tables};
 use crate::config::Gelu;
 use crate::dropout::{Dropout, Site};
 

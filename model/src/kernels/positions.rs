@@ -1,5 +1,6 @@
 //! Where tokens stand in their sequences: what attention, rotation and embeddings need to know of it.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Device, Tensor};
@@ -35,20 +36,11 @@ impl Positions {
     }
 
     /// These, turning element i of a head's first half, and of its second, by `position · theta^(-2i/D)`, slowed down by
-    /// `scaling`. Angles are computed in f64 by `libm`, so that every machine has the same.
+    /// `scaling`.
     #[must_use]
     pub fn rotary(self, head_width: usize, theta: f64, scaling: Option<RopeScaling>) -> Self {
-        let half = head_width / 2;
-        let frequency = |i: usize| {
-            let frequency = rotary_frequency(i, half, theta);
-            scaling.map_or(frequency, |scaling| frequency / scaling.stretch(frequency))
-        };
-        let frequencies: Vec<f64> = (0..half).map(frequency).collect();
-        let angle = |i: usize| (i / half) as f64 * frequencies[i % half];
-        let elements = self.shape[1] * half;
-        let table = |function: fn(f64) -> f64| Arc::new((0..elements).map(|i| function(angle(i)) as f32).collect());
-        let angles = Angles { cos: table(libm::cos), sin: table(libm::sin), tables: OnceLock::new() };
-        Self { angles: Some(angles), ..self }
+        let [cos, sin] = rotary_tables(0..self.shape[1], head_width, theta, scaling).map(Arc::new);
+        Self { angles: Some(Angles { cos, sin, tables: OnceLock::new() }), ..self }
     }
 
     /// B and T.
@@ -64,6 +56,24 @@ impl Positions {
             Some(starts) => (0..length).cycle().zip(starts.iter()).map(|(token, start)| token - start).collect(),
         }
     }
+}
+
+/// Cosines and sines `[positions, D/2]` of the angles by which a head of `head_width` elements is turned. Angles are computed in
+/// f64 by `libm`, so that every machine has the same.
+pub(crate) fn rotary_tables(
+    positions: Range<usize>,
+    head_width: usize,
+    theta: f64,
+    scaling: Option<RopeScaling>,
+) -> [Vec<f32>; 2] {
+    let half = head_width / 2;
+    let frequency = |i: usize| {
+        let frequency = rotary_frequency(i, half, theta);
+        scaling.map_or(frequency, |scaling| frequency / scaling.stretch(frequency))
+    };
+    let frequencies: Vec<f64> = (0..half).map(frequency).collect();
+    let angles = || positions.clone().flat_map(|position| frequencies.iter().map(move |f| position as f64 * f));
+    [libm::cos, libm::sin].map(|function: fn(f64) -> f64| angles().map(|angle| function(angle) as f32).collect())
 }
 
 /// Radians a position by which element i of a head's halves, of `half` elements, turns: `theta^(-2i/D)`.

@@ -7,10 +7,10 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::head::{self, Backward, Dropout, Forward, Rows};
-use super::lanes::LANES;
 use super::{CpuTensor, Operation, row_major, shape, tensor};
 use crate::dropout::Factors;
 use crate::kernels::Positions;
+use crate::kernels::lanes::LANES;
 
 /// What happens to the probabilities `[B, H, T, T]`.
 #[derive(Clone, Debug)]

@@ -9,10 +9,10 @@ use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::elementary::exp;
-use super::lanes::{LANES, reduce, sum};
 use super::product::{Before, Matrix, multiply};
 use super::{CpuTensor, Operation, row_major, shape, tensor};
+use crate::kernels::elementary::exp;
+use crate::kernels::lanes::{LANES, reduce, sum};
 
 /// Rows that one thread works on at a time.
 const ROWS: usize = 16;

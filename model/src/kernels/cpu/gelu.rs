@@ -4,9 +4,9 @@ use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::elementary::{gelu, gelu_by_tanh};
 use super::{CpuTensor, Operation, row_major, shape, tensor};
 use crate::config;
+use crate::kernels::elementary::{gelu, gelu_by_tanh};
 
 /// Elements that one thread works on at a time.
 const BLOCK: usize = 1 << 14;

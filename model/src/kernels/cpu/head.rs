@@ -9,9 +9,9 @@
 
 use macerator::{Simd, WithSimd};
 
-use super::elementary::exp;
-use super::lanes::{LANES, Lanes};
 use crate::dropout::Factors;
+use crate::kernels::elementary::exp;
+use crate::kernels::lanes::{LANES, Lanes};
 
 /// Keys whose products are accumulated in registers at once.
 const TILE: usize = 6;

@@ -9,8 +9,8 @@ use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::lanes::sum;
 use super::{CpuTensor, Operation, row_major, shape, tensor};
+use crate::kernels::lanes::sum;
 
 /// Rows that one thread works on at a time, and whose share of the parameters' gradients is added up at once.
 const ROWS: usize = 64;

@@ -5,8 +5,8 @@ use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::buffer::Buffer;
-use super::elementary::logistic;
 use super::{CpuTensor, Operation, row_major, shape, tensor};
+use crate::kernels::elementary::logistic;
 
 /// Elements that one thread works on at a time.
 const BLOCK: usize = 1 << 14;

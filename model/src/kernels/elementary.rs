@@ -22,7 +22,7 @@ const NORMAL_DENSITY_AT_0: f32 = 0.398_942_3;
 ///
 /// `x = n ln 2 + r` with a whole n, and `e^r = 1 + r + r² p(r)`.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     let shifted = x.mul_add(LOG2_E, ROUNDER);
     let n = shifted - ROUNDER;
     let r = n.mul_add(-LN_2_REST, n.mul_add(-LN_2, x));
@@ -60,7 +60,7 @@ fn distribution(x: f32) -> f32 {
 /// `x Φ(x)` and its derivative `Φ(x) + x φ(x)`: the Gaussian error linear unit (Hendrycks and Gimpel, arXiv:1606.08415),
 /// with the distribution function Φ and density φ of a standard normal variable.
 #[inline(always)]
-pub(super) fn gelu(x: f32) -> (f32, f32) {
+pub(crate) fn gelu(x: f32) -> (f32, f32) {
     let distribution = distribution(x);
     let density = NORMAL_DENSITY_AT_0 * exp(-0.5 * x * x);
     (x * distribution, x.mul_add(density, distribution))
@@ -69,7 +69,7 @@ pub(super) fn gelu(x: f32) -> (f32, f32) {
 /// `x σ(2u)` and its derivative, with the logistic function σ and `u = √(2/π) (x + 0.044715 x³)`: the unit's approximation
 /// by a tangent, `(1 + tanh u) / 2` being σ(2u).
 #[inline(always)]
-pub(super) fn gelu_by_tanh(x: f32) -> (f32, f32) {
+pub(crate) fn gelu_by_tanh(x: f32) -> (f32, f32) {
     // From 100 on σ is 0 or 1 as it is, and the square's own square stays finite.
     let square = (x * x).min(1e4);
     let (distribution, slope) = logistic_and_slope(TWICE_ROOT_2_OVER_PI * x * square.mul_add(CUBIC, 1.0));
@@ -79,7 +79,7 @@ pub(super) fn gelu_by_tanh(x: f32) -> (f32, f32) {
 
 /// `1 / (1 + e^-x)`, within three units in the last place. NaN stays NaN.
 #[inline(always)]
-pub(super) fn logistic(x: f32) -> f32 {
+pub(crate) fn logistic(x: f32) -> f32 {
     logistic_and_slope(x).0
 }
 

@@ -1,0 +1,37 @@
+//! A run's model, ready to answer.
+
+use anyhow::bail;
+use lockstep_model::checkpoint::{self, Manifest};
+use lockstep_model::device::ComputeDevice;
+use lockstep_model::inference::{Engine, Limits};
+use lockstep_model::tokenizer::Tokenizer;
+
+use super::{inspect, use_threads};
+use crate::cli::ModelArgs;
+
+/// An engine, and what it speaks.
+pub(crate) struct OpenModel {
+    pub(crate) engine: Engine,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) manifest: Manifest,
+    /// In words.
+    pub(crate) device: String,
+}
+
+impl OpenModel {
+    /// Reads the newest checkpoint of the run, or the checkpoint, that is named.
+    ///
+    /// # Errors
+    /// If there is none, it is damaged, its model reads no text, or there is no such device.
+    pub(crate) fn load(args: &ModelArgs, limits: Limits) -> anyhow::Result<Self> {
+        use_threads(args.threads)?;
+        let path = inspect::locate(&args.run)?;
+        let (manifest, parameters) = checkpoint::read_parameters(&path)?;
+        let Some(tokenizer) = manifest.tokenizer.clone() else {
+            bail!("{}: the run's model reads no text, so it writes none", path.display());
+        };
+        let device = ComputeDevice::open(args.device)?;
+        let engine = Engine::new(&manifest.model, &parameters, &device, limits)?;
+        Ok(Self { engine, tokenizer, manifest, device: device.description })
+    }
+}

@@ -1,0 +1,155 @@
+//! What happens to each row by itself: norms, activations, rotation.
+
+use macerator::{AutoArch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use crate::config::Gelu;
+use crate::kernels::elementary::{gelu, gelu_by_tanh, logistic};
+use crate::kernels::lanes::sum;
+
+/// Elements below which threads cost more than they bring.
+const WORTH_THREADS: usize = 1 << 14;
+
+/// Normalisation of rows: layer norm (Ba et al., arXiv:1607.06450), or root-mean-square norm (Zhang and Sennrich,
+/// arXiv:1910.07467).
+#[derive(Debug)]
+pub(super) struct Norm {
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    /// Whether the mean is subtracted.
+    centred: bool,
+    epsilon: f32,
+}
+
+/// What stands between the two matrices of a feed-forward layer.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Activation {
+    /// Of each element.
+    Gelu(Gelu),
+    /// The first half of a row is the gate of the second (Shazeer, arXiv:2002.05202).
+    SwiGlu,
+}
+
+impl Norm {
+    pub(super) fn layer(weight: &[f32], bias: Option<&[f32]>, epsilon: f64) -> Self {
+        Self { weight: weight.to_vec(), bias: bias.map(<[f32]>::to_vec), centred: true, epsilon: epsilon as f32 }
+    }
+
+    pub(super) fn root_mean_square(weight: &[f32], epsilon: f64) -> Self {
+        Self { weight: weight.to_vec(), bias: None, centred: false, epsilon: epsilon as f32 }
+    }
+
+    /// Of each row of `x`.
+    pub(super) fn of(&self, x: &[f32]) -> Vec<f32> {
+        let mut y = x.to_vec();
+        by_rows(&mut y, self.weight.len(), |rows| self.apply(rows));
+        y
+    }
+
+    /// Changes rows.
+    pub(super) fn apply(&self, rows: &mut [f32]) {
+        AutoArch::new().dispatch(Normalise { norm: self, rows });
+    }
+}
+
+struct Normalise<'a> {
+    norm: &'a Norm,
+    rows: &'a mut [f32],
+}
+
+impl WithSimd for Normalise<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self) {
+        let Norm { weight, bias, centred, epsilon } = self.norm;
+        let share = 1.0 / weight.len() as f32;
+        for row in self.rows.chunks_exact_mut(weight.len()) {
+            let mean = if *centred { sum(row, row, |x, _| x) * share } else { 0.0 };
+            let variance = sum(row, row, |x, _| (x - mean) * (x - mean)) * share;
+            let scale = 1.0 / (variance + epsilon).sqrt();
+            match bias {
+                Some(bias) => {
+                    for ((x, weight), bias) in row.iter_mut().zip(weight).zip(bias) {
+                        *x = ((*x - mean) * scale).mul_add(*weight, *bias);
+                    }
+                }
+                None => row.iter_mut().zip(weight).for_each(|(x, weight)| *x = (*x - mean) * scale * weight),
+            }
+        }
+    }
+}
+
+impl Activation {
+    /// Of rows of `width` elements; half as many are left of a gate and its row.
+    pub(super) fn of(self, mut x: Vec<f32>, width: usize) -> Vec<f32> {
+        match self {
+            Self::Gelu(kind) => {
+                by_rows(&mut x, width, |rows| AutoArch::new().dispatch(ApplyGelu { kind, rows }));
+                x
+            }
+            Self::SwiGlu => {
+                let mut y = vec![0.0; x.len() / 2];
+                let rows = y.par_chunks_mut(width / 2).zip(x.par_chunks(width)).with_min_len(WORTH_THREADS / width);
+                rows.for_each(|(y, x)| {
+                    let (gate, up) = x.split_at(width / 2);
+                    AutoArch::new().dispatch(Gate { gate, up, y });
+                });
+                y
+            }
+        }
+    }
+}
+
+struct ApplyGelu<'a> {
+    kind: Gelu,
+    rows: &'a mut [f32],
+}
+
+impl WithSimd for ApplyGelu<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self) {
+        match self.kind {
+            Gelu::Exact => self.rows.iter_mut().for_each(|x| *x = gelu(*x).0),
+            Gelu::Tanh => self.rows.iter_mut().for_each(|x| *x = gelu_by_tanh(*x).0),
+        }
+    }
+}
+
+struct Gate<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl WithSimd for Gate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self) {
+        for ((y, gate), up) in self.y.iter_mut().zip(self.gate).zip(self.up) {
+            *y = gate * logistic(*gate) * up;
+        }
+    }
+}
+
+/// Turns element i of a head's first half and element i of its second, as a point of the plane, by the angle of these
+/// cosines and sines `[D/2]`.
+pub(super) fn turn(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (first, second) = head.split_at_mut(cos.len());
+    for ((first, second), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
+        let (x, y) = (*first, *second);
+        *first = x * cos - y * sin;
+        *second = y * cos + x * sin;
+    }
+}
+
+/// Has `each` change all rows, some at a time, on as many threads as is worth it.
+fn by_rows(x: &mut [f32], width: usize, each: impl Fn(&mut [f32]) + Send + Sync) {
+    if x.len() < 2 * WORTH_THREADS {
+        return each(x);
+    }
+    x.par_chunks_mut(WORTH_THREADS.next_multiple_of(width)).for_each(each);
+}
