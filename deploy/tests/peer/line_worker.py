@@ -444,5 +444,19 @@ def main() -> None:
         sys.exit("line_worker: interrupted")
 
 
+def exit_status() -> int:
+    """Runs, and says in words why it ended where that is asked for."""
+    try:
+        main()
+    except SystemExit as ending:
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr, flush=True)
+            return 1
+        return ending.code or 0
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    # Without the interpreter's own end, in which a call that is collected may wait for ever: for a lock of gRPC's, held by a
+    # thread that is not run any more.
+    os._exit(exit_status())
