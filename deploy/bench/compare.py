@@ -1,11 +1,12 @@
-"""Training steps of ours beside PyTorch's on the same two cores, in turn, as ratios of one run on one machine.
+"""Ours beside PyTorch on the same two cores, in turn, as ratios of one run on one machine: training steps, or generation.
 
-    python compare.py target/release/lockstep [compute|cluster] [--shapes tiny small gpt2s] [--pairs 5] [--steps 20]
+    python compare.py target/release/lockstep [compute|cluster|generate] [--shapes tiny small gpt2s] [--pairs 5] [--steps 20]
 
 Needs PyTorch. Each pair runs two workers of one thread each (`lockstep bench compute`, without exchange and optimizer; or
 `bench cluster`, with both), then PyTorch in its layouts (see torch_step.py). Prints a row of a Markdown table for each
 shape: medians over the pairs, and the median of the pairs' ratios. "better" is the faster of `single` and `ddp` in that
-pair.
+pair. Generation (`lockstep bench generate`, torch_generate.py) is one process with two threads each, and `--steps` is how often a
+pair repeats it.
 """
 
 import argparse
@@ -50,11 +51,27 @@ def row_of(measure: str, pairs: Sequence[dict[str, Any]]) -> list[str]:
     return [*rates, *ratios, f"{statistics.median(pair['ours'][share] for pair in pairs):.1%}", *peaks]
 
 
+GENERATED = {"prefill": "prefill_tokens_per_sec", "one": "decode_tokens_per_sec", "eight": "batch_tokens_per_sec"}
+
+
+def row_of_generation(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """What a table says of a shape that generates."""
+    row = []
+    for key in GENERATED.values():
+        ours, theirs = ([pair[name][key] for pair in pairs] for name in ["ours", "single"])
+        ratio = statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
+        row += [f"{statistics.median(ours):,.0f}", f"{statistics.median(theirs):,.0f}", f"{ratio:.2f}"]
+    limit = statistics.median(pair["ours"]["memory_limit_tokens_per_sec"] for pair in pairs)
+    return [*row, f"{limit:,.0f}"]
+
+
 HEADS = {
     "compute": ["ours, 2 × 1 thread", "PyTorch 1 × all", "DDP gloo, 2 × 1", "PyTorch alone, 2 × 1", "ours ÷ better",
                 "ours ÷ DDP", "ours ÷ alone", "products", "peak MB of a worker", "of PyTorch alone"],
     "cluster": ["ours, 2 × 1 thread", "PyTorch 1 × all", "DDP gloo, 2 × 1", "ours ÷ better", "ours ÷ DDP", "overhead",
                 "peak MB of the coordinator", "of a DDP process"],
+    "generate": [f"{what}{of}" for what in GENERATED for of in [", ours", ", PyTorch", ": ours ÷ PyTorch"]]
+                + ["one, if weights were read alone"],
 }
 
 
@@ -66,23 +83,27 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
-    peer = Path(__file__).with_name("torch_step.py")
-    layouts = ["single", "ddp", "alone"] if args.measure == "compute" else ["single", "ddp"]
+    generates = args.measure == "generate"
+    peer = Path(__file__).with_name("torch_generate.py" if generates else "torch_step.py")
+    layouts = {"compute": ["single", "ddp", "alone"], "cluster": ["single", "ddp"], "generate": ["single"]}[args.measure]
+    steps = "--repetitions" if generates else "--steps"
 
-    print(f"{machine()}; PyTorch {torch.__version__}; {args.pairs} pairs of {args.steps} steps\n")
+    print(f"{machine()}; PyTorch {torch.__version__}; {args.pairs} pairs of {args.steps} {steps[2:]}\n")
     heads = ["shape", *HEADS[args.measure]]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
     for shape in args.shapes:
         pairs = []
         for number in range(args.pairs):
             print(f"{shape}: pair {number + 1} of {args.pairs}", file=sys.stderr, flush=True)
-            of_all = ["--shape", shape, "--steps", str(args.steps)]
-            ours = [args.lockstep, "bench", args.measure, *of_all, "--device", "cpu", "--workers", "2", "--threads", "1"]
+            of_all = ["--shape", shape, steps, str(args.steps)]
+            layout_of_ours = ["--threads", "2"] if generates else ["--workers", "2", "--threads", "1"]
+            ours = [args.lockstep, "bench", args.measure, *of_all, "--device", "cpu", *layout_of_ours]
             pair = {"ours": result_of([*ours, "--json"])}
             for layout in layouts:
-                pair[layout] = result_of([sys.executable, str(peer), *of_all, "--layout", layout])
+                pair[layout] = result_of([sys.executable, str(peer), *of_all, *([] if generates else ["--layout", layout])])
             pairs.append(pair)
-        print(f"| {' | '.join([shape, *row_of(args.measure, pairs)])} |", flush=True)
+        row = row_of_generation(pairs) if generates else row_of(args.measure, pairs)
+        print(f"| {' | '.join([shape, *row])} |", flush=True)
 
 
 if __name__ == "__main__":

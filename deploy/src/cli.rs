@@ -385,12 +385,14 @@ pub(crate) enum Bench {
     Compute(BenchCompute),
     /// Measure how fast a cluster trains, beside its workers without one.
     Cluster(BenchCluster),
+    /// Measure how fast a model reads prompts and continues them.
+    Generate(BenchGenerate),
 }
 
 /// What is measured.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Measurement {
-    /// tiny, small, gpt2s, llama, or a recipe: embedded, or the path of a TOML file.
+    /// tiny, small, gpt2s, llama, stories, the directory of a run, or a recipe: embedded, or the path of a TOML file.
     #[arg(long, default_value = "small")]
     pub(crate) shape: String,
     /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
@@ -447,4 +449,34 @@ Examples:
 pub(crate) struct BenchCluster {
     #[command(flatten)]
     pub(crate) measurement: Measurement,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Prompts are tokens drawn at random, half as long as the model's context, and a quarter as many tokens follow, each the
+likeliest: of one sequence, then of several at once. Medians over the repetitions.
+
+Examples:
+  lockstep bench generate --shape small
+  lockstep bench generate --shape runs/quickstart-1 --threads 1 --json"
+)]
+pub(crate) struct BenchGenerate {
+    /// tiny, small, gpt2s, llama, stories, the directory of a run, or a recipe: embedded, or the path of a TOML file.
+    #[arg(long, default_value = "small")]
+    pub(crate) shape: String,
+    /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: DeviceChoice,
+    /// CPU threads [default: all cores].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+    /// Sequences at once, in the last measurement.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) batch: u32,
+    /// How often each is measured.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) repetitions: u32,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }

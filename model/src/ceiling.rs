@@ -1,4 +1,8 @@
-//! What a training step would take if it were matrix products alone: a bound on how fast it can be made.
+//! Bounds on how fast things can be made: what a training step would take if it were matrix products alone, and a token if
+//! it were reading weights alone.
+
+use macerator::{AutoArch, Scalar as _, Simd, WithSimd};
+use rayon::prelude::*;
 
 use crate::config::ModelConfig;
 #[cfg(feature = "cpu")]
@@ -82,6 +86,42 @@ impl Operands {
             multiply(of_x, Before::Replaced, upper, weight.transposed());
             multiply(of_weight, Before::Replaced, x.transposed(), upper);
         });
+    }
+}
+
+/// Memory as large as a model's weights, to be read as they are for each token.
+#[derive(Debug)]
+pub struct Weights(Vec<f32>);
+
+impl Weights {
+    /// So many bytes, of any value.
+    pub fn new(bytes: usize) -> Self {
+        Self((0..bytes / size_of::<f32>()).map(|i| (i % 7) as f32).collect())
+    }
+
+    /// Reads all of it once, with the threads that inference uses; the sum of what is there.
+    pub fn read(&self) -> f32 {
+        rayon::scope(|_| {
+            let part = self.0.len().div_ceil(rayon::current_num_threads()).max(1);
+            self.0.par_chunks(part).map(|part| AutoArch::new().dispatch(Read(part))).sum()
+        })
+    }
+}
+
+struct Read<'a>(&'a [f32]);
+
+impl WithSimd for Read<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self) -> f32 {
+        let mut sums = [0f32.splat::<S>(); 8];
+        for block in f32::align_to::<S>(self.0).1.as_chunks::<8>().0 {
+            for (sum, vector) in sums.iter_mut().zip(block) {
+                *sum += *vector;
+            }
+        }
+        bytemuck::cast_slice::<_, f32>(&sums).iter().sum()
     }
 }
 

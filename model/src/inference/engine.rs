@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 
 use rayon::prelude::*;
 
+use super::awake::awake;
 use super::network::{Cache, Network, Run};
 use super::sampling::{Sampling, SamplingError};
 use crate::compute::{ComputeError, Computer};
@@ -261,8 +262,7 @@ impl Engine {
     /// If the device fails; all sequences are lost then.
     pub fn step(&mut self) -> Result<Vec<Event>, ComputeError> {
         match self.backend {
-            // As one of the threads that work is split among, so that none of these has to wake another.
-            Backend::Cpu(_) => rayon::scope(|_| self.step_here()),
+            Backend::Cpu(_) => awake(|| self.step_here()),
             Backend::Device(_) => self.step_here().inspect_err(|_| self.slots.clear()),
         }
     }

@@ -4,6 +4,7 @@
 //! what a sequence has read is cached, and what it gets does not depend on what else runs, to the bit. [`TextStream`] makes
 //! text of tokens as they come.
 
+mod awake;
 mod cache;
 mod engine;
 mod matrix;

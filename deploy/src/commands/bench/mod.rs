@@ -2,6 +2,7 @@
 
 mod cluster;
 mod compute;
+mod generate;
 mod measured;
 mod setting;
 mod shape;
@@ -26,5 +27,6 @@ pub(crate) fn run(bench: Bench) -> anyhow::Result<()> {
     match bench {
         Bench::Compute(args) => compute::run(&args),
         Bench::Cluster(args) => cluster::run(&args.measurement),
+        Bench::Generate(args) => generate::run(&args),
     }
 }

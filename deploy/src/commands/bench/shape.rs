@@ -1,10 +1,13 @@
-//! What `lockstep bench` trains.
+//! What `lockstep bench` computes with.
+
+use std::path::Path;
 
 use lockstep_model::batch::{Batch, Column, Values};
+use lockstep_model::checkpoint;
 use lockstep_model::config::{Gelu, GptConfig, LlamaConfig, ModelConfig};
 use lockstep_model::random::{Draws, Stream};
 
-use crate::commands::{Usage, assemble};
+use crate::commands::{Usage, assemble, inspect};
 use crate::recipe::Recipe;
 
 /// A model, and the size of the slots that it is trained on.
@@ -19,10 +22,10 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    /// The shape of this name, or that of a recipe.
+    /// The shape of this name, or that of a run's model or of a recipe.
     ///
     /// # Errors
-    /// If there is neither, or the recipe is refused or trains no Transformer.
+    /// If there is none, the recipe is refused or the run damaged, or the model is no Transformer.
     pub(crate) fn load(name: &str) -> anyhow::Result<Self> {
         let gpt = |[layers, heads, width, context, vocab_size]: [usize; 5]| {
             let (bias, tied_head, gelu, norm_epsilon, dropout) = (true, false, Gelu::Exact, 1e-5, 0.0);
@@ -39,29 +42,37 @@ impl Shape {
                 dropout,
             })
         };
+        let llama = |[layers, heads, kv_heads, width, ffn_width, context, vocab_size]: [usize; 7], qk_norm: bool| {
+            ModelConfig::Llama(LlamaConfig {
+                vocab_size,
+                context,
+                layers,
+                heads,
+                kv_heads,
+                width,
+                head_width: None,
+                ffn_width,
+                qk_norm,
+                tied_head: true,
+                rope_theta: 10_000.0,
+                rope_scaling: None,
+                norm_epsilon: 1e-5,
+                dropout: 0.0,
+            })
+        };
         Ok(match name {
             "tiny" => Self::of(gpt([4, 4, 128, 64, 65]), 12),
             "small" => Self::of(gpt([6, 6, 384, 256, 65]), 4),
             "gpt2s" => Self::of(gpt([6, 8, 512, 256, 8192]), 4),
-            "llama" => Self::of(
-                ModelConfig::Llama(LlamaConfig {
-                    vocab_size: 65,
-                    context: 256,
-                    layers: 6,
-                    heads: 6,
-                    kv_heads: 2,
-                    width: 384,
-                    head_width: None,
-                    ffn_width: 1024,
-                    qk_norm: true,
-                    tied_head: true,
-                    rope_theta: 10_000.0,
-                    rope_scaling: None,
-                    norm_epsilon: 1e-5,
-                    dropout: 0.0,
-                }),
-                4,
-            ),
+            "llama" => Self::of(llama([6, 6, 2, 384, 1024, 256, 65], true), 4),
+            "stories" => Self::of(llama([2, 8, 4, 128, 384, 512, 2048], false), 4),
+            run if Path::new(run).is_dir() => {
+                let model = checkpoint::read_parameters(&inspect::locate(Path::new(run))?)?.0.model;
+                if let ModelConfig::Line(_) = model {
+                    return Err(Usage(format!("{run}: its model is no Transformer")).into());
+                }
+                Self::of(model, 4)
+            }
             recipe => {
                 let recipe = Recipe::load(recipe, &[])?;
                 let data = assemble::data(&recipe)?;
