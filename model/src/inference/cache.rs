@@ -106,7 +106,7 @@ impl WithSimd for Attend<'_> {
         let (rows, most) = (self.seen.len(), self.seen.iter().copied().max().unwrap_or(0));
         let padded = most.next_multiple_of(PANEL_KEYS);
         let scale = 1.0 / (width as f32).sqrt();
-        let queries = Tiles::new(rows, width, |row, index| self.queries[row * width + index] * scale);
+        let queries = Tiles::new(self.queries, width, width, scale);
 
         let mut scores = vec![0.0; rows * padded];
         let panels = cache.keys.chunks_exact(width * GROUPS).take(padded / PANEL_KEYS);
@@ -123,7 +123,7 @@ impl WithSimd for Attend<'_> {
             *sum_of_powers = sum(scores, scores, |power, _| power);
             unseen.fill(0.0);
         }
-        let powers = Tiles::new(rows, most, |row, token| scores[row * padded + token]);
+        let powers = Tiles::new(&scores, padded, most, 1.0);
         let found = self.found;
         multiply_panel::<S>(&powers, &cache.values, cache.groups(), &mut |row, column, products| {
             let end = width.min(column + products.len());

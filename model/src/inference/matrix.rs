@@ -4,6 +4,8 @@
 //! a product is one chain of fused multiplications and additions, from the first row of the matrix to the last: it does not depend
 //! on how many rows are multiplied at once, or by how many threads.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 use macerator::{AutoArch, Scalar as _, Simd, Vector, WithSimd};
 use rayon::prelude::*;
@@ -12,8 +14,12 @@ use crate::kernels::lanes::LANES;
 
 /// Groups of columns that stand together in a panel of weights, and of cached keys.
 pub(super) const GROUPS: usize = 4;
-/// Rows that one thread takes at a time, where there are many.
-const ROWS: usize = 64;
+/// Columns of a panel of weights.
+const PANEL_COLUMNS: usize = GROUPS * LANES;
+/// From so many rows a thread on, each takes some of the rows.
+const MANY_ROWS: usize = 32;
+/// Rows that one thread takes at a time, at most.
+const MOST_ROWS: usize = 96;
 /// Multiplications below which threads cost more than they bring.
 const WORTH_THREADS: usize = 1 << 17;
 
@@ -23,20 +29,26 @@ const WORTH_THREADS: usize = 1 << 17;
 pub(super) struct Group(pub(super) [f32; LANES]);
 
 /// Rows to be multiplied, in tiles of up to 6: of each tile, the first elements of its rows, then the second ones, and so on.
+#[derive(Debug)]
 pub(super) struct Tiles {
     values: Vec<f32>,
     depth: usize,
 }
 
 impl Tiles {
-    /// Of `rows`, each of `depth` elements of which `element` tells one.
-    pub(super) fn new(rows: usize, depth: usize, element: impl Fn(usize, usize) -> f32) -> Self {
-        let mut values = Vec::with_capacity(rows * depth);
+    /// Of rows of `depth` elements, `stride` apart, each element times `scale`.
+    pub(super) fn new(rows: &[f32], stride: usize, depth: usize, scale: f32) -> Self {
+        let count = rows.len() / stride;
+        let mut values = vec![0.0; count * depth];
         let mut first = 0;
-        while first < rows {
-            let tile = tile_rows(rows - first);
-            for index in 0..depth {
-                values.extend((first..first + tile).map(|row| element(row, index)));
+        while first < count {
+            let tile = tile_rows(count - first);
+            let (rows, values) = (&rows[first * stride..], &mut values[first * depth..]);
+            match tile {
+                6 => interleave::<6>(rows, stride, scale, &mut values[..6 * depth]),
+                4 => interleave::<4>(rows, stride, scale, &mut values[..4 * depth]),
+                2 => interleave::<2>(rows, stride, scale, &mut values[..2 * depth]),
+                _ => interleave::<1>(rows, stride, scale, &mut values[..depth]),
             }
             first += tile;
         }
@@ -44,15 +56,21 @@ impl Tiles {
     }
 
     /// Of rows one after the other.
-    pub(super) fn of(rows: &[f32], depth: usize) -> Self {
-        match rows.len() / depth {
-            1 => Self { values: rows.to_vec(), depth },
-            count => Self::new(count, depth, |row, index| rows[row * depth + index]),
-        }
+    fn of(rows: &[f32], depth: usize) -> Self {
+        Self::new(rows, depth, depth, 1.0)
     }
 
     fn rows(&self) -> usize {
         self.values.len() / self.depth
+    }
+}
+
+/// A tile of the first R rows.
+fn interleave<const R: usize>(rows: &[f32], stride: usize, scale: f32, tile: &mut [f32]) {
+    let tile = tile.as_chunks_mut::<R>().0;
+    for row in 0..R {
+        let elements = &rows[row * stride..][..tile.len()];
+        tile.iter_mut().zip(elements).for_each(|(values, element)| values[row] = element * scale);
     }
 }
 
@@ -169,6 +187,14 @@ pub(super) struct Matrix {
     bias: Option<Vec<f32>>,
 }
 
+/// What a product is added to.
+#[derive(Clone, Copy, Debug)]
+enum Onto {
+    Nothing,
+    /// What is there.
+    Itself,
+}
+
 /// Some columns of a matrix, as a tensor holds them.
 #[derive(Clone, Copy)]
 pub(super) struct Part<'a> {
@@ -182,12 +208,11 @@ impl Matrix {
     /// Of parts with `depth` rows, side by side.
     pub(super) fn new(depth: usize, parts: &[Part<'_>], bias: Option<&[f32]>) -> Self {
         let columns = parts.iter().map(|part| part.columns).sum::<usize>();
-        let panel_columns = GROUPS * LANES;
-        let mut panels = vec![Group::default(); columns.div_ceil(panel_columns) * depth * GROUPS];
+        let mut panels = vec![Group::default(); columns.div_ceil(PANEL_COLUMNS) * depth * GROUPS];
         panels.par_chunks_mut(depth * GROUPS).enumerate().for_each(|(panel, groups)| {
-            for column in panel * panel_columns..columns.min((panel + 1) * panel_columns) {
+            for column in panel * PANEL_COLUMNS..columns.min((panel + 1) * PANEL_COLUMNS) {
                 let (part, within) = part_of(parts, column);
-                let (group, lane) = (column % panel_columns / LANES, column % LANES);
+                let (group, lane) = (column % PANEL_COLUMNS / LANES, column % LANES);
                 for row in 0..depth {
                     let place = if part.transposed { within * depth + row } else { row * part.columns + within };
                     groups[row * GROUPS + group].0[lane] = part.values[place];
@@ -207,58 +232,54 @@ impl Matrix {
         size_of_val::<[Group]>(&self.panels)
     }
 
-    /// `x W + b`, of rows `x` `[rows, in]`.
-    pub(super) fn multiply(&self, x: &[f32]) -> Vec<f32> {
-        let mut y = vec![0.0; x.len() / self.depth * self.columns];
-        if let Some(bias) = &self.bias {
-            y.chunks_exact_mut(self.columns).for_each(|row| row.copy_from_slice(bias));
-        }
-        self.add(x, &mut y);
-        y
+    /// `x W + b` in `y` `[rows, out]`, of rows `x` `[rows, in]`.
+    pub(super) fn multiply(&self, x: &[f32], y: &mut Vec<f32>) {
+        y.resize(x.len() / self.depth * self.columns, 0.0);
+        self.multiply_to(x, y, Onto::Nothing);
     }
 
-    /// Adds `x W + b` to `onto` `[rows, out]`.
-    pub(super) fn multiply_onto(&self, x: &[f32], onto: &mut [f32]) {
-        if let Some(bias) = &self.bias {
-            for row in onto.chunks_exact_mut(self.columns) {
-                row.iter_mut().zip(bias).for_each(|(element, bias)| *element += bias);
-            }
-        }
-        self.add(x, onto);
+    /// Adds `x W + b` to `y` `[rows, out]`.
+    pub(super) fn multiply_onto(&self, x: &[f32], y: &mut [f32]) {
+        self.multiply_to(x, y, Onto::Itself);
     }
 
-    /// Adds `x W` to `y`.
-    fn add(&self, x: &[f32], y: &mut [f32]) {
-        let (rows, all) = (x.len() / self.depth, 0..self.panels.len() / (self.depth * GROUPS));
-        if rows * self.panels.len() * LANES < WORTH_THREADS {
-            return self.add_panels(&Tiles::of(x, self.depth), all, 0, y);
+    fn multiply_to(&self, x: &[f32], y: &mut [f32], onto: Onto) {
+        let (rows, threads) = (x.len() / self.depth, rayon::current_num_threads());
+        let all = 0..self.panels.len() / (self.depth * GROUPS);
+        if threads == 1 || rows * self.panels.len() * LANES < WORTH_THREADS {
+            return self.multiply_panels(&Tiles::of(x, self.depth), all, y, self.columns, onto);
         }
-        if rows >= 2 * ROWS {
-            let blocks = y.par_chunks_mut(ROWS * self.columns).zip(x.par_chunks(ROWS * self.depth));
-            return blocks.for_each(|(y, x)| self.add_panels(&Tiles::of(x, self.depth), all.clone(), 0, y));
+        if rows >= MANY_ROWS * threads {
+            let block = rows.div_ceil(threads * rows.div_ceil(threads * MOST_ROWS)).next_multiple_of(6);
+            let blocks = y.par_chunks_mut(block * self.columns).zip(x.par_chunks(block * self.depth));
+            return blocks.for_each(|(y, x)| {
+                self.multiply_panels(&Tiles::of(x, self.depth), all.clone(), y, self.columns, onto);
+            });
         }
         // Few rows: each thread takes some of the columns.
         let tiles = Tiles::of(x, self.depth);
-        let panels = all.len().div_ceil(2 * rayon::current_num_threads());
-        let width = panels * GROUPS * LANES;
-        let starts: Vec<usize> = all.clone().step_by(panels).collect();
-        let parts = starts.into_par_iter().map(|start| {
-            let columns = width.min(self.columns - start * GROUPS * LANES);
+        let panels = all.len().div_ceil(2 * threads);
+        let parts = all.clone().into_par_iter().step_by(panels).map(|first| {
+            let last = all.end.min(first + panels);
+            let columns = self.columns.min(last * PANEL_COLUMNS) - first * PANEL_COLUMNS;
             let mut part = vec![0.0; rows * columns];
-            self.add_panels(&tiles, start..all.end.min(start + panels), columns, &mut part);
-            (start * GROUPS * LANES, columns, part)
+            self.multiply_panels(&tiles, first..last, &mut part, columns, Onto::Nothing);
+            (first * PANEL_COLUMNS, columns, part)
         });
         for (start, columns, part) in parts.collect::<Vec<_>>() {
             for (y, part) in y.chunks_exact_mut(self.columns).zip(part.chunks_exact(columns)) {
-                y[start..start + columns].iter_mut().zip(part).for_each(|(element, sum)| *element += sum);
+                let y = &mut y[start..start + columns];
+                match onto {
+                    Onto::Nothing => y.copy_from_slice(part),
+                    Onto::Itself => y.iter_mut().zip(part).for_each(|(element, sum)| *element += sum),
+                }
             }
         }
     }
 
-    /// Adds the products with some panels to `y`, whose rows have `columns` elements, or where that is 0, all.
-    fn add_panels(&self, tiles: &Tiles, panels: std::ops::Range<usize>, columns: usize, y: &mut [f32]) {
-        let columns = if columns == 0 { self.columns } else { columns };
-        AutoArch::new().dispatch(AddPanels { matrix: self, tiles, panels, columns, y });
+    /// Products with some panels, and biases, in rows `y` of `columns` elements.
+    fn multiply_panels(&self, tiles: &Tiles, panels: Range<usize>, y: &mut [f32], columns: usize, onto: Onto) {
+        AutoArch::new().dispatch(MultiplyPanels { matrix: self, tiles, panels, y, columns, onto });
     }
 }
 
@@ -273,35 +294,44 @@ fn part_of<'a>(parts: &'a [Part<'a>], mut column: usize) -> (&'a Part<'a>, usize
     unreachable!("a column of one of the parts")
 }
 
-struct AddPanels<'a> {
+struct MultiplyPanels<'a> {
     matrix: &'a Matrix,
     tiles: &'a Tiles,
-    panels: std::ops::Range<usize>,
-    columns: usize,
+    panels: Range<usize>,
     y: &'a mut [f32],
+    columns: usize,
+    onto: Onto,
 }
 
-impl WithSimd for AddPanels<'_> {
+impl WithSimd for MultiplyPanels<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self) {
-        let panel_len = self.matrix.depth * GROUPS;
-        for (index, panel) in self.panels.enumerate() {
-            let start = index * GROUPS * LANES;
-            multiply_panel::<S>(
-                self.tiles,
-                &self.matrix.panels[panel * panel_len..][..panel_len],
-                GROUPS,
-                &mut |row, column, sums| {
-                    let column = start + column;
-                    let end = self.columns.min(column + sums.len());
-                    if column < end {
-                        let y = &mut self.y[row * self.columns..][column..end];
-                        y.iter_mut().zip(sums).for_each(|(element, sum)| *element += sum);
+        let Self { matrix, tiles, panels, y, columns, onto } = self;
+        let (panel_len, first) = (matrix.depth * GROUPS, panels.start);
+        for panel in panels {
+            let groups = &matrix.panels[panel * panel_len..][..panel_len];
+            let start = (panel - first) * PANEL_COLUMNS;
+            multiply_panel::<S>(tiles, groups, GROUPS, &mut |row, column, sums| {
+                let column = start + column;
+                let end = columns.min(column + sums.len());
+                if column >= end {
+                    return;
+                }
+                let y = &mut y[row * columns..][column..end];
+                let bias = matrix.bias.as_ref().map(|bias| &bias[first * PANEL_COLUMNS + column..]);
+                match (onto, bias) {
+                    (Onto::Nothing, None) => y.copy_from_slice(&sums[..end - column]),
+                    (Onto::Nothing, Some(bias)) => {
+                        y.iter_mut().zip(sums).zip(bias).for_each(|((y, sum), bias)| *y = sum + bias);
                     }
-                },
-            );
+                    (Onto::Itself, None) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum),
+                    (Onto::Itself, Some(bias)) => {
+                        y.iter_mut().zip(sums).zip(bias).for_each(|((y, sum), bias)| *y += sum + bias);
+                    }
+                }
+            });
         }
     }
 }

@@ -17,9 +17,9 @@ use crate::kernels::rotary_tables;
 use crate::layout::Layout;
 
 /// Queries of a sequence that one thread attends to at a time.
-const QUERIES: usize = 16;
-/// Multiplications of attention below which threads cost more than they bring.
-const WORTH_THREADS: usize = 1 << 17;
+const QUERIES: usize = 24;
+/// Multiplications of attention, or elements that are cached, below which threads cost more than they bring.
+const WORTH_THREADS: usize = 1 << 15;
 
 /// The parameters of one model, laid out for inference.
 #[derive(Debug)]
@@ -31,6 +31,18 @@ pub(super) struct Network {
     layers: Vec<Layer>,
     norm: Norm,
     head: Matrix, // [C, V]
+    buffers: Buffers,
+}
+
+/// What a pass computes, in memory that the next one uses again.
+#[derive(Debug, Default)]
+struct Buffers {
+    x: Vec<f32>,         // [n, C]
+    normed: Vec<f32>,    // [n, C]
+    qkv: Vec<f32>,       // [n, (H + 2K)·D]
+    attended: Vec<f32>,  // [n, H·D]
+    hidden: Vec<f32>,    // [n, F], or with a gate [n, 2F]
+    activated: Vec<f32>, // [n, F]
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -116,6 +128,7 @@ impl Network {
             layers: layers.collect(),
             norm: tensors.layer_norm(bias, epsilon),
             head: head(if gpt.tied_head { embedding } else { tensors.next() }, width),
+            buffers: Buffers::default(),
         }
     }
 
@@ -142,6 +155,7 @@ impl Network {
             layers: layers.collect(),
             norm: tensors.root_mean_square_norm(epsilon),
             head: head(if llama.tied_head { embedding } else { tensors.next() }, width),
+            buffers: Buffers::default(),
         }
     }
 
@@ -167,16 +181,27 @@ impl Network {
         if let Some(rotation) = &mut self.rotation {
             rotation.reach(end, self.sizes.head_width);
         }
-        let mut x = self.embed(runs); // [n, C]
+        let mut buffers = std::mem::take(&mut self.buffers);
+        let Buffers { x, normed, qkv, attended, hidden, activated } = &mut buffers;
+        self.embed(runs, x);
         for (index, layer) in self.layers.iter().enumerate() {
-            let mut qkv = layer.qkv.multiply(&layer.attention_norm.of(&x)); // [n, (H + 2K)·D]
-            self.place(index, &mut qkv, runs, caches);
-            let attended = self.attend(index, &qkv, runs, caches); // [n, H·D]
-            layer.attention_output.multiply_onto(&attended, &mut x);
-            let hidden = layer.hidden.multiply(&layer.feed_forward_norm.of(&x));
-            let hidden = layer.activation.of(hidden, layer.hidden.columns()); // [n, F]
-            layer.output.multiply_onto(&hidden, &mut x);
+            layer.attention_norm.of(x, normed);
+            layer.qkv.multiply(normed, qkv);
+            self.place(index, qkv, runs, caches);
+            self.attend(index, qkv, runs, caches, attended);
+            layer.attention_output.multiply_onto(attended, x);
+            layer.feed_forward_norm.of(x, normed);
+            layer.hidden.multiply(normed, hidden);
+            layer.activation.of(hidden, layer.hidden.columns(), activated);
+            layer.output.multiply_onto(activated, x);
         }
+        let logits = self.logits(runs, &buffers.x);
+        self.buffers = buffers;
+        logits
+    }
+
+    /// The logits of the runs that ask for them, of all tokens' `x` `[n, C]`.
+    fn logits(&self, runs: &[Run<'_>], x: &[f32]) -> Vec<Vec<f32>> {
         let width = self.sizes.width;
         let mut last = Vec::new();
         let mut row = 0;
@@ -189,52 +214,68 @@ impl Network {
         if last.is_empty() {
             return Vec::new();
         }
-        let logits = self.head.multiply(&self.norm.of(&last));
+        let (mut normed, mut logits) = (Vec::new(), Vec::new());
+        self.norm.of(&last, &mut normed);
+        self.head.multiply(&normed, &mut logits);
         logits.chunks_exact(self.head.columns()).map(<[f32]>::to_vec).collect()
     }
 
-    fn embed(&self, runs: &[Run<'_>]) -> Vec<f32> {
+    /// Embeddings of all tokens, in `x` `[n, C]`.
+    fn embed(&self, runs: &[Run<'_>], x: &mut Vec<f32>) {
         let width = self.sizes.width;
-        let row = |table: &[f32], index: usize| table[index * width..][..width].to_vec();
-        let mut x = Vec::new();
+        x.clear();
         for run in runs {
             for (position, &token) in (run.start..).zip(run.tokens) {
-                let mut embedded = row(&self.embedding, token as usize);
+                let start = x.len();
+                x.extend_from_slice(&self.embedding[token as usize * width..][..width]);
                 if let Some(places) = &self.places {
-                    embedded.iter_mut().zip(row(places, position)).for_each(|(x, place)| *x += place);
+                    let place = &places[position * width..][..width];
+                    x[start..].iter_mut().zip(place).for_each(|(x, place)| *x += place);
                 }
-                x.extend(embedded);
             }
         }
-        x
     }
 
     /// Norms and turns queries and keys, each to its position, and caches keys and values.
     fn place(&self, layer: usize, qkv: &mut [f32], runs: &[Run<'_>], caches: &mut [Cache]) {
         let Sizes { heads, kv_heads, head_width, .. } = self.sizes;
-        let mut rows = qkv.chunks_exact_mut((heads + 2 * kv_heads) * head_width);
-        for run in runs {
-            let cache = &mut caches[run.cache].0[layer * kv_heads..][..kv_heads];
-            for (position, row) in (run.start..run.start + run.tokens.len()).zip(&mut rows) {
-                let (queries, keys_and_values) = row.split_at_mut(heads * head_width);
-                let (keys, values) = keys_and_values.split_at_mut(kv_heads * head_width);
-                if let Some([query_norm, key_norm]) = &self.layers[layer].qk_norms {
-                    query_norm.apply(queries);
-                    key_norm.apply(keys);
-                }
-                if let Some(rotation) = &self.rotation {
-                    let (cos, sin) = rotation.at(position, head_width / 2);
-                    let heads = queries.chunks_exact_mut(head_width).chain(keys.chunks_exact_mut(head_width));
-                    heads.for_each(|head| turn(head, cos, sin));
-                }
-                let pairs = keys.chunks_exact(head_width).zip(values.chunks_exact(head_width));
-                cache.iter_mut().zip(pairs).for_each(|(head, (key, value))| head.push(key, value));
+        let stride = (heads + 2 * kv_heads) * head_width;
+        let positions = runs.iter().flat_map(|run| run.start..run.start + run.tokens.len());
+        for (position, row) in positions.zip(qkv.chunks_exact_mut(stride)) {
+            let (queries, keys) = row[..(heads + kv_heads) * head_width].split_at_mut(heads * head_width);
+            if let Some([query_norm, key_norm]) = &self.layers[layer].qk_norms {
+                query_norm.apply(queries);
+                key_norm.apply(keys);
             }
+            if let Some(rotation) = &self.rotation {
+                let (cos, sin) = rotation.at(position, head_width / 2);
+                let heads = queries.chunks_exact_mut(head_width).chain(keys.chunks_exact_mut(head_width));
+                heads.for_each(|head| turn(head, cos, sin));
+            }
+        }
+        let mut rows = &*qkv;
+        for run in runs {
+            let (of_run, rest) = rows.split_at(run.tokens.len() * stride);
+            let push = |(index, head): (usize, &mut HeadCache)| {
+                for row in of_run.chunks_exact(stride) {
+                    let key = &row[(heads + index) * head_width..][..head_width];
+                    let value = &row[(heads + kv_heads + index) * head_width..][..head_width];
+                    head.push(key, value);
+                }
+            };
+            let cache = &mut caches[run.cache].0[layer * kv_heads..][..kv_heads];
+            if of_run.len() < WORTH_THREADS {
+                cache.iter_mut().enumerate().for_each(push);
+            } else {
+                cache.par_iter_mut().enumerate().for_each(push);
+            }
+            rows = rest;
         }
     }
 
-    /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245) of the rows of `qkv` to what is cached.
-    fn attend(&self, layer: usize, qkv: &[f32], runs: &[Run<'_>], caches: &[Cache]) -> Vec<f32> {
+    /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245) of the rows of `qkv` to what is cached, in
+    /// `attended` `[n, H·D]`.
+    fn attend(&self, layer: usize, qkv: &[f32], runs: &[Run<'_>], caches: &[Cache], attended: &mut Vec<f32>) {
         let Sizes { heads, kv_heads, head_width, .. } = self.sizes;
         let (group, stride) = (heads / kv_heads, (heads + 2 * kv_heads) * head_width);
         // Some queries of a run, and a head of keys.
@@ -261,14 +302,13 @@ impl Network {
         } else {
             parts.par_iter().map(attend).collect()
         };
-        let mut attended = vec![0.0; first_row * heads * head_width];
+        attended.resize(first_row * heads * head_width, 0.0);
         for ((_, row, _, _, head), found) in parts.iter().zip(found) {
             for (row, found) in (*row..).zip(found.chunks_exact(group * head_width)) {
                 let place = (row * heads + head * group) * head_width;
                 attended[place..place + found.len()].copy_from_slice(found);
             }
         }
-        attended
     }
 }
 

@@ -39,11 +39,11 @@ impl Norm {
         Self { weight: weight.to_vec(), bias: None, centred: false, epsilon: epsilon as f32 }
     }
 
-    /// Of each row of `x`.
-    pub(super) fn of(&self, x: &[f32]) -> Vec<f32> {
-        let mut y = x.to_vec();
-        by_rows(&mut y, self.weight.len(), |rows| self.apply(rows));
-        y
+    /// Of each row of `x`, in `y`.
+    pub(super) fn of(&self, x: &[f32], y: &mut Vec<f32>) {
+        y.clear();
+        y.extend_from_slice(x);
+        by_rows(y, self.weight.len(), |rows| self.apply(rows));
     }
 
     /// Changes rows.
@@ -81,21 +81,20 @@ impl WithSimd for Normalise<'_> {
 }
 
 impl Activation {
-    /// Of rows of `width` elements; half as many are left of a gate and its row.
-    pub(super) fn of(self, mut x: Vec<f32>, width: usize) -> Vec<f32> {
+    /// Of rows `x` of `width` elements, in `y`; half as many are left of a gate and its row.
+    pub(super) fn of(self, x: &mut Vec<f32>, width: usize, y: &mut Vec<f32>) {
         match self {
             Self::Gelu(kind) => {
-                by_rows(&mut x, width, |rows| AutoArch::new().dispatch(ApplyGelu { kind, rows }));
-                x
+                by_rows(x, width, |rows| AutoArch::new().dispatch(ApplyGelu { kind, rows }));
+                std::mem::swap(x, y);
             }
             Self::SwiGlu => {
-                let mut y = vec![0.0; x.len() / 2];
-                let rows = y.par_chunks_mut(width / 2).zip(x.par_chunks(width)).with_min_len(WORTH_THREADS / width);
+                y.resize(x.len() / 2, 0.0);
+                let rows = y.par_chunks_mut(width / 2).zip(x.par_chunks(width)).with_min_len(1 + WORTH_THREADS / width);
                 rows.for_each(|(y, x)| {
                     let (gate, up) = x.split_at(width / 2);
                     AutoArch::new().dispatch(Gate { gate, up, y });
                 });
-                y
             }
         }
     }
