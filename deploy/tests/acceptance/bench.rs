@@ -35,6 +35,18 @@ fn a_cluster_is_measured_beside_its_workers_alone() {
 }
 
 #[test]
+fn generation_is_measured_alone_and_in_company() {
+    let arguments =
+        ["bench", "generate", "--shape", "tiny", "--device", "cpu", "--batch", "3", "--repetitions", "2", "--json"];
+    let result: Value = serde_json::from_str(&text(&succeed(lockstep(&arguments, &[])).stdout)).unwrap();
+    let number = |key: &str| result[key].as_f64().unwrap_or_else(|| panic!("{key} in {result}"));
+    assert_eq!(["prompt_tokens", "tokens", "batch", "repetitions"].map(number), [32.0, 16.0, 3.0, 2.0]);
+    let rates = ["prefill", "decode", "batch", "memory_limit"].map(|rate| number(&format!("{rate}_tokens_per_sec")));
+    assert!(rates.iter().all(|rate| *rate > 0.0), "{result}");
+    assert!(number("weight_bytes") >= 4.0 * (number("parameters") - (65 + 64) as f64 * 128.0 - 20_000.0), "{result}");
+}
+
+#[test]
 fn what_cannot_be_measured_is_said() {
     for (shape, said) in [("nonsense", "nonsense"), ("line", "its model is no Transformer")] {
         let words = fail(lockstep(&["bench", "compute", "--shape", shape], &[]), 2);
