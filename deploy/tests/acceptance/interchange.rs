@@ -123,6 +123,31 @@ fn export(run: &Path, out: &Path, format: &str, more: &[&str]) -> PathBuf {
     if format == "gguf" { out.join("model.gguf") } else { out.into() }
 }
 
+/// What one draws from a seed it draws in company, too; and a text ends before a stop.
+#[test]
+fn samples_are_the_same_alone_and_together() {
+    let Some(folder) = data("samples_are_the_same_alone_and_together", STORIES) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    import(&folder, &run);
+    let generate = |more: &[&str]| -> Vec<Value> {
+        let arguments = ["generate", "--run", path(&run), "--prompt", "Once upon a time", "--json", "--top-k", "50"];
+        let said = text(&succeed(lockstep(&[&arguments[..], more].concat(), &[])).stdout);
+        said.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let together = generate(&["--samples", "20", "--tokens", "60"]);
+    assert_eq!(together.len(), 20);
+    for (sample, seed) in together.iter().zip(1..).step_by(6) {
+        let alone = generate(&["--tokens", "60", "--seed", &format!("{seed}"), "--threads", "1"]);
+        assert_eq!((sample, &sample["seed"]), (&alone[0], &json!(seed)));
+    }
+    let whole = together[0]["text"].as_str().unwrap();
+    let (sentence, _) = whole.split_once('.').unwrap();
+    let stopped = &generate(&["--tokens", "60", "--stop", ".", "--stop", "no such words"])[0];
+    assert_eq!((&stopped["text"], &stopped["finish_reason"]), (&json!(sentence), &json!("stop")));
+    assert_eq!(together[0]["finish_reason"], "length");
+}
+
 /// The model that `transformers` was asked about once, so that this needs no Python.
 #[test]
 fn an_imported_model_says_what_its_golden_answers_say() {
