@@ -11,7 +11,7 @@ use crate::batch::{Batch, BatchError, Sums};
 use crate::config::ModelConfig;
 use crate::device::ComputeDevice;
 use crate::dropout::Dropout;
-use crate::kernels::{self, logits};
+use crate::kernels::{self, KeyCache, Positions, logits};
 use crate::layout::{Layout, TensorSpec};
 use crate::leaves::{Leaf, add_on_device};
 use crate::network::{KeptPositions, Network};
@@ -269,14 +269,39 @@ impl Computer {
     /// # Errors
     /// If the model is no Transformer, the tokens do not fit it, or the device fails.
     pub fn next_token_logits(&self, tokens: &[u32]) -> Result<Vec<f32>, ComputeError> {
+        self.forward(tokens, None)
+    }
+
+    /// The same after the tokens that are in `cache`, where `tokens` are then, too. It works on any device, and is not made for
+    /// the CPU: [`inference`](crate::inference) is faster there.
+    ///
+    /// # Errors
+    /// If the model is no Transformer, the tokens do not fit it, or the device fails; nothing is cached then.
+    pub fn next_token_logits_after(&self, cache: &mut KeyCache, tokens: &[u32]) -> Result<Vec<f32>, ComputeError> {
+        self.forward(tokens, Some(cache))
+    }
+
+    fn forward(&self, tokens: &[u32], cache: Option<&mut KeyCache>) -> Result<Vec<f32>, ComputeError> {
         let (device, leaves) = self.inference();
         let Network::Text(text) = self.network(&leaves, &self.kept[1]) else {
             return Err(ComputeError::Input("the straight line generates no text; choose a Transformer's run".into()));
         };
         let shape = [1, tokens.len()];
         text.check(tokens, shape, "tokens")?;
-        let positions = text.positions(shape, None, &device);
-        let hidden = text.transformer.hidden(tokens, &positions, Dropout::inactive()); // [T, C]
+        let hidden = match cache {
+            None => {
+                let positions = text.positions(shape, None, &device);
+                text.transformer.hidden(tokens, &positions, Dropout::inactive())
+            }
+            Some(cache) => {
+                let earlier = std::mem::take(cache);
+                text.check_length(earlier.len() + tokens.len(), "tokens")?;
+                let positions = text.transformer.positions(Positions::new(shape, None, &device).after(earlier));
+                let hidden = text.transformer.hidden(tokens, &positions, Dropout::inactive());
+                *cache = positions.into_cache();
+                hidden
+            }
+        }; // [T, C]
         let last = logits(hidden.slice(tokens.len() - 1..tokens.len()), text.transformer.head()); // [1, V]
         let last = last.try_into_data().map_err(|error| ComputeError::Device(error.to_string()))?;
         Ok(floats(&last)?.to_vec())

@@ -122,6 +122,15 @@ impl ModelConfig {
             Self::Line(_) => None,
         }
     }
+
+    /// Distinct tokens; 0 of a model that reads none.
+    pub fn vocab_size(&self) -> usize {
+        match self {
+            Self::Gpt(gpt) => gpt.vocab_size,
+            Self::Llama(llama) => llama.vocab_size,
+            Self::Line(_) => 0,
+        }
+    }
 }
 
 /// The activation of GPT-2's feed-forward layers (Hendrycks and Gimpel, arXiv:1606.08415).

@@ -3,7 +3,7 @@
 //!
 //! Shapes as in [`transformer`](crate::transformer); besides: K heads of keys and values, F feed-forward width.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 
 use crate::config::LlamaConfig;
 use crate::dropout::{Dropout, Site};
@@ -75,10 +75,10 @@ impl Llama {
         self.lm_head.clone()
     }
 
-    /// Positions that turn this model's heads.
-    pub(crate) fn positions(&self, shape: [usize; 2], segments: Option<&[u32]>, device: &Device) -> Positions {
+    /// These positions, so that they turn this model's heads.
+    pub(crate) fn turning(&self, positions: Positions) -> Positions {
         let LlamaConfig { rope_theta, rope_scaling, .. } = self.config;
-        Positions::new(shape, segments, device).rotary(self.config.head_width(), rope_theta, rope_scaling)
+        positions.rotary(self.config.head_width(), rope_theta, rope_scaling)
     }
 
     /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245): `[B, T, C]` to `[B, T, H·D]`.

@@ -37,19 +37,26 @@ pub(crate) struct Text<'a> {
 impl Text<'_> {
     /// Checks token numbers `[B, T]` of a column.
     pub(crate) fn check(&self, tokens: &[u32], [_, length]: [usize; 2], column: &str) -> Result<(), ComputeError> {
-        let Self { vocab_size, context, .. } = *self;
-        if length == 0 || length > context {
-            return Err(ComputeError::Input(format!("{column} of length {length} for a context of {context}")));
-        }
+        self.check_length(length, column)?;
+        let vocab_size = self.vocab_size;
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
             return Err(ComputeError::Input(format!("{column}: token {token} in a vocabulary of {vocab_size}")));
         }
         Ok(())
     }
 
+    /// Checks how many tokens a row has, with those before it.
+    pub(crate) fn check_length(&self, length: usize, column: &str) -> Result<(), ComputeError> {
+        let context = self.context;
+        if length == 0 || length > context {
+            return Err(ComputeError::Input(format!("{column} of length {length} for a context of {context}")));
+        }
+        Ok(())
+    }
+
     /// Where the tokens of a slot stand: as those of the last one, or kept for the next, if they have no segments.
     pub(crate) fn positions(&self, shape: [usize; 2], segments: Option<&[u32]>, device: &Device) -> Arc<Positions> {
-        let new = || Arc::new(self.transformer.positions(shape, segments, device));
+        let new = || Arc::new(self.transformer.positions(Positions::new(shape, segments, device)));
         if segments.is_some() {
             return new();
         }

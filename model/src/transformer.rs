@@ -3,7 +3,7 @@
 //! Shapes beside the tensors, here and in the shapes' own files: B rows, T positions, C width, H heads, D width of a head (C / H),
 //! V vocabulary.
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 
 use crate::dropout::{Dropout, Site};
 use crate::gpt::Gpt;
@@ -35,11 +35,11 @@ impl Transformer {
         }
     }
 
-    /// Positions of tokens of `shape`, B and T, of `segments` `[B, T]` where there are any.
-    pub(crate) fn positions(&self, shape: [usize; 2], segments: Option<&[u32]>, device: &Device) -> Positions {
+    /// Positions as this model needs them.
+    pub(crate) fn positions(&self, positions: Positions) -> Positions {
         match self {
-            Self::Gpt(_) => Positions::new(shape, segments, device),
-            Self::Llama(llama) => llama.positions(shape, segments, device),
+            Self::Gpt(_) => positions,
+            Self::Llama(llama) => llama.turning(positions),
         }
     }
 }

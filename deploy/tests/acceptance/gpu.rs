@@ -43,6 +43,13 @@ fn a_gpu_computes_what_the_cpu_does() {
 
     train(&twice, "wgpu:0", "2");
     assert_eq!(fingerprint(&twice), fingerprint(&gpu), "two workers on {adapter}");
+
+    let generate = |device: &str| {
+        let arguments =
+            ["generate", "--run", path(&gpu), "--device", device, "--prompt", "And God said", "--temperature", "0"];
+        text(&succeed(lockstep(&[&arguments[..], &["--tokens", "40", "--samples", "2"]].concat(), &[])).stdout)
+    };
+    assert_eq!(generate("wgpu:0"), generate("cpu"), "beyond the context, too, on {adapter}");
 }
 
 /// Attention scores of 34 GB are more than any adapter takes in one piece.

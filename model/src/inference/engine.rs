@@ -4,10 +4,10 @@ use std::cmp::Reverse;
 
 use rayon::prelude::*;
 
-use super::awake::awake;
-use super::network::{Cache, Network, Run};
+use super::backend::Backend;
+use super::network::Run;
 use super::sampling::{Sampling, SamplingError};
-use crate::compute::{ComputeError, Computer};
+use crate::compute::ComputeError;
 use crate::config::ModelConfig;
 use crate::device::ComputeDevice;
 use crate::layout::Layout;
@@ -116,18 +116,7 @@ pub struct Engine {
     vocab_size: usize,
     limits: Limits,
     slots: Vec<Slot>,
-    /// Of each slot.
-    caches: Vec<Cache>,
     next: u64,
-}
-
-/// What computes logits.
-#[derive(Debug)]
-enum Backend {
-    /// With caches.
-    Cpu(Box<Network>),
-    /// By burn, which reads the whole sequence for each token.
-    Device(Box<Computer>),
 }
 
 /// Room for a sequence, and what the last one in it left.
@@ -176,28 +165,14 @@ impl Engine {
         device: &ComputeDevice,
         limits: Limits,
     ) -> Result<Self, ComputeError> {
-        let (context, vocab_size) = match model {
-            ModelConfig::Gpt(gpt) => (gpt.context, gpt.vocab_size),
-            ModelConfig::Llama(llama) => (llama.context, llama.vocab_size),
-            ModelConfig::Line(_) => {
-                return Err(ComputeError::Input(
-                    "the straight line generates no text: choose a Transformer's run".into(),
-                ));
-            }
-        };
         let expected = Layout::of(model).len();
         if parameters.len() != expected {
             return Err(ComputeError::Parameters { expected, found: parameters.len() });
         }
-        let backend = match Network::new(model, parameters).filter(|_| device.is_cpu()) {
-            Some(network) => Backend::Cpu(Box::new(network)),
-            None => {
-                let mut computer = Computer::new(model, device);
-                computer.load(parameters)?;
-                Backend::Device(Box::new(computer))
-            }
-        };
-        Ok(Self { backend, context, vocab_size, limits, slots: Vec::new(), caches: Vec::new(), next: 0 })
+        let no_text = || ComputeError::Input("the straight line generates no text: choose a Transformer's run".into());
+        let backend = Backend::new(model, parameters, device)?.ok_or_else(no_text)?;
+        let (context, vocab_size) = (model.context().unwrap_or(0), model.vocab_size());
+        Ok(Self { backend, context, vocab_size, limits, slots: Vec::new(), next: 0 })
     }
 
     /// The most tokens that the model reads.
@@ -207,18 +182,12 @@ impl Engine {
 
     /// Bytes that each token of a sequence takes of memory, as long as it is cached.
     pub fn cache_bytes_per_token(&self) -> usize {
-        match &self.backend {
-            Backend::Cpu(network) => network.cache_bytes_per_token(),
-            Backend::Device(_) => 0,
-        }
+        self.backend.cache_bytes_per_token()
     }
 
     /// Bytes of weights that are read in a step, be it for one sequence or for several.
     pub fn weight_bytes(&self) -> usize {
-        match &self.backend {
-            Backend::Cpu(network) => network.weight_bytes(),
-            Backend::Device(computer) => computer.layout().len() * size_of::<f32>(),
-        }
+        self.backend.weight_bytes()
     }
 
     /// Sequences under way.
@@ -261,27 +230,21 @@ impl Engine {
     /// # Errors
     /// If the device fails; all sequences are lost then.
     pub fn step(&mut self) -> Result<Vec<Event>, ComputeError> {
-        match self.backend {
-            Backend::Cpu(_) => awake(|| self.step_here()),
-            Backend::Device(_) => self.step_here().inspect_err(|_| self.slots.clear()),
-        }
-    }
-
-    fn step_here(&mut self) -> Result<Vec<Event>, ComputeError> {
         let counts = self.plan();
         let slots = &self.slots;
         let runs = counts.iter().enumerate().filter(|(_, count)| **count > 0).map(|(slot, &count)| {
             let Slot { cached: start, .. } = slots[slot];
             let (window, end) = (slots[slot].window(), start + count);
-            Run { cache: slot, tokens: &window[start..end], start, wants_logits: end == window.len() }
+            Run { place: slot, tokens: &window[start..end], start, wants_logits: end == window.len() }
         });
         let runs: Vec<Run<'_>> = runs.collect();
-        let answers: Vec<usize> = runs.iter().filter(|run| run.wants_logits).map(|run| run.cache).collect();
-        let logits = match &mut self.backend {
-            Backend::Cpu(network) => network.forward(&runs, &mut self.caches),
-            Backend::Device(computer) => {
-                let logits = answers.iter().map(|&slot| computer.next_token_logits(slots[slot].window()));
-                logits.collect::<Result<_, _>>()?
+        let answers: Vec<usize> = runs.iter().filter(|run| run.wants_logits).map(|run| run.place).collect();
+        let logits = match self.backend.forward(&runs) {
+            Ok(logits) => logits,
+            Err(error) => {
+                self.slots.iter_mut().for_each(|slot| *slot = Slot::default());
+                (0..self.slots.len()).for_each(|slot| self.backend.keep(slot, 0, 0));
+                return Err(error);
             }
         };
         let picks = answers.par_iter().zip(&logits).map(|(&slot, logits)| {
@@ -303,9 +266,7 @@ impl Engine {
             Some((shared, _, index)) if shared > 0 || !may_grow => Some(index),
             _ if may_grow => {
                 self.slots.push(Slot::default());
-                if let Backend::Cpu(network) = &self.backend {
-                    self.caches.push(network.cache());
-                }
+                self.backend.add_place();
                 Some(self.slots.len() - 1)
             }
             _ => None,
@@ -325,10 +286,7 @@ impl Engine {
             }
         }
         waiting.sort_unstable();
-        let mut left = match &self.backend {
-            Backend::Cpu(_) => self.limits.prefill_tokens.max(1),
-            Backend::Device(_) => usize::MAX,
-        };
+        let mut left = self.limits.prefill_tokens.max(1);
         for (_, index) in waiting {
             if left == 0 || !self.start(index, &counts) {
                 continue;
@@ -362,13 +320,10 @@ impl Engine {
         }
         let own = self.slots[index].shared(window, self.slots[index].cached);
         let cached = if now >= own + WORTH_SHARING { now } else { own };
-        if let Backend::Cpu(_) = self.backend {
-            if cached > own {
-                self.caches[index] = self.caches[source].beginning(cached);
-            }
-            self.caches[index].truncate(cached);
-            self.caches[index].reserve(reserved);
+        if cached > own {
+            self.backend.copy(source, index, cached);
         }
+        self.backend.keep(index, cached, reserved);
         let slot = &mut self.slots[index];
         (slot.tokens, slot.start, slot.cached) = (prompt, start, cached);
         if let Some(sequence) = &mut slot.sequence {
@@ -397,9 +352,7 @@ impl Engine {
             } else if full {
                 slot.start = slot.tokens.len() - context.div_ceil(2);
                 slot.cached = 0;
-                if let Backend::Cpu(_) = self.backend {
-                    self.caches[index].truncate(0);
-                }
+                self.backend.keep(index, 0, context);
             }
         }
         if event.finish.is_some() {

@@ -5,6 +5,7 @@
 //! text of tokens as they come.
 
 mod awake;
+mod backend;
 mod cache;
 mod engine;
 mod matrix;

@@ -86,7 +86,7 @@ pub(super) struct Cache(Vec<HeadCache>);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Run<'a> {
     /// The sequence's, among the caches.
-    pub(super) cache: usize,
+    pub(super) place: usize,
     pub(super) tokens: &'a [u32],
     /// Position of the first; as many tokens are cached.
     pub(super) start: usize,
@@ -263,7 +263,7 @@ impl Network {
                     head.push(key, value);
                 }
             };
-            let cache = &mut caches[run.cache].0[layer * kv_heads..][..kv_heads];
+            let cache = &mut caches[run.place].0[layer * kv_heads..][..kv_heads];
             if of_run.len() < WORTH_THREADS {
                 cache.iter_mut().enumerate().for_each(push);
             } else {
@@ -295,7 +295,7 @@ impl Network {
                 queries.extend_from_slice(&qkv[row * stride + head * group * head_width..][..group * head_width]);
             }
             let seen: Vec<usize> = (0..count * group).map(|query| position + query / group + 1).collect();
-            caches[run.cache].0[layer * kv_heads + head].attend(&queries, &seen)
+            caches[run.place].0[layer * kv_heads + head].attend(&queries, &seen)
         };
         let found: Vec<Vec<f32>> = if multiplications < WORTH_THREADS {
             parts.iter().map(attend).collect()

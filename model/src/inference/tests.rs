@@ -7,6 +7,7 @@ use super::{Engine, Event, Finish, Limits, Overflow, Request, RequestError, Samp
 use crate::compute::Computer;
 use crate::config::{Gelu, GptConfig, LineConfig, LlamaConfig, ModelConfig, RopeScaling};
 use crate::device::{ComputeDevice, DeviceChoice};
+use crate::kernels::KeyCache;
 use crate::layout::{Layout, initial_parameters};
 use crate::random::{Stream, normal};
 
@@ -113,7 +114,7 @@ fn logits_are_those_of_the_network_that_trains() {
         let mut network = Network::new(&model, &parameters).unwrap();
         for length in [1, 2, 17, 66, CONTEXT] {
             let tokens = tokens(length);
-            let run = Run { cache: 0, tokens: &tokens, start: 0, wants_logits: true };
+            let run = Run { place: 0, tokens: &tokens, start: 0, wants_logits: true };
             let cache = network.cache();
             let found = network.forward(&[run], &mut [cache]).remove(0);
             let expected = computer.next_token_logits(&tokens).unwrap();
@@ -124,13 +125,37 @@ fn logits_are_those_of_the_network_that_trains() {
     }
 }
 
+#[test]
+fn what_a_device_has_cached_serves_the_tokens_that_follow() {
+    for model in models() {
+        let mut computer = Computer::new(&model, &cpu());
+        computer.load(&parameters(&model)).unwrap();
+        let (tokens, mut cache) = (tokens(CONTEXT), KeyCache::default());
+        for end in [1, 2, 30, 31, 60] {
+            let start = cache.len();
+            let found = computer.next_token_logits_after(&mut cache, &tokens[start..end]).unwrap();
+            let expected = computer.next_token_logits(&tokens[..end]).unwrap();
+            let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(cache.len() == end && worst < 1e-4, "{model:?}, {end}: {worst}");
+        }
+        let mut copy = cache.clone();
+        copy.truncate(25);
+        let again = computer.next_token_logits_after(&mut copy, &tokens[25..60]).unwrap();
+        let expected = computer.next_token_logits(&tokens[..60]).unwrap();
+        assert!(again.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-4), "{model:?}");
+        assert_eq!((copy.len(), cache.len()), (60, 60));
+        assert!(computer.next_token_logits_after(&mut cache, &tokens[..CONTEXT - 59]).is_err(), "beyond the context");
+        assert!(cache.is_empty());
+    }
+}
+
 /// The logits after every token, read in parts of these sizes by turns.
 fn in_parts(network: &mut Network, cache: &mut [Cache], tokens: &[u32], sizes: &[usize]) -> BTreeMap<usize, Vec<f32>> {
     let mut found = BTreeMap::new();
     let (mut start, mut sizes) = (0, sizes.iter().cycle());
     while start < tokens.len() {
         let end = tokens.len().min(start + sizes.next().unwrap());
-        let run = Run { cache: 0, tokens: &tokens[start..end], start, wants_logits: true };
+        let run = Run { place: 0, tokens: &tokens[start..end], start, wants_logits: true };
         found.insert(end, network.forward(&[run], cache).remove(0));
         start = end;
     }

@@ -5,6 +5,7 @@
 #[cfg(feature = "cpu")]
 pub(crate) mod cpu;
 pub(crate) mod elementary;
+mod key_cache;
 pub(crate) mod lanes;
 pub mod plain;
 mod positions;
@@ -13,6 +14,7 @@ mod tests;
 
 use burn::tensor::{Tensor, TensorData};
 
+pub use self::key_cache::KeyCache;
 pub use self::positions::Positions;
 pub(crate) use self::positions::{rotary_frequency, rotary_tables};
 use crate::config::Gelu;
@@ -57,7 +59,7 @@ pub fn dropout<const D: usize>(x: Tensor<D>, onto: Option<Tensor<D>>, dropout: D
 /// for its position: `[B, T, C]`.
 pub fn embed(tokens: &[u32], table: Tensor<2>, places: Option<Tensor<2>>, positions: &Positions) -> Tensor<3> {
     #[cfg(feature = "cpu")]
-    if cpu::holds(&table) {
+    if cpu::holds(&table) && !positions.continues() {
         let embed = cpu::embed::Embed::new(tokens, positions);
         return match places {
             None => cpu::run(embed, [table.into_dispatch()]),
@@ -155,7 +157,7 @@ pub fn swiglu(gate: Tensor<3>, up: Tensor<3>) -> Tensor<3> {
 }
 
 /// Causal attention (Vaswani et al., arXiv:1706.03762) of `heads` heads out of `qkv` `[B, T, 3·C]`, which holds queries,
-/// keys and values side by side, to `[B, T, C]`, each within its segment; with `dropout` of layer `layer` on the
+/// keys and values side by side, to `[B, T, C]`, each within its segment, and to what was read before; with `dropout` of layer `layer` on the
 /// probabilities.
 pub fn packed_attention(
     qkv: Tensor<3>,
@@ -165,7 +167,7 @@ pub fn packed_attention(
     layer: usize,
 ) -> Tensor<3> {
     #[cfg(feature = "cpu")]
-    if cpu::holds(&qkv) {
+    if cpu::holds(&qkv) && !positions.continues() {
         let rules = cpu::attention::Rules::new(positions, dropout.factors(Site::Attention(layer)));
         return cpu::run(cpu::attention::PackedAttention { heads, rules }, [qkv.into_dispatch()]);
     }
@@ -184,7 +186,7 @@ pub fn attention(
     layer: usize,
 ) -> Tensor<3> {
     #[cfg(feature = "cpu")]
-    if cpu::holds(&q) {
+    if cpu::holds(&q) && !positions.continues() {
         let rules = cpu::attention::Rules::new(positions, dropout.factors(Site::Attention(layer)));
         let inputs = [q.into_dispatch(), k.into_dispatch(), v.into_dispatch()];
         return cpu::run(cpu::attention::GroupedAttention { rules }, inputs);

@@ -31,7 +31,7 @@ pub fn embed(tokens: &[u32], table: Tensor<2>, places: Option<Tensor<2>>, positi
     let x = module::embedding(table, Tensor::from_data(numbers(tokens, [*b, *t]), device));
     match places {
         None => x,
-        Some(places) if starts.is_none() => x + places.slice(0..*t).unsqueeze::<3>(),
+        Some(places) if starts.is_none() => x + places.narrow(0, positions.first(), *t).unsqueeze::<3>(),
         Some(places) => {
             let positions = numbers(&positions.places(), [*b, *t]);
             x + module::embedding(places, Tensor::from_data(positions, device))
@@ -119,9 +119,10 @@ pub fn attention(
     layer: usize,
 ) -> Tensor<3> {
     let [b, heads, t, head_width] = q.dims();
-    let (k, v) = (repeat_heads(k, heads), repeat_heads(v, heads)); // [B, H, T, D]
+    let mask = positions.causal_mask(); // [B, 1, T, T]; below, keys come after those that were read before
+    let [k, v] = positions.with_earlier(layer, k, v).map(|x| repeat_heads(x, heads)); // [B, H, T, D]
     let scores = q.matmul(k.transpose()) * (1.0 / (head_width as f64).sqrt()); // [B, H, T, T]
-    let probabilities = softmax(scores + positions.causal_mask(), 3);
+    let probabilities = softmax(scores + mask, 3);
     let y = self::dropout(probabilities, dropout.factors(Site::Attention(layer))).matmul(v); // [B, H, T, D]
     y.swap_dims(1, 2).reshape([b, t, heads * head_width])
 }
@@ -165,19 +166,19 @@ fn numbers(values: &[u32], shape: [usize; 2]) -> TensorData {
 }
 
 impl Positions {
-    /// `[B, 1, T, T]`, or with 1 for B where rows do not differ: 0 where the query in the row may see the key in the column,
-    /// [`MASKED`] elsewhere.
+    /// `[B, 1, T, keys]`, or with 1 for B where rows do not differ: 0 where the query in the row may see the key in the column,
+    /// [`MASKED`] elsewhere. Keys are T, and those that were read before.
     fn causal_mask(&self) -> Tensor<4> {
         let mask = || {
-            let t = self.shape[1];
+            let (t, first) = (self.shape[1], self.first());
             let nothing = vec![0; t];
             let starts = self.starts.as_ref().map_or(&nothing, |starts| &**starts);
-            let mut values = Vec::with_capacity(starts.len() * t);
-            for (query, &start) in (0..t).cycle().zip(starts) {
+            let mut values = Vec::with_capacity(starts.len() * (first + t));
+            for (query, &start) in (first..first + t).cycle().zip(starts) {
                 let seen = start as usize..=query;
-                values.extend((0..t).map(|key| if seen.contains(&key) { 0.0 } else { MASKED }));
+                values.extend((0..first + t).map(|key| if seen.contains(&key) { 0.0 } else { MASKED }));
             }
-            Tensor::from_data(upload(TensorData::new(values, [starts.len() / t, 1, t, t])), &self.device)
+            Tensor::from_data(upload(TensorData::new(values, [starts.len() / t, 1, t, first + t])), &self.device)
         };
         self.mask.get_or_init(mask).clone()
     }

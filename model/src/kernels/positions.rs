@@ -1,10 +1,11 @@
 //! Where tokens stand in their sequences: what attention, rotation and embeddings need to know of it.
 
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use burn::tensor::{Device, Tensor};
 
+use super::key_cache::KeyCache;
 use crate::config::RopeScaling;
 
 /// Positions of tokens `[B, T]`. What only the plain forms need is made when they first ask.
@@ -17,9 +18,11 @@ pub struct Positions {
     pub(super) starts: Option<Arc<Vec<u32>>>,
     pub(super) mask: OnceLock<Tensor<4>>,
     pub(super) angles: Option<Angles>,
+    /// What was read before of the same sequence.
+    earlier: Option<Mutex<KeyCache>>,
 }
 
-/// Cosines and sines `[T, D/2]` of the angles by which a head's elements are turned.
+/// Cosines and sines `[T, D/2]` of the angles by which a head's elements are turned, from the first token's position on.
 #[derive(Debug)]
 pub(super) struct Angles {
     pub(super) cos: Arc<Vec<f32>>,
@@ -32,14 +35,50 @@ impl Positions {
     /// segment (a document, a conversation): they are counted from its first, and see no other.
     pub fn new(shape: [usize; 2], segments: Option<&[u32]>, device: &Device) -> Self {
         let starts = segments.map(|segments| Arc::new(segments.chunks_exact(shape[1]).flat_map(starts).collect()));
-        Self { device: device.clone(), shape, starts, mask: OnceLock::new(), angles: None }
+        Self { device: device.clone(), shape, starts, mask: OnceLock::new(), angles: None, earlier: None }
+    }
+
+    /// These, of a sequence (B is 1) whose first tokens are in `cache`.
+    #[must_use]
+    pub fn after(self, cache: KeyCache) -> Self {
+        Self { earlier: Some(Mutex::new(cache)), ..self }
+    }
+
+    /// What has been read with these tokens; nothing where no cache was given.
+    pub fn into_cache(self) -> KeyCache {
+        let mut cache = self.earlier.map(|earlier| earlier.into_inner().unwrap_or_else(PoisonError::into_inner));
+        cache.iter_mut().for_each(|cache| cache.advance(self.shape[1]));
+        cache.unwrap_or_default()
+    }
+
+    /// Whether tokens of the same sequence were read before, or may have been.
+    pub(super) fn continues(&self) -> bool {
+        self.earlier.is_some()
+    }
+
+    /// The position of the first token.
+    pub(super) fn first(&self) -> usize {
+        self.earlier().map_or(0, |earlier| earlier.len())
+    }
+
+    /// Keys and values `[B, K, T, D]` of a layer, after those that were read before.
+    pub(super) fn with_earlier(&self, layer: usize, keys: Tensor<4>, values: Tensor<4>) -> [Tensor<4>; 2] {
+        match self.earlier() {
+            Some(mut earlier) => earlier.extend(layer, keys, values),
+            None => [keys, values],
+        }
+    }
+
+    fn earlier(&self) -> Option<MutexGuard<'_, KeyCache>> {
+        self.earlier.as_ref().map(|earlier| earlier.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// These, turning element i of a head's first half, and of its second, by `position · theta^(-2i/D)`, slowed down by
-    /// `scaling`.
+    /// `scaling`. A cache is to be given before.
     #[must_use]
     pub fn rotary(self, head_width: usize, theta: f64, scaling: Option<RopeScaling>) -> Self {
-        let [cos, sin] = rotary_tables(0..self.shape[1], head_width, theta, scaling).map(Arc::new);
+        let first = self.first();
+        let [cos, sin] = rotary_tables(first..first + self.shape[1], head_width, theta, scaling).map(Arc::new);
         Self { angles: Some(Angles { cos, sin, tables: OnceLock::new() }), ..self }
     }
 
@@ -48,7 +87,8 @@ impl Positions {
         self.shape
     }
 
-    /// The position of each token `[B, T]` in its segment; the same in all rows, and given once, where there are none.
+    /// The position of each token `[B, T]` in its segment, counted from the first; the same in all rows, and given once,
+    /// where there are no segments.
     pub(super) fn places(&self) -> Vec<u32> {
         let length = self.shape[1] as u32;
         match &self.starts {
