@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Devices,
     /// Continue a prompt with a trained model.
     Generate(Generate),
+    /// Score a model on texts and on multiple-choice questions.
+    Eval(Eval),
     /// Validate a recipe and print what it would take.
     Check(Check),
     /// Show what a run or a checkpoint holds.
@@ -240,6 +242,45 @@ pub(crate) struct Generate {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) samples: u32,
     /// Print a JSON object a line for each, once it has ended.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Texts are .txt (one document a file, or several with a line <|endoftext|> between them), .jsonl and .parquet (one
+document a row, in the column \"text\"), directories of these, or prepared corpora. Each token that has another before
+it in its document is scored once.
+
+Questions are lines of JSON:
+  {\"question\": \"The sky is\", \"choices\": [\"blue\", \"a fish\"], \"answer\": 0}
+\"prompt\" may stand for \"question\", and the answer may be a letter, from A. A choice's score is the log-probability of its
+tokens after the question's: acc takes the highest sum, acc_norm the highest sum for each byte of the choice.
+
+Examples:
+  lockstep eval runs/quickstart-1 --data held-out.txt
+  lockstep eval runs/smollm --data held-out.jsonl --stride 512 --choices questions.jsonl --json"
+)]
+pub(crate) struct Eval {
+    /// Directory of a run (its newest checkpoint is taken) or of a checkpoint.
+    pub(crate) run: PathBuf,
+    /// Texts to score, all of them as one.
+    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "choices")]
+    pub(crate) data: Vec<PathBuf>,
+    /// Questions to answer, each file by itself.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) choices: Vec<PathBuf>,
+    /// How far each window of a long document begins after the one before, in tokens; what they share is read again and scored
+    /// once [default: the model's context, so that they share nothing].
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) stride: Option<usize>,
+    /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: DeviceChoice,
+    /// CPU threads [default: all cores].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+    /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }

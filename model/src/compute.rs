@@ -264,6 +264,20 @@ impl Computer {
         Ok(self.losses([Ok(batch)].into_iter())?[0])
     }
 
+    /// Loss of each row of a slot of text, dropout inactive, read back once.
+    ///
+    /// # Errors
+    /// If the model is no Transformer, the batch does not fit it, or the device fails.
+    pub fn row_losses(&self, batch: &Batch) -> Result<Vec<Sums>, ComputeError> {
+        let (device, leaves) = self.inference();
+        let Network::Text(text) = self.network(&leaves, &self.kept[1]) else {
+            return Err(ComputeError::Input("the straight line reads no text; choose a Transformer's run".into()));
+        };
+        let losses = text.row_losses(batch, &device)?;
+        let losses = losses.into_iter().map(|(loss, weight)| PendingLoss { loss, weight }).collect();
+        Ok(read(losses, Vec::new())?.0)
+    }
+
     /// The logits after the last of `tokens` (1 to `context` of them), one for each vocabulary entry.
     ///
     /// # Errors

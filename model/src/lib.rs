@@ -37,6 +37,7 @@ pub mod probe;
 pub mod random;
 pub mod sampler;
 pub mod schedule;
+pub mod scoring;
 pub mod shard;
 pub mod step_filter;
 pub mod tokenizer;

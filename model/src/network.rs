@@ -34,6 +34,15 @@ pub(crate) struct Text<'a> {
     kept: &'a KeptPositions,
 }
 
+/// The columns of a slot of text, `[B, T]` each.
+struct TextColumns<'a> {
+    tokens: &'a [u32],
+    targets: &'a [u32],
+    weights: Option<&'a [f32]>,
+    segments: Option<&'a [u32]>,
+    shape: [usize; 2],
+}
+
 impl Text<'_> {
     /// Checks token numbers `[B, T]` of a column.
     pub(crate) fn check(&self, tokens: &[u32], [_, length]: [usize; 2], column: &str) -> Result<(), ComputeError> {
@@ -52,6 +61,42 @@ impl Text<'_> {
             return Err(ComputeError::Input(format!("{column} of length {length} for a context of {context}")));
         }
         Ok(())
+    }
+
+    /// The columns of a slot, checked.
+    fn columns<'b>(&self, batch: &'b Batch) -> Result<TextColumns<'b>, ComputeError> {
+        let (tokens, shape) = batch.u32("tokens")?;
+        let (targets, _) = batch.u32("targets")?;
+        let weights = batch.optional_f32("weights")?.map(|(weights, _)| weights);
+        let segments = batch.optional_u32("segments")?.map(|(segments, _)| segments);
+        self.check(tokens, shape, "tokens")?;
+        self.check(targets, shape, "targets")?;
+        Ok(TextColumns { tokens, targets, weights, segments, shape })
+    }
+
+    /// What the head makes logits of, `[B·T, C]`.
+    fn hidden(&self, columns: &TextColumns<'_>, dropout: Dropout, device: &Device) -> Tensor<2> {
+        let positions = self.positions(columns.shape, columns.segments, device);
+        self.transformer.hidden(columns.tokens, &positions, dropout)
+    }
+
+    /// The weighted loss sum `[1]` and the weight sum of each row, dropout inactive. The head sees no more of a row than
+    /// lies between the first and the last position that count.
+    pub(crate) fn row_losses(&self, batch: &Batch, device: &Device) -> Result<Vec<(Tensor<1>, f64)>, ComputeError> {
+        let columns = self.columns(batch)?;
+        let hidden = self.hidden(&columns, Dropout::inactive(), device);
+        let [rows, length] = columns.shape;
+        let counts = |position: &usize| columns.weights.is_none_or(|weights| weights[*position] != 0.0);
+        let of_row = |row: usize| {
+            let mut counting = (row * length..(row + 1) * length).filter(counts);
+            let Some(first) = counting.next() else { return (Tensor::zeros([1], device), 0.0) };
+            let counted = first..counting.next_back().unwrap_or(first) + 1;
+            let weights = columns.weights.map(|weights| &weights[counted.clone()]);
+            let hidden = hidden.clone().slice(counted.clone());
+            let loss = cross_entropy(hidden, self.transformer.head(), &columns.targets[counted.clone()], weights);
+            (loss, total(weights, counted.len()))
+        };
+        Ok((0..rows).map(of_row).collect())
     }
 
     /// Where the tokens of a slot stand: as those of the last one, or kept for the next, if they have no segments.
@@ -94,18 +139,11 @@ impl<'a> Network<'a> {
     ) -> Result<(Tensor<1>, f64), ComputeError> {
         match self {
             Self::Text(text) => {
-                let (tokens, shape) = batch.u32("tokens")?;
-                let (targets, _) = batch.u32("targets")?;
-                let weights = batch.optional_f32("weights")?.map(|(weights, _)| weights);
-                let segments = batch.optional_u32("segments")?.map(|(segments, _)| segments);
-                text.check(tokens, shape, "tokens")?;
-                text.check(targets, shape, "targets")?;
+                let columns = text.columns(batch)?;
                 let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(text.dropout, key));
-                let weight =
-                    weights.map_or((shape[0] * shape[1]) as f64, |weights| weights.iter().map(|&w| f64::from(w)).sum());
-                let positions = text.positions(shape, segments, device);
-                let hidden = text.transformer.hidden(tokens, &positions, dropout);
-                Ok((cross_entropy(hidden, text.transformer.head(), targets, weights), weight))
+                let hidden = text.hidden(&columns, dropout, device);
+                let loss = cross_entropy(hidden, text.transformer.head(), columns.targets, columns.weights);
+                Ok((loss, total(columns.weights, columns.tokens.len())))
             }
             Self::Line(line) => {
                 let ((x, shape), (y, _)) = (batch.f32("x")?, batch.f32("y")?);
@@ -117,4 +155,9 @@ impl<'a> Network<'a> {
             }
         }
     }
+}
+
+/// The sum of the weights of so many positions, 1 each where none are given.
+fn total(weights: Option<&[f32]>, positions: usize) -> f64 {
+    weights.map_or(positions as f64, |weights| weights.iter().map(|&weight| f64::from(weight)).sum())
 }

@@ -68,7 +68,7 @@ fn first_difference(found: &ModelConfig, asked: &ModelConfig) -> anyhow::Result<
 }
 
 /// Whether the same number means the same text: an imported tokenizer may be read from its file alone.
-fn same_tokens(a: &Tokenizer, b: &Tokenizer) -> bool {
+pub(super) fn same_tokens(a: &Tokenizer, b: &Tokenizer) -> bool {
     let library = |tokenizer: &Tokenizer| match tokenizer {
         Tokenizer::Hf(hf) => Some(hf.files().tokenizer_json.clone()),
         Tokenizer::Bpe(bpe) => Some(bpe.to_json().to_string()),

@@ -5,6 +5,7 @@ mod bench;
 mod check;
 mod coordinator;
 mod devices;
+mod eval;
 mod export;
 mod generate;
 mod import;
@@ -43,6 +44,7 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Worker(args) => worker::run(args),
         Command::Devices => devices::run(),
         Command::Generate(args) => generate::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Prepare(args) => prepare::run(&args),

@@ -76,7 +76,7 @@ fn read_file(file: &InputFile) -> anyhow::Result<Pieces<'static>> {
     let open = || File::open(&file.path).with_context(|| format!("{shown}: cannot be read"));
     match file.format {
         Format::Text => Ok(Box::new(TextReader::new(&file.path, BufReader::with_capacity(1 << 20, open()?)))),
-        Format::JsonLines => Ok(whole(jsonl::JsonLines::new(&file.path, open()?))),
+        Format::JsonLines => Ok(whole(jsonl::documents(&file.path, open()?))),
         Format::Parquet => Ok(whole(parquet::Rows::open(&file.path, open()?, file.bytes)?)),
         Format::Shard => bail!("{shown}: holds tokens, not text; prepare token shards by themselves"),
     }

@@ -1,36 +1,49 @@
-//! Documents of a `.jsonl` file: the string under `text` of each line.
+//! Files of JSON objects, one a line: of documents, with their text under `text`, or of anything else.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
+use std::marker::PhantomData;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::documents::{Document, Place, Position};
 
 #[derive(Deserialize)]
-struct Line {
+struct Text {
     text: String,
 }
 
-/// Reads lines.
-pub(super) struct JsonLines {
+/// The documents of a file.
+pub(super) fn documents(path: &Path, file: File) -> impl Iterator<Item = anyhow::Result<Document>> + Send + use<> {
+    let lines = JsonLines::<Text>::new(path, file, "an object with a string under \"text\"");
+    lines.map(|line| line.map(|(Text { text }, place, bytes)| (text, place, bytes)))
+}
+
+/// Reads lines, each with its place and its length in bytes; blank ones are passed over.
+pub(crate) struct JsonLines<L> {
     path: Arc<Path>,
     input: BufReader<File>,
+    /// What a line must be, in words.
+    expected: &'static str,
     /// Lines and bytes read so far.
     lines: u64,
     bytes: u64,
+    line: PhantomData<fn() -> L>,
 }
 
-impl JsonLines {
-    pub(super) fn new(path: &Path, file: File) -> Self {
-        Self { path: path.into(), input: BufReader::with_capacity(1 << 20, file), lines: 0, bytes: 0 }
+impl<L: DeserializeOwned> JsonLines<L> {
+    /// Of the file at `path`, each line of which is to be what `expected` says.
+    pub(crate) fn new(path: &Path, file: File, expected: &'static str) -> Self {
+        let input = BufReader::with_capacity(1 << 20, file);
+        Self { path: path.into(), input, expected, lines: 0, bytes: 0, line: PhantomData }
     }
 
     /// The next line that is not blank; `None` at the end.
-    fn next_line(&mut self) -> anyhow::Result<Option<Document>> {
+    fn next_line(&mut self) -> anyhow::Result<Option<(L, Place, u64)>> {
         let (mut line, mut length) = (Vec::new(), 0);
         while line.trim_ascii().is_empty() {
             line.clear();
@@ -44,9 +57,9 @@ impl JsonLines {
             self.bytes += read as u64;
             length += read as u64;
         }
-        let Line { text } = serde_json::from_slice(&line).map_err(|error| self.refuse(&error, line.len()))?;
+        let parsed = serde_json::from_slice(&line).map_err(|error| self.refuse(&error, line.len()))?;
         let place = Place { path: self.path.clone(), position: Position::Line(self.lines) };
-        Ok(Some((text, place, length)))
+        Ok(Some((parsed, place, length)))
     }
 
     /// Says what is wrong with the line just read, of `length` bytes.
@@ -56,16 +69,14 @@ impl JsonLines {
         let problem = said.split(" at line ").next().unwrap_or(&said);
         let byte = self.bytes - length as u64 + error.column().saturating_sub(1) as u64;
         let (path, line) = (self.path.display(), self.lines);
-        anyhow::anyhow!(
-            "{path}: line {line}, byte {byte}: {problem}; a line must be an object with a string under \"text\""
-        )
+        anyhow::anyhow!("{path}: line {line}, byte {byte}: {problem}; a line must be {}", self.expected)
     }
 }
 
-impl Iterator for JsonLines {
-    type Item = anyhow::Result<Document>;
+impl<L: DeserializeOwned> Iterator for JsonLines<L> {
+    type Item = anyhow::Result<(L, Place, u64)>;
 
-    fn next(&mut self) -> Option<anyhow::Result<Document>> {
+    fn next(&mut self) -> Option<Self::Item> {
         self.next_line().transpose()
     }
 }
@@ -80,7 +91,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.jsonl");
         fs::write(&path, text).unwrap();
-        let lines = JsonLines::new(Path::new("a.jsonl"), File::open(&path).unwrap());
+        let lines = documents(Path::new("a.jsonl"), File::open(&path).unwrap());
         lines.map(|line| line.map(|(text, _, bytes)| (text, bytes)).map_err(|error| error.to_string())).collect()
     }
 

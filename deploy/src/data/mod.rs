@@ -4,7 +4,7 @@
 pub(crate) mod corpus;
 pub(crate) mod documents;
 pub(crate) mod inputs;
-mod jsonl;
+pub(crate) mod jsonl;
 mod parquet;
 pub(crate) mod progress;
 pub(crate) mod tokenize;
