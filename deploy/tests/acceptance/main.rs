@@ -8,6 +8,7 @@ mod bench;
 mod cluster;
 mod distrust;
 mod equal_runs;
+mod eval;
 #[cfg(unix)]
 mod faults;
 mod gpu;
