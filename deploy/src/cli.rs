@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Generate(Generate),
     /// Score a model on texts and on multiple-choice questions.
     Eval(Eval),
+    /// Measure training beside inference, on a run's model.
+    Compare(Compare),
     /// Validate a recipe and print what it would take.
     Check(Check),
     /// Show what a run or a checkpoint holds.
@@ -283,6 +285,52 @@ pub(crate) struct Eval {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Memory, speed, direction of data, dropout, and whether parameters change. A training step is of the size that the run's
+recipe says; tokens are drawn at random. Each side is a process of its own, and nothing in the run's directory is written.
+
+Examples:
+  lockstep compare runs/quickstart-1
+  lockstep compare runs/smollm --threads 2 --rounds 3 --json"
+)]
+pub(crate) struct Compare {
+    /// Directory of a run (its newest checkpoint is taken) or of a checkpoint.
+    pub(crate) run: PathBuf,
+    /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: DeviceChoice,
+    /// CPU threads of either side [default: all cores].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+    /// How often each speed is measured; the median counts.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Be one of the sides: a report on standard output.
+    #[arg(long, hide = true, value_enum)]
+    pub(crate) child: Option<Side>,
+}
+
+/// What is measured by a process of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Side {
+    Training,
+    Inference,
+}
+
+impl Side {
+    /// As the command line has it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Training => "training",
+            Self::Inference => "inference",
+        }
+    }
 }
 
 #[derive(Args, Debug)]

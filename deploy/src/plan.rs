@@ -3,7 +3,7 @@
 use std::fmt;
 
 use indicatif::{DecimalBytes, HumanCount};
-use lockstep_model::config::{ModelConfig, UpdateRule};
+use lockstep_model::config::{BatchConfig, ModelConfig, UpdateRule};
 use lockstep_model::layout::Layout;
 
 use crate::recipe::Recipe;
@@ -86,6 +86,17 @@ pub(crate) struct Step {
 }
 
 impl WorkerMemory {
+    /// Of a worker that computes all slots of a step.
+    pub(crate) fn of(model: &ModelConfig, batch: BatchConfig) -> Self {
+        let vector = Layout::of(model).len() as u64 * FLOAT_BYTES;
+        let waiting_sums = u64::from(batch.slots.next_power_of_two().ilog2());
+        Self {
+            parameters: 2 * vector,
+            gradients: (2 + waiting_sums) * vector,
+            activations: activation_bytes(model, u64::from(batch.sequences_per_slot)),
+        }
+    }
+
     fn total(&self) -> u64 {
         self.parameters + self.gradients + self.activations
     }
@@ -115,11 +126,7 @@ impl Plan {
         let model = recipe.model.with_vocabulary(vocab_size);
         let parameters = Layout::of(&model).len() as u64;
         let vector = parameters * FLOAT_BYTES;
-        let moments = match recipe.optimizer.rule {
-            UpdateRule::Adamw(_) | UpdateRule::Muon(_) => 2 * vector,
-            UpdateRule::Sgd => 0,
-        };
-        let waiting_sums = u64::from(recipe.batch.slots.next_power_of_two().ilog2());
+        let moments = moment_bytes(&recipe.optimizer.rule, parameters as usize);
         let mut plan = Self {
             recipe: recipe.name.clone(),
             model: in_words(&model),
@@ -129,11 +136,7 @@ impl Plan {
             sequences_per_slot: recipe.batch.sequences_per_slot,
             tokens_per_sequence: recipe.model.tokens_per_sequence() as u64,
             bytes_per_token: recipe.bytes_per_token(),
-            worker: WorkerMemory {
-                parameters: 2 * vector,
-                gradients: (2 + waiting_sums) * vector,
-                activations: activation_bytes(&model, u64::from(recipe.batch.sequences_per_slot)),
-            },
+            worker: WorkerMemory::of(&model, recipe.batch),
             coordinator: CoordinatorMemory {
                 parameters: 2 * vector,
                 moments,
@@ -195,6 +198,14 @@ impl Plan {
             shortest = shortest.min(secs);
         }
         useful
+    }
+}
+
+/// Bytes of the moments that an optimizer keeps of so many parameters.
+pub(crate) fn moment_bytes(rule: &UpdateRule, parameters: usize) -> u64 {
+    match rule {
+        UpdateRule::Adamw(_) | UpdateRule::Muon(_) => 2 * parameters as u64 * FLOAT_BYTES,
+        UpdateRule::Sgd => 0,
     }
 }
 

@@ -147,6 +147,17 @@ impl Computer {
         Ok(())
     }
 
+    /// The parameters on the device, flat in layout order, read back once.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn parameters(&self) -> Result<Vec<f32>, ComputeError> {
+        let (_, data) = read(Vec::new(), self.leaves.iter().map(Leaf::untracked).collect())?;
+        let mut parameters = Vec::with_capacity(self.layout.len());
+        data.iter().try_for_each(|tensor| floats(tensor).map(|values| parameters.extend_from_slice(values)))?;
+        Ok(parameters)
+    }
+
     /// Loss and gradient of one slot, dropout active.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 mod bad_input;
 mod bench;
 mod cluster;
+mod compare;
 mod distrust;
 mod equal_runs;
 mod eval;

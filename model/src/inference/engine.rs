@@ -190,6 +190,17 @@ impl Engine {
         self.backend.weight_bytes()
     }
 
+    /// The parameters as they are in memory now, flat in layout order.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn parameters(&self) -> Result<Vec<f32>, ComputeError> {
+        match &self.backend {
+            Backend::Cpu(network) => network.parameters(),
+            Backend::Device(computer) => computer.parameters(),
+        }
+    }
+
     /// Sequences under way.
     pub fn running(&self) -> usize {
         self.slots.iter().filter(|slot| slot.sequence.is_some()).count()

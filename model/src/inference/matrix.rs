@@ -181,10 +181,10 @@ pub(super) struct Matrix {
     /// `[panel][in][GROUPS]`.
     panels: Vec<Group>,
     /// in.
-    depth: usize,
+    pub(super) depth: usize,
     /// out.
-    columns: usize,
-    bias: Option<Vec<f32>>,
+    pub(super) columns: usize,
+    pub(super) bias: Option<Vec<f32>>,
 }
 
 /// What a product is added to.
@@ -225,6 +225,12 @@ impl Matrix {
     /// out.
     pub(super) fn columns(&self) -> usize {
         self.columns
+    }
+
+    /// One element.
+    pub(super) fn at(&self, row: usize, column: usize) -> f32 {
+        let (panel, within) = (column / (GROUPS * LANES), column % (GROUPS * LANES));
+        self.panels[(panel * self.depth + row) * GROUPS + within / LANES].0[within % LANES]
     }
 
     /// Bytes that a product reads.

@@ -7,6 +7,8 @@
 //! Shapes beside the buffers: n tokens of all sequences; C width, H heads of queries, K of keys and values, D width of a head, F
 //! feed-forward width, V vocabulary.
 
+mod parameters;
+
 use rayon::prelude::*;
 
 use super::cache::HeadCache;
@@ -31,6 +33,8 @@ pub(super) struct Network {
     layers: Vec<Layer>,
     norm: Norm,
     head: Matrix, // [C, V]
+    /// Whether the head is a copy of the embedding.
+    tied_head: bool,
     buffers: Buffers,
 }
 
@@ -128,6 +132,7 @@ impl Network {
             layers: layers.collect(),
             norm: tensors.layer_norm(bias, epsilon),
             head: head(if gpt.tied_head { embedding } else { tensors.next() }, width),
+            tied_head: gpt.tied_head,
             buffers: Buffers::default(),
         }
     }
@@ -155,6 +160,7 @@ impl Network {
             layers: layers.collect(),
             norm: tensors.root_mean_square_norm(epsilon),
             head: head(if llama.tied_head { embedding } else { tensors.next() }, width),
+            tied_head: llama.tied_head,
             buffers: Buffers::default(),
         }
     }

@@ -14,8 +14,8 @@ const WORTH_THREADS: usize = 1 << 14;
 /// arXiv:1910.07467).
 #[derive(Debug)]
 pub(super) struct Norm {
-    weight: Vec<f32>,
-    bias: Option<Vec<f32>>,
+    pub(super) weight: Vec<f32>,
+    pub(super) bias: Option<Vec<f32>>,
     /// Whether the mean is subtracted.
     centred: bool,
     epsilon: f32,

@@ -289,3 +289,26 @@ fn a_request_that_makes_no_sense_is_refused() {
     let short = vec![0.0; Layout::of(&model).len() - 1];
     assert!(Engine::new(&model, &short, &cpu(), Limits::default()).is_err());
 }
+
+/// What is hashed to show that generation changes nothing is what is computed with.
+#[test]
+fn parameters_are_read_back_as_they_are_in_memory() {
+    let device = ComputeDevice::open(DeviceChoice::Cpu).unwrap();
+    for model in models() {
+        let parameters = initial_parameters(&model, 3);
+        let mut engine = Engine::new(&model, &parameters, &device, Limits::default()).unwrap();
+        assert!(engine.parameters().unwrap() == parameters, "{model:?}");
+        let request = Request {
+            prompt: vec![1, 2, 3],
+            max_tokens: 20,
+            sampling: Sampling::default(),
+            ends: Vec::new(),
+            overflow: Overflow::Stop,
+        };
+        complete(&mut engine, request, |_| true).unwrap();
+        assert!(engine.parameters().unwrap() == parameters, "{model:?}");
+        let mut computer = Computer::new(&model, &device);
+        computer.load(&parameters).unwrap();
+        assert!(computer.parameters().unwrap() == parameters, "{model:?}");
+    }
+}

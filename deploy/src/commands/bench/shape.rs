@@ -86,7 +86,7 @@ impl Shape {
     }
 
     /// Sequences as long as the model reads.
-    fn of(model: ModelConfig, rows: usize) -> Self {
+    pub(crate) fn of(model: ModelConfig, rows: usize) -> Self {
         let (length, vocab_size) = match &model {
             ModelConfig::Gpt(gpt) => (gpt.context, gpt.vocab_size),
             ModelConfig::Llama(llama) => (llama.context, llama.vocab_size),

@@ -5,17 +5,17 @@ mod texts;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use indicatif::HumanCount;
 use lockstep_model::checkpoint::{self, Manifest};
 use lockstep_model::compute::Computer;
-use lockstep_model::device::{ComputeDevice, DeviceChoice};
+use lockstep_model::device::ComputeDevice;
 use lockstep_model::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use self::choices::AnswerScore;
 use self::texts::{TextScore, Texts};
-use super::{Usage, inspect, threads_each};
+use super::{Usage, inspect, use_threads};
 use crate::cli::Eval;
 use crate::data::progress::Progress;
 use crate::telemetry;
@@ -59,9 +59,8 @@ struct Summary {
 /// Scores a model.
 pub(crate) fn run(args: &Eval) -> anyhow::Result<()> {
     telemetry::init("warn", false);
-    let threads = threads_each(args.threads, 1) as usize;
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("CPU threads cannot be started")?;
-    let summary = score(args, args.device)?;
+    use_threads(args.threads)?;
+    let summary = score(args)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
@@ -70,9 +69,9 @@ pub(crate) fn run(args: &Eval) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn score(args: &Eval, device: DeviceChoice) -> anyhow::Result<Summary> {
+fn score(args: &Eval) -> anyhow::Result<Summary> {
     let checkpoint = inspect::locate(&args.run)?;
-    let device = ComputeDevice::open(device)?;
+    let device = ComputeDevice::open(args.device)?;
     let (subject, manifest) = Subject::open(&checkpoint, &device)?;
     let context = subject.context;
     let stride = args.stride.unwrap_or(context);
