@@ -42,7 +42,8 @@ def answers(model: Any, encode: Any, context: int, question: dict[str, Any]) -> 
     values = []
     for choice in question["choices"]:
         ids = encode(f"{question['question']} {choice}")
-        count = len(ids) - before
+        # Tokens may reach over the place where both meet, and leave none to the choice: then its last one counts.
+        count = max(len(ids) - before, 1)
         values.append(log_probabilities(model, ids[-(context + 1) :])[-count:].sum().item())
     by_byte = [value / len(choice.encode()) for value, choice in zip(values, question["choices"])]
     return values.index(max(values)), by_byte.index(max(by_byte))

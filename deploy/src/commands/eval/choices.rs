@@ -153,7 +153,7 @@ fn window(question: &str, choice: &str, tokenizer: &Tokenizer, context: usize) -
     let space = if parted { "" } else { " " };
     let tokens = tokenizer.encode(&format!("{question}{space}{choice}"))?;
     let before = tokenizer.encode(question.trim_end())?.len();
-    // Tokens may reach over the place where both meet.
+    // Tokens may reach over the place where both meet, and leave none to the choice: then its last one counts.
     let scored = tokens.len() - before.min(tokens.len().saturating_sub(1));
     if scored > context || scored == tokens.len() {
         bail!(
