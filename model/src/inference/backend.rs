@@ -60,6 +60,14 @@ impl Backend {
         }
     }
 
+    /// All parameters as they are now, flat in layout order.
+    pub(super) fn parameters(&self) -> Result<Vec<f32>, ComputeError> {
+        match self {
+            Self::Cpu { network, .. } => network.parameters(),
+            Self::Device { computer, .. } => computer.parameters(),
+        }
+    }
+
     /// Adds a place, with an empty cache.
     pub(super) fn add_place(&mut self) {
         match self {

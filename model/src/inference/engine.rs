@@ -195,10 +195,7 @@ impl Engine {
     /// # Errors
     /// If the device fails.
     pub fn parameters(&self) -> Result<Vec<f32>, ComputeError> {
-        match &self.backend {
-            Backend::Cpu(network) => network.parameters(),
-            Backend::Device(computer) => computer.parameters(),
-        }
+        self.backend.parameters()
     }
 
     /// Sequences under way.

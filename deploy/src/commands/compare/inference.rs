@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use lockstep_model::config::ModelConfig;
+use lockstep_model::device::ComputeDevice;
 use lockstep_model::digest::{hex, vector_sha256};
 use lockstep_model::inference::{Engine, Limits, Overflow, Request, Sampling, SequenceId};
 use lockstep_model::layout::{Layout, TensorSpec};
@@ -32,7 +33,8 @@ pub(super) fn measure(args: &Compare, path: &Path, workload: &Workload) -> anyho
     let start_rss_bytes = peak_rss_bytes();
     let model = ModelArgs { run: path.into(), device: args.device, threads: args.threads };
     let limits = Limits { sequences: workload.streams, ..Limits::default() };
-    let OpenModel { mut engine, manifest, device, .. } = OpenModel::load(&model, limits)?;
+    let OpenModel { mut engine, manifest, device: description, .. } = OpenModel::load(&model, limits)?;
+    let device = ComputeDevice::open(args.device)?;
     let sha256_before = sha256(&engine)?;
 
     // Each prompt once, so that none of it is cached already.
@@ -62,14 +64,14 @@ pub(super) fn measure(args: &Compare, path: &Path, workload: &Workload) -> anyho
         [("prefill".to_string(), prefill), ("decode_1".into(), one), (format!("decode_{}", workload.streams), several)];
     Ok(Report {
         memory: Memory {
-            parameters: parameter_bytes(&manifest.model, engine.cache_bytes_per_token() > 0),
+            parameters: parameter_bytes(&manifest.model, device.is_cpu()),
             cache: (workload.streams * of_stream) as u64,
             ..Memory::default()
         },
-        device,
+        device: description,
         start_rss_bytes,
         peak_rss_bytes,
-        gpu_memory_bytes: None,
+        gpu_memory_bytes: device.memory_bytes(),
         tokens_per_sec: rates.into_iter().map(|(name, rates)| (name, median(rates))).collect(),
         direction: Direction {
             forward: "prompt → logits → token".into(),
