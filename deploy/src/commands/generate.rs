@@ -7,8 +7,8 @@ use anyhow::Context as _;
 use lockstep_model::inference::{Finish, Limits, Overflow, Request, Sampling, SequenceId, TextStream};
 use serde_json::json;
 
-use super::Usage;
 use super::open_model::OpenModel;
+use super::{Caller, Usage};
 use crate::cli::Generate;
 use crate::telemetry;
 
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &Generate) -> anyhow::Result<()> {
         return Err(Usage("--prompt is empty: a model continues at least one character".into()).into());
     }
     let limits = Limits { sequences: args.samples.min(AT_ONCE) as usize, ..Limits::default() };
-    let mut model = OpenModel::load(&args.model, limits)?;
+    let mut model = OpenModel::load(&args.model, limits, Caller::Computes)?;
     let prompt = model.tokenizer.encode(&args.prompt).map_err(|error| Usage(format!("--prompt: {error}")))?;
     let written = write(args, sampling, &prompt, &mut model, &mut io::stdout().lock());
     match written {

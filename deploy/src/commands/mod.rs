@@ -68,10 +68,20 @@ pub(crate) fn threads_each(asked: Option<u32>, workers: u32) -> u32 {
     asked.unwrap_or_else(|| (cores() / workers).max(1))
 }
 
+/// What the thread that starts others does itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Caller {
+    /// Is one of those among which work is split, so that it need not wake one and wait.
+    Computes,
+    /// Has another thread ask for work.
+    Waits,
+}
+
 /// Has work on the CPU use so many threads; all cores, where nothing else is asked for.
-fn use_threads(asked: Option<u32>) -> anyhow::Result<()> {
-    let threads = threads_each(asked, 1) as usize;
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("CPU threads cannot be started")
+fn use_threads(asked: Option<u32>, caller: Caller) -> anyhow::Result<()> {
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(threads_each(asked, 1) as usize);
+    let threads = if caller == Caller::Computes { threads.use_current_thread() } else { threads };
+    threads.build_global().context("CPU threads cannot be started")
 }
 
 /// Runs a command's asynchronous part.

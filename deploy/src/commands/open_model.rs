@@ -6,7 +6,7 @@ use lockstep_model::device::ComputeDevice;
 use lockstep_model::inference::{Engine, Limits};
 use lockstep_model::tokenizer::Tokenizer;
 
-use super::{inspect, use_threads};
+use super::{Caller, inspect, use_threads};
 use crate::cli::ModelArgs;
 
 /// An engine, and what it speaks.
@@ -19,12 +19,12 @@ pub(crate) struct OpenModel {
 }
 
 impl OpenModel {
-    /// Reads the newest checkpoint of the run, or the checkpoint, that is named.
+    /// Reads the newest checkpoint of the run, or the checkpoint, that is named. `caller` has the engine's steps computed.
     ///
     /// # Errors
     /// If there is none, it is damaged, its model reads no text, or there is no such device.
-    pub(crate) fn load(args: &ModelArgs, limits: Limits) -> anyhow::Result<Self> {
-        use_threads(args.threads)?;
+    pub(super) fn load(args: &ModelArgs, limits: Limits, caller: Caller) -> anyhow::Result<Self> {
+        use_threads(args.threads, caller)?;
         let path = inspect::locate(&args.run)?;
         let (manifest, parameters) = checkpoint::read_parameters(&path)?;
         let Some(tokenizer) = manifest.tokenizer.clone() else {

@@ -108,10 +108,10 @@ impl WithSimd for Attend<'_> {
         let scale = 1.0 / (width as f32).sqrt();
         let queries = Tiles::new(self.queries, width, width, scale);
 
-        let mut scores = vec![0.0; rows * padded];
+        let (mut scores, mut scratch) = (vec![0.0; rows * padded], Vec::new());
         let panels = cache.keys.chunks_exact(width * GROUPS).take(padded / PANEL_KEYS);
         for (index, panel) in panels.enumerate() {
-            multiply_panel::<S>(&queries, panel, GROUPS, &mut |row, key, products| {
+            multiply_panel::<S>(&queries, panel, GROUPS, &mut scratch, &mut |row, key, products| {
                 scores[row * padded + index * PANEL_KEYS + key..][..products.len()].copy_from_slice(products);
             });
         }
@@ -125,7 +125,7 @@ impl WithSimd for Attend<'_> {
         }
         let powers = Tiles::new(&scores, padded, most, 1.0);
         let found = self.found;
-        multiply_panel::<S>(&powers, &cache.values, cache.groups(), &mut |row, column, products| {
+        multiply_panel::<S>(&powers, &cache.values, cache.groups(), &mut scratch, &mut |row, column, products| {
             let end = width.min(column + products.len());
             let found = &mut found[row * width..][column..end];
             found.iter_mut().zip(products).for_each(|(found, product)| *found = product / sums[row]);

@@ -16,6 +16,10 @@ use crate::kernels::lanes::LANES;
 pub(super) const GROUPS: usize = 4;
 /// Columns of a panel of weights.
 const PANEL_COLUMNS: usize = GROUPS * LANES;
+/// Rows of the largest tile.
+const MOST_TILE_ROWS: usize = 6;
+/// Groups of a panel that stay in the nearest cache: 32 KiB.
+const NEAR_GROUPS: usize = 512;
 /// From so many rows a thread on, each takes some of the rows.
 const MANY_ROWS: usize = 32;
 /// Rows that one thread takes at a time, at most.
@@ -45,7 +49,7 @@ impl Tiles {
             let tile = tile_rows(count - first);
             let (rows, values) = (&rows[first * stride..], &mut values[first * depth..]);
             match tile {
-                6 => interleave::<6>(rows, stride, scale, &mut values[..6 * depth]),
+                MOST_TILE_ROWS => interleave::<6>(rows, stride, scale, &mut values[..6 * depth]),
                 4 => interleave::<4>(rows, stride, scale, &mut values[..4 * depth]),
                 2 => interleave::<2>(rows, stride, scale, &mut values[..2 * depth]),
                 _ => interleave::<1>(rows, stride, scale, &mut values[..depth]),
@@ -81,76 +85,115 @@ fn tile_rows(left: usize) -> usize {
         0 | 1 => 1,
         2 | 3 => 2,
         4 | 5 => 4,
-        _ => 6,
+        _ => MOST_TILE_ROWS,
     }
 }
 
 /// Products of `tiles` with the columns of one panel, whose rows have `groups` groups each. `each` is given a row's number, a
-/// column's, and products from that column on.
+/// column's, and products from that column on. `scratch` may hold anything.
+///
+/// Several tiles take a part of the panel at a time, which stays in the nearest cache meanwhile, and go on from the sums
+/// that they had: the chain of additions is the same.
 #[inline(always)]
 pub(super) fn multiply_panel<S: Simd>(
     tiles: &Tiles,
     panel: &[Group],
     groups: usize,
+    scratch: &mut Vec<Vector<S, f32>>,
     each: &mut impl FnMut(usize, usize, &[f32]),
 ) {
-    let panel: &[Vector<S, f32>] = bytemuck::cast_slice(&panel[..tiles.depth * groups]);
+    let depth = tiles.depth;
+    let panel: &[Vector<S, f32>] = bytemuck::cast_slice(&panel[..depth * groups]);
     let stride = groups * (LANES / f32::lanes::<S>());
-    let (rows, mut first) = (tiles.rows(), 0);
-    while first < rows {
-        let count = tile_rows(rows - first);
-        let values = &tiles.values[first * tiles.depth..][..count * tiles.depth];
-        match count {
-            6 => multiply_tile::<S, 6>(values, first, panel, stride, each),
-            4 => multiply_tile::<S, 4>(values, first, panel, stride, each),
-            2 => multiply_tile::<S, 2>(values, first, panel, stride, each),
-            _ => multiply_tile::<S, 1>(values, first, panel, stride, each),
+    let part = if tiles.rows() > MOST_TILE_ROWS { (NEAR_GROUPS / groups).max(1) } else { depth };
+    scratch.resize(if part < depth { tiles.rows() * stride } else { 0 }, 0f32.splat::<S>());
+    for start in (0..depth).step_by(part) {
+        let depths = start..depth.min(start + part);
+        let is_last = depths.end == depth;
+        let panel = &panel[depths.start * stride..depths.end * stride];
+        let (rows, mut first) = (tiles.rows(), 0);
+        while first < rows {
+            let count = tile_rows(rows - first);
+            let values = &tiles.values[first * depth..][depths.start * count..depths.end * count];
+            let partial = if part < depth { &mut scratch[first * stride..(first + count) * stride] } else { &mut [] };
+            let tile = Tile { values, first_row: first, panel, stride, partial, is_first: start == 0, is_last };
+            match count {
+                MOST_TILE_ROWS => multiply_tile::<S, 6>(tile, each),
+                4 => multiply_tile::<S, 4>(tile, each),
+                2 => multiply_tile::<S, 2>(tile, each),
+                _ => multiply_tile::<S, 1>(tile, each),
+            }
+            first += count;
         }
-        first += count;
     }
 }
 
-/// Those of R rows, as many columns at a time as registers hold.
-#[inline(always)]
-fn multiply_tile<S: Simd, const R: usize>(
-    values: &[f32],
+/// A tile's share of a part of a panel.
+struct Tile<'a, S: Simd> {
+    /// `[depth][rows]`.
+    values: &'a [f32],
     first_row: usize,
-    panel: &[Vector<S, f32>],
+    /// `[depth][stride]`.
+    panel: &'a [Vector<S, f32>],
     stride: usize,
-    each: &mut impl FnMut(usize, usize, &[f32]),
-) {
-    let (values, lanes) = (values.as_chunks::<R>().0, f32::lanes::<S>());
+    /// Sums so far, `[rows][stride]`; empty where there is one part.
+    partial: &'a mut [Vector<S, f32>],
+    is_first: bool,
+    is_last: bool,
+}
+
+/// Products of R rows, as many columns at a time as registers hold.
+#[inline(always)]
+fn multiply_tile<S: Simd, const R: usize>(mut tile: Tile<'_, S>, each: &mut impl FnMut(usize, usize, &[f32])) {
+    let lanes = f32::lanes::<S>();
     let widest = match (R, lanes) {
         (1, _) => 8,
         (4.., 8) => 2,
         _ => 4,
     };
     let mut vector = 0;
-    while vector < stride {
-        let (width, columns) = (widest.min(stride - vector), vector * lanes);
-        match width {
-            8.. => give(first_row, columns, &sums::<S, R, 8>(values, &panel[vector..], stride), each),
-            4.. => give(first_row, columns, &sums::<S, R, 4>(values, &panel[vector..], stride), each),
-            2.. => give(first_row, columns, &sums::<S, R, 2>(values, &panel[vector..], stride), each),
-            _ => give(first_row, columns, &sums::<S, R, 1>(values, &panel[vector..], stride), each),
-        }
-        vector += match width {
-            8.. => 8,
-            4.. => 4,
-            2.. => 2,
-            _ => 1,
+    while vector < tile.stride {
+        vector += match widest.min(tile.stride - vector) {
+            8.. => multiply_columns::<S, R, 8>(&mut tile, vector, each),
+            4.. => multiply_columns::<S, R, 4>(&mut tile, vector, each),
+            2.. => multiply_columns::<S, R, 2>(&mut tile, vector, each),
+            _ => multiply_columns::<S, R, 1>(&mut tile, vector, each),
         };
     }
 }
 
+/// Those with V vectors of columns, from `vector` on. V.
+#[inline(always)]
+fn multiply_columns<S: Simd, const R: usize, const V: usize>(
+    tile: &mut Tile<'_, S>,
+    vector: usize,
+    each: &mut impl FnMut(usize, usize, &[f32]),
+) -> usize {
+    let mut sums = [[0f32.splat::<S>(); V]; R];
+    if !tile.is_first {
+        for (sums, partial) in sums.iter_mut().zip(tile.partial.chunks(tile.stride)) {
+            sums.copy_from_slice(&partial[vector..vector + V]);
+        }
+    }
+    let sums = add_products(sums, tile.values.as_chunks::<R>().0, &tile.panel[vector..], tile.stride);
+    if tile.is_last {
+        give(tile.first_row, vector * f32::lanes::<S>(), &sums, each);
+    } else {
+        for (sums, partial) in sums.iter().zip(tile.partial.chunks_mut(tile.stride)) {
+            partial[vector..vector + V].copy_from_slice(sums);
+        }
+    }
+    V
+}
+
 /// Sums of R rows in V vectors of columns, the first ones of each row of `panel`.
 #[inline(always)]
-fn sums<S: Simd, const R: usize, const V: usize>(
+fn add_products<S: Simd, const R: usize, const V: usize>(
+    mut sums: [[Vector<S, f32>; V]; R],
     values: &[[f32; R]],
     panel: &[Vector<S, f32>],
     stride: usize,
 ) -> [[Vector<S, f32>; V]; R] {
-    let mut sums = [[0f32.splat::<S>(); V]; R];
     for (values, columns) in values.iter().zip(panel.chunks(stride)) {
         let Some(columns) = columns.first_chunk::<V>() else { break };
         for row in 0..R {
@@ -256,7 +299,7 @@ impl Matrix {
             return self.multiply_panels(&Tiles::of(x, self.depth), all, y, self.columns, onto);
         }
         if rows >= MANY_ROWS * threads {
-            let block = rows.div_ceil(threads * rows.div_ceil(threads * MOST_ROWS)).next_multiple_of(6);
+            let block = rows.div_ceil(threads * rows.div_ceil(threads * MOST_ROWS)).next_multiple_of(MOST_TILE_ROWS);
             let blocks = y.par_chunks_mut(block * self.columns).zip(x.par_chunks(block * self.depth));
             return blocks.for_each(|(y, x)| {
                 self.multiply_panels(&Tiles::of(x, self.depth), all.clone(), y, self.columns, onto);
@@ -315,11 +358,11 @@ impl WithSimd for MultiplyPanels<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self) {
         let Self { matrix, tiles, panels, y, columns, onto } = self;
-        let (panel_len, first) = (matrix.depth * GROUPS, panels.start);
+        let (panel_len, first, mut scratch) = (matrix.depth * GROUPS, panels.start, Vec::new());
         for panel in panels {
             let groups = &matrix.panels[panel * panel_len..][..panel_len];
             let start = (panel - first) * PANEL_COLUMNS;
-            multiply_panel::<S>(tiles, groups, GROUPS, &mut |row, column, sums| {
+            multiply_panel::<S>(tiles, groups, GROUPS, &mut scratch, &mut |row, column, sums| {
                 let column = start + column;
                 let end = columns.min(column + sums.len());
                 if column >= end {

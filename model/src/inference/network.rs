@@ -20,8 +20,10 @@ use crate::layout::Layout;
 
 /// Queries of a sequence that one thread attends to at a time.
 const QUERIES: usize = 24;
-/// Multiplications of attention, or elements that are cached, below which threads cost more than they bring.
+/// Multiplications of attention below which threads cost more than they bring.
 const WORTH_THREADS: usize = 1 << 15;
+/// Elements of queries, keys and values below which they do so where keys and values are cached.
+const WORTH_CACHING_TOGETHER: usize = 1 << 12;
 
 /// The parameters of one model, laid out for inference.
 #[derive(Debug)]
@@ -259,23 +261,28 @@ impl Network {
                 heads.for_each(|head| turn(head, cos, sin));
             }
         }
+        // Each head of a run, with its cache.
+        let mut pushes = Vec::with_capacity(runs.len() * kv_heads);
+        let mut caches: Vec<Option<&mut [HeadCache]>> =
+            caches.iter_mut().map(|cache| Some(&mut cache.0[layer * kv_heads..][..kv_heads])).collect();
         let mut rows = &*qkv;
         for run in runs {
             let (of_run, rest) = rows.split_at(run.tokens.len() * stride);
-            let push = |(index, head): (usize, &mut HeadCache)| {
-                for row in of_run.chunks_exact(stride) {
-                    let key = &row[(heads + index) * head_width..][..head_width];
-                    let value = &row[(heads + kv_heads + index) * head_width..][..head_width];
-                    head.push(key, value);
-                }
-            };
-            let cache = &mut caches[run.place].0[layer * kv_heads..][..kv_heads];
-            if of_run.len() < WORTH_THREADS {
-                cache.iter_mut().enumerate().for_each(push);
-            } else {
-                cache.par_iter_mut().enumerate().for_each(push);
-            }
+            let heads = caches[run.place].take().into_iter().flatten();
+            pushes.extend(heads.enumerate().map(|(index, head)| (of_run, index, head)));
             rows = rest;
+        }
+        let push = |(rows, index, head): (&[f32], usize, &mut HeadCache)| {
+            for row in rows.chunks_exact(stride) {
+                let key = &row[(heads + index) * head_width..][..head_width];
+                let value = &row[(heads + kv_heads + index) * head_width..][..head_width];
+                head.push(key, value);
+            }
+        };
+        if qkv.len() < WORTH_CACHING_TOGETHER {
+            pushes.into_iter().for_each(push);
+        } else {
+            pushes.into_par_iter().for_each(push);
         }
     }
 

@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::shape::Shape;
 use super::{median, peak_rss_bytes};
 use crate::cli::BenchGenerate;
-use crate::commands::{threads_each, use_threads};
+use crate::commands::{Caller, threads_each, use_threads};
 
 /// What was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -46,7 +46,7 @@ struct Summary {
 
 /// Measures in this process, and prints the summary.
 pub(crate) fn run(args: &BenchGenerate) -> anyhow::Result<()> {
-    use_threads(args.threads)?;
+    use_threads(args.threads, Caller::Computes)?;
     let shape = Shape::load(&args.shape)?;
     let summary = measure(args, &shape)?;
     if args.json {

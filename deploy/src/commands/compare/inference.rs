@@ -14,6 +14,7 @@ use lockstep_model::layout::{Layout, TensorSpec};
 use super::Workload;
 use super::report::{Direction, Memory, Report};
 use crate::cli::{Compare, ModelArgs};
+use crate::commands::Caller;
 use crate::commands::bench::shape::Shape;
 use crate::commands::bench::{median, peak_rss_bytes};
 use crate::commands::open_model::OpenModel;
@@ -33,7 +34,8 @@ pub(super) fn measure(args: &Compare, path: &Path, workload: &Workload) -> anyho
     let start_rss_bytes = peak_rss_bytes();
     let model = ModelArgs { run: path.into(), device: args.device, threads: args.threads };
     let limits = Limits { sequences: workload.streams, ..Limits::default() };
-    let OpenModel { mut engine, manifest, device: description, .. } = OpenModel::load(&model, limits)?;
+    let OpenModel { mut engine, manifest, device: description, .. } =
+        OpenModel::load(&model, limits, Caller::Computes)?;
     let device = ComputeDevice::open(args.device)?;
     let sha256_before = sha256(&engine)?;
 

@@ -14,13 +14,13 @@ use super::report::{Direction, Memory, Report};
 use crate::cli::Compare;
 use crate::commands::bench::shape::Shape;
 use crate::commands::bench::{median, peak_rss_bytes};
-use crate::commands::use_threads;
+use crate::commands::{Caller, use_threads};
 use crate::plan::{WorkerMemory, moment_bytes};
 use crate::recipe::Recipe;
 
 /// Takes optimizer steps with a checkpoint's parameters and moments, on tokens drawn at random.
 pub(super) fn measure(args: &Compare, path: &Path, recipe: &Recipe) -> anyhow::Result<Report> {
-    use_threads(args.threads)?;
+    use_threads(args.threads, Caller::Computes)?;
     let start_rss_bytes = peak_rss_bytes();
     let Checkpoint { manifest, mut parameters, optimizer: mut state } = checkpoint::read(path)?;
     // A model that was imported has none yet.

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use self::choices::AnswerScore;
 use self::texts::{TextScore, Texts};
-use super::{Usage, inspect, use_threads};
+use super::{Caller, Usage, inspect, use_threads};
 use crate::cli::Eval;
 use crate::data::progress::Progress;
 use crate::telemetry;
@@ -59,7 +59,7 @@ struct Summary {
 /// Scores a model.
 pub(crate) fn run(args: &Eval) -> anyhow::Result<()> {
     telemetry::init("warn", false);
-    use_threads(args.threads)?;
+    use_threads(args.threads, Caller::Computes)?;
     let summary = score(args)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&summary)?);
