@@ -31,6 +31,10 @@ pub(crate) enum Command {
     Devices,
     /// Continue a prompt with a trained model.
     Generate(Generate),
+    /// Talk with a trained model.
+    Chat(Chat),
+    /// Serve a trained model over HTTP, as OpenAI's interface has it, with a page to talk on.
+    Serve(Serve),
     /// Score a model on texts and on multiple-choice questions.
     Eval(Eval),
     /// Measure training beside inference, on a run's model.
@@ -246,6 +250,65 @@ pub(crate) struct Generate {
     /// Print a JSON object a line for each, once it has ended.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "At a terminal, /help lists what else can be asked for. Lines from a pipe are answered one by one.
+
+Examples:
+  lockstep chat --run runs/smollm
+  lockstep chat --run runs/smollm --system \"Answer in one sentence.\" --temperature 0
+  echo \"What is a tree?\" | lockstep chat --run runs/smollm"
+)]
+pub(crate) struct Chat {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// What the model is told before all else.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// Tokens of an answer, at most [default: 512, or half the model's context].
+    #[arg(long, value_name = "N")]
+    pub(crate) tokens: Option<usize>,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Clients of OpenAI's interface take http://ADDR/v1 as their base URL; a browser opens http://ADDR.
+
+Examples:
+  lockstep serve --run runs/smollm
+  lockstep serve --run runs/smollm --listen 0.0.0.0:8080 --api-key-file key.txt --sequences 16"
+)]
+pub(crate) struct Serve {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Address to listen on; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    pub(crate) listen: SocketAddr,
+    /// A file with the key that clients must send; the variable LOCKSTEP_API_KEY may hold it instead.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// Answer whoever reaches the address although no key is asked for.
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// What clients call the model [default: the name of the run's directory].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
+    /// Sequences that are computed at once.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) sequences: u32,
+    /// Sequences that may wait; more are refused.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub(crate) queue: u32,
+    /// Tokens of an answer, at most [default: as many as the model's context has].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_tokens: Option<u32>,
+    /// Seconds that answers under way may take when the server is asked to stop.
+    #[arg(long, value_name = "SECS", default_value_t = 30)]
+    pub(crate) grace_secs: u64,
 }
 
 #[derive(Args, Debug)]

@@ -2,15 +2,18 @@
 
 mod builtin;
 mod chaos;
+mod chat;
 mod child;
 mod cli;
 mod commands;
 mod data;
+mod interrupt;
 mod launcher;
 mod lifeline;
 mod plan;
 mod progress;
 mod recipe;
+mod serve;
 mod stop;
 mod supervisor;
 mod telemetry;

@@ -2,6 +2,7 @@
 
 mod assemble;
 mod bench;
+mod chat;
 mod check;
 mod compare;
 mod coordinator;
@@ -14,6 +15,7 @@ mod initial;
 mod inspect;
 mod open_model;
 mod prepare;
+mod serve;
 mod status;
 mod train;
 mod verify;
@@ -47,6 +49,8 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Prepare(args) => prepare::run(&args),
