@@ -21,6 +21,8 @@ mod prepare;
 mod proxy;
 mod quickstart;
 mod scale_out;
+#[cfg(unix)]
+mod serve;
 mod tidy;
 mod tracing;
 mod verify;
