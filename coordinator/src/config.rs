@@ -42,6 +42,8 @@ pub struct RunConfig {
     pub evaluation: EvaluationConfig,
     /// Text sampled while training.
     pub sampling: SamplingConfig,
+    /// How its prompts are put to a model that learns to answer; `None`: it goes on with them as with any text.
+    pub turns: Option<Turns>,
     /// What is kept on disk.
     pub checkpoint: CheckpointConfig,
     /// Who may take part.
@@ -83,6 +85,17 @@ pub struct SamplingConfig {
     pub temperature: f64,
     /// Draw among the so many likeliest tokens; 0: all.
     pub top_k: usize,
+}
+
+/// The prompts of samples as turns of a user's, for a model that answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Turns {
+    /// The tokens of each, up to where the answer begins.
+    pub prompts: Vec<Vec<u32>>,
+    /// Tokens that end an answer.
+    pub ends: Vec<u32>,
+    /// Texts that end an answer.
+    pub stops: Vec<String>,
 }
 
 /// What is kept on disk, and when the run stops early.
@@ -138,6 +151,7 @@ impl RunConfig {
             batch,
             evaluation: EvaluationConfig { every_steps: 0, slots: 0 },
             sampling: SamplingConfig { every_steps: 0, prompts: Vec::new(), tokens: 0, temperature: 0.0, top_k: 0 },
+            turns: None,
             checkpoint: CheckpointConfig { every_steps: 0, interval: None, keep_last: 1, stop_after: None },
             cluster: ClusterConfig {
                 min_workers: 1,

@@ -117,6 +117,7 @@ impl Runtime {
                 config.model.clone(),
                 config.tokenizer.clone(),
                 config.sampling.clone(),
+                config.turns.clone(),
                 config.seed,
                 move |sample| drop(inputs.send(Input::Sampled(sample))),
             )?),

@@ -5,11 +5,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use lockstep_model::compute::Computer;
 use lockstep_model::config::ModelConfig;
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
-use lockstep_model::inference::{Engine, Limits, Overflow, Request, Sampling, complete};
+use lockstep_model::inference::{Engine, Limits, Overflow, Request, Sampling, TextStream, complete};
 use lockstep_model::tokenizer::Tokenizer;
 
 use crate::background::Background;
-use crate::config::SamplingConfig;
+use crate::config::{SamplingConfig, Turns};
 use crate::observe::Sample;
 
 /// Parameters to sample from.
@@ -19,7 +19,8 @@ pub(crate) struct Job {
     pub(crate) parameters: Vec<f32>,
 }
 
-/// Starts a thread that goes on from each prompt with the parameters it is sent. Each text goes to `done`.
+/// Starts a thread that goes on from each prompt, or answers it as one of `turns`, with the parameters it is sent. Each text
+/// goes to `done`.
 ///
 /// # Errors
 /// If the system starts no thread.
@@ -27,13 +28,21 @@ pub(crate) fn start(
     model: ModelConfig,
     tokenizer: Option<Tokenizer>,
     config: SamplingConfig,
+    turns: Option<Turns>,
     seed: u64,
     done: impl Fn(Sample) + Send + 'static,
 ) -> std::io::Result<Background<Job>> {
     Background::start("sampler", move |jobs| {
         for Job { step, parameters } in jobs {
-            for prompt in &config.prompts {
-                let sampled = || sample(&model, tokenizer.as_ref(), &config, seed, prompt, &parameters);
+            for (index, prompt) in config.prompts.iter().enumerate() {
+                let sampled = || match (&turns, &tokenizer) {
+                    (Some(turns), Some(tokenizer)) => {
+                        let writer = Writer { model: &model, tokenizer, config: &config, seed, parameters: &parameters };
+                        let prompt = turns.prompts.get(index).cloned().unwrap_or_default();
+                        writer.answer(prompt, turns)
+                    }
+                    _ => sample(&model, tokenizer.as_ref(), &config, seed, prompt, &parameters),
+                };
                 // A panic in a backend costs the sample, not the run.
                 let text = match catch_unwind(AssertUnwindSafe(sampled)) {
                     Ok(text) => text.map_err(|error| format!("{error:#}")),
@@ -65,33 +74,64 @@ fn sample(
     prompt: &str,
     parameters: &[f32],
 ) -> anyhow::Result<String> {
-    let device = ComputeDevice::open(DeviceChoice::Cpu).or_else(|_| ComputeDevice::open(DeviceChoice::Auto))?;
     match (model, tokenizer) {
         (ModelConfig::Line(_), _) => {
             let x: f32 =
                 prompt.trim().parse().map_err(|_| anyhow::anyhow!("{prompt:?} is no number to predict for"))?;
-            let mut computer = Computer::new(model, &device);
+            let mut computer = Computer::new(model, &device()?);
             computer.load(parameters)?;
             Ok(format!(" → {:.2}", computer.predict(x)?))
         }
         (_, Some(tokenizer)) => {
-            let mut engine = Engine::new(model, parameters, &device, Limits { sequences: 1, ..Limits::default() })?;
-            let (temperature, top_k) = (config.temperature, config.top_k);
-            let request = Request {
-                prompt: tokenizer.encode(prompt)?,
-                max_tokens: config.tokens,
-                sampling: Sampling { temperature, top_k, seed, ..Sampling::default() },
-                ends: tokenizer.stop_tokens(),
-                overflow: Overflow::Slide,
-            };
+            let writer = Writer { model, tokenizer, config, seed, parameters };
             let mut tokens = Vec::with_capacity(config.tokens);
-            complete(&mut engine, request, |token| {
+            writer.write(tokenizer.encode(prompt)?, tokenizer.stop_tokens(), |token| {
                 tokens.push(token);
                 true
             })?;
             Ok(tokenizer.decode(&tokens))
         }
         (_, None) => anyhow::bail!("a Transformer without a tokenizer generates no text"),
+    }
+}
+
+/// The CPU, or else whatever there is.
+fn device() -> Result<ComputeDevice, lockstep_model::device::DeviceError> {
+    ComputeDevice::open(DeviceChoice::Cpu).or_else(|_| ComputeDevice::open(DeviceChoice::Auto))
+}
+
+/// What a text is written with.
+struct Writer<'a> {
+    model: &'a ModelConfig,
+    tokenizer: &'a Tokenizer,
+    config: &'a SamplingConfig,
+    seed: u64,
+    parameters: &'a [f32],
+}
+
+impl Writer<'_> {
+    /// Gives what follows `prompt` to `each`, until one of `ends`, the length that the recipe allows, or until `each` is false.
+    fn write(&self, prompt: Vec<u32>, ends: Vec<u32>, each: impl FnMut(u32) -> bool) -> anyhow::Result<()> {
+        let Self { model, config, seed, parameters, .. } = *self;
+        let mut engine = Engine::new(model, parameters, &device()?, Limits { sequences: 1, ..Limits::default() })?;
+        let (temperature, top_k) = (config.temperature, config.top_k);
+        let sampling = Sampling { temperature, top_k, seed, ..Sampling::default() };
+        let request = Request { prompt, max_tokens: config.tokens, sampling, ends, overflow: Overflow::Slide };
+        Ok(complete(&mut engine, request, each)?)
+    }
+
+    /// The answer to a prompt, on a line of its own; dots follow where it does not end by itself.
+    fn answer(&self, prompt: Vec<u32>, turns: &Turns) -> anyhow::Result<String> {
+        let mut stream = TextStream::new(self.tokenizer, turns.stops.clone());
+        let (mut text, mut tokens) = (String::new(), 0);
+        self.write(prompt, turns.ends.clone(), |token| {
+            tokens += 1;
+            text.push_str(&stream.push(token));
+            !stream.stopped()
+        })?;
+        let ended = stream.stopped() || tokens < self.config.tokens;
+        text.push_str(&stream.finish());
+        Ok(format!("\n{}{}", text.trim(), if ended { "" } else { " …" }))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Everything one machine needs to train and sample a model: tokenizers, batches, the Transformer and its losses, flat
 //! parameters, the tree sum, the optimizer, checkpoints and generation. It knows no network and no clock.
 //!
-//! Data flows one way: [`corpus`] or [`dataset`] → [`tokens`] → [`sampler`] → [`batch`] → [`compute`] → [`tree`] → [`optimizer`] →
+//! Data flows one way: [`corpus`] or [`dataset`] → [`tokens`], or [`conversation`] → [`packing`], → [`sampler`] → [`batch`] → [`compute`] → [`tree`] → [`optimizer`] →
 //! [`checkpoint`] → [`inference`].
 
 pub mod batch;
@@ -12,6 +12,7 @@ pub mod chat_template;
 pub mod checkpoint;
 pub mod compute;
 pub mod config;
+pub mod conversation;
 pub mod corpus;
 pub mod dataset;
 pub mod device;
@@ -31,6 +32,7 @@ mod mapping;
 mod network;
 pub mod number;
 pub mod optimizer;
+pub mod packing;
 mod partial_dir;
 pub mod pieces;
 pub mod probe;

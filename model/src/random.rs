@@ -26,6 +26,8 @@ pub enum Stream {
     Audit = 8,
     /// Faults done on purpose, which no parameter depends on.
     Faults = 9,
+    /// The order in which conversations are split and packed.
+    Conversations = 10,
 }
 
 /// Draws whose words are computed side by side by [`Draws::some_words`].

@@ -4,6 +4,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::batch::{Batch, Column, Values};
 use crate::config::{BatchConfig, WindowOrder};
+use crate::packing::PackedSource;
 use crate::random::{Draws, Stream};
 use crate::tokens::Tokens;
 
@@ -12,6 +13,8 @@ use crate::tokens::Tokens;
 pub enum Source {
     /// Windows of a token corpus.
     Tokens(TokenSource),
+    /// Conversations, packed into rows.
+    Packed(PackedSource),
     /// The straight line's ten points, `x` = 0..9 and `y` = `x` + 1.
     Line(LineSource),
 }
@@ -56,6 +59,7 @@ impl Source {
     pub fn training_slot(&self, step: u64, slot: u32) -> Batch {
         match self {
             Self::Tokens(tokens) => tokens.batch(|row| tokens.training_window(step, slot, row)),
+            Self::Packed(packed) => packed.training_slot(step, slot),
             Self::Line(line) => line.rows(slot),
         }
     }
@@ -64,18 +68,20 @@ impl Source {
     pub fn validation_slot(&self, slot: u32) -> Batch {
         match self {
             Self::Tokens(tokens) => tokens.batch(|row| tokens.validation_window(slot, row)),
+            Self::Packed(packed) => packed.validation_slot(slot),
             Self::Line(line) => line.rows(slot),
         }
     }
 }
 
 impl Source {
-    /// How many windows an epoch has; `None` unless they are drawn in epoch order.
+    /// How many windows (or packed rows) an epoch has; `None` unless they are drawn in epoch order.
     pub fn windows_per_epoch(&self) -> Option<u64> {
         match self {
             Self::Tokens(tokens) if tokens.order == WindowOrder::Epoch => {
                 Some(tokens.windows(&tokens.corpora[0].training))
             }
+            Self::Packed(packed) if packed.order == WindowOrder::Epoch => Some(packed.training.rows() as u64),
             _ => None,
         }
     }
@@ -88,23 +94,33 @@ impl Source {
                 let start = |row| tokens.training_window(step, slot, row).1;
                 (0..tokens.batch.sequences_per_slot).map(|row| (start(row) / tokens.context) as u64).collect()
             }
+            Self::Packed(packed) if packed.order == WindowOrder::Epoch => {
+                packed.training_rows(step, slot).into_iter().map(|row| row as u64).collect()
+            }
             _ => Vec::new(),
         }
     }
 
-    /// SHA-256 of all that is drawn from: of each corpus training tokens, then validation tokens, as little-endian u32;
-    /// nothing for the line.
+    /// SHA-256 of all that is drawn from: of each corpus training tokens, then validation tokens, as little-endian u32; of
+    /// packed rows the columns of each, in order, those to train on first; nothing for the line.
     pub fn sha256(&self) -> [u8; 32] {
         let mut hasher = Sha256::new();
-        if let Self::Tokens(tokens) = self {
-            for part in tokens.corpora.iter().flat_map(|corpus| [&corpus.training, &corpus.validation]) {
-                let mut bytes = Vec::new();
-                part.for_each_block(|block| {
-                    bytes.clear();
-                    bytes.extend(block.iter().flat_map(|token| token.to_le_bytes()));
-                    hasher.update(&bytes);
-                });
+        match self {
+            Self::Tokens(tokens) => {
+                for part in tokens.corpora.iter().flat_map(|corpus| [&corpus.training, &corpus.validation]) {
+                    let mut bytes = Vec::new();
+                    part.for_each_block(|block| {
+                        bytes.clear();
+                        bytes.extend(block.iter().flat_map(|token| token.to_le_bytes()));
+                        hasher.update(&bytes);
+                    });
+                }
             }
+            Self::Packed(packed) => {
+                packed.training.digest(&mut hasher);
+                packed.validation.digest(&mut hasher);
+            }
+            Self::Line(_) => {}
         }
         hasher.finalize().into()
     }
@@ -215,8 +231,17 @@ pub struct Permutation {
 impl Permutation {
     /// The order of epoch `epoch` over `length` elements (at least 1).
     pub fn new(seed: u64, epoch: u64, length: u64) -> Self {
+        Self::of(Draws::new(seed, Stream::EpochOrder), epoch, length)
+    }
+
+    /// The order in which a number of conversations (at least 1) is split and packed.
+    pub fn of_conversations(seed: u64, length: u64) -> Self {
+        Self::of(Draws::new(seed, Stream::Conversations), 0, length)
+    }
+
+    fn of(draws: Draws, epoch: u64, length: u64) -> Self {
         let bits = 64 - length.max(2).saturating_sub(1).leading_zeros();
-        Self { draws: Draws::new(seed, Stream::EpochOrder), epoch, length, half_bits: bits.div_ceil(2) }
+        Self { draws, epoch, length, half_bits: bits.div_ceil(2) }
     }
 
     /// What stands at place `index` (below the length).

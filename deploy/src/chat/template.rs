@@ -171,11 +171,45 @@ impl Template {
     /// # Errors
     /// If the template refuses them, or the model does not know one of their characters.
     pub(crate) fn prompt(&self, messages: &[Message], today: Day) -> Result<Vec<u32>, PromptError> {
-        let text = self.renderer.render(messages, &self.special, true, today)?;
-        Ok(match self.form {
-            Form::Own | Form::ChatMl => self.tokenizer.encode_rendered(&text)?,
-            Form::Dialogue | Form::Lines => self.tokenizer.encode(&text)?,
-        })
+        Ok(self.encode(&self.render(messages, true, today)?)?)
+    }
+
+    /// The messages as text, with what begins an answer where that is asked for.
+    ///
+    /// # Errors
+    /// If the template refuses them.
+    pub(crate) fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        today: Day,
+    ) -> Result<String, ChatTemplateError> {
+        self.renderer.render(messages, &self.special, add_generation_prompt, today)
+    }
+
+    /// The tokens of a whole text that was rendered.
+    ///
+    /// # Errors
+    /// If the model does not know one of its characters.
+    pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>, UnknownCharacter> {
+        match self.form {
+            Form::Own | Form::ChatMl => self.tokenizer.encode_rendered(text),
+            Form::Dialogue | Form::Lines => self.tokenizer.encode(text),
+        }
+    }
+
+    /// The tokens of a piece of a rendered text, without those that stand before and after a whole one.
+    ///
+    /// # Errors
+    /// If the model does not know one of its characters.
+    pub(crate) fn encode_piece(&self, piece: &str) -> Result<Vec<u32>, UnknownCharacter> {
+        match self.form {
+            Form::Own | Form::ChatMl => self.tokenizer.encode_rendered(piece),
+            Form::Dialogue | Form::Lines => {
+                let mut tokens = Vec::new();
+                self.tokenizer.encoder().encode(piece, &mut tokens).map(|()| tokens)
+            }
+        }
     }
 }
 
@@ -203,7 +237,7 @@ fn special_names(files: &HfFiles) -> BTreeMap<String, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use lockstep_model::hf_tokenizer::{HfTokenizer, SpecialTokens};
     use lockstep_model::tokenizer::TokenizerKind;
     use serde_json::json;
@@ -212,12 +246,12 @@ mod tests {
 
     const DAY: Day = Day { year: 2026, month: 3, day: 7 };
 
-    fn messages(turns: &[(&str, &str)]) -> Vec<Message> {
+    pub(crate) fn messages(turns: &[(&str, &str)]) -> Vec<Message> {
         turns.iter().map(|(role, content)| Message { role: role.to_string(), content: content.to_string() }).collect()
     }
 
     /// A tokenizer of bytes, as a model brings it, with special tokens from number 256 on.
-    fn imported(special: &[&str], chat_template: Option<&str>) -> Tokenizer {
+    pub(crate) fn imported(special: &[&str], chat_template: Option<&str>) -> Tokenizer {
         let vocabulary: serde_json::Map<String, Value> =
             (0..=255u32).map(|byte| (format!("<0x{byte:02X}>"), byte.into())).collect();
         let added = special.iter().zip(256..).map(|(content, id): (_, u32)| {

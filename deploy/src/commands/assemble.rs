@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::Context as _;
+use lockstep_coordinator::config::Turns;
 use lockstep_coordinator::{RunConfig, run_dir};
 use lockstep_model::checkpoint;
 use lockstep_model::corpus::Corpus;
@@ -11,8 +13,9 @@ use lockstep_model::tokenizer::Tokenizer;
 
 use super::{Usage, initial};
 use crate::cli::RecipeArgs;
+use crate::data::supervised::{self, Report, Supervised};
 use crate::data::corpus;
-use crate::recipe::{self, Recipe};
+use crate::recipe::{self, Recipe, Stage};
 
 /// The recipe of a newcomer.
 const DEFAULT_RECIPE: &str = "quickstart";
@@ -32,7 +35,13 @@ pub(crate) fn recipe(args: &RecipeArgs, resumed: Option<&Path>) -> anyhow::Resul
         }
         (None, None) => DEFAULT_RECIPE.into(),
     };
-    Ok(Recipe::load(&named, &args.set)?)
+    match Recipe::init_of_unnamed_model(&named, &args.set)? {
+        Some(init) => {
+            let model = initial::model_overrides(&init).context("the recipe names no [model], so that it is that of init")?;
+            Ok(Recipe::load(&named, &[model, args.set.clone()].concat())?)
+        }
+        None => Ok(Recipe::load(&named, &args.set)?),
+    }
 }
 
 /// What a recipe is about once its corpus is read.
@@ -43,6 +52,10 @@ pub(crate) struct Data {
     pub(crate) tokenizer: Option<Tokenizer>,
     /// Bytes of text for each validation token, on average; `None` where there is no text.
     pub(crate) bytes_per_token: Option<f64>,
+    /// How a model that learns to answer is asked; `None` of others.
+    pub(crate) turns: Option<Turns>,
+    /// What was found where conversations are learned.
+    pub(crate) report: Option<Report>,
 }
 
 impl Data {
@@ -56,8 +69,15 @@ impl Data {
 pub(crate) fn data(recipe: &Recipe) -> anyhow::Result<Data> {
     let (Some(context), Some(data)) = (recipe.model.context(), &recipe.data) else {
         let source = Source::Line(LineSource { batch: recipe.batch });
-        return Ok(Data { source, tokenizer: None, bytes_per_token: None });
+        return Ok(Data { source, tokenizer: None, bytes_per_token: None, turns: None, report: None });
     };
+    if data.stage == Stage::Sft {
+        let known = recipe.init.as_deref().map(initial::tokenizer).transpose()?;
+        let Supervised { source, tokenizer, turns, report } = supervised::load(recipe, data, context, known)?;
+        recipe.check_vocabulary(tokenizer.vocab_size())?;
+        let (source, tokenizer) = (Source::Packed(source), Some(tokenizer));
+        return Ok(Data { source, tokenizer, bytes_per_token: None, turns: Some(turns), report: Some(report) });
+    }
     let corpora = corpus::load(data)?;
     for corpus in &corpora {
         recipe.check_corpus(corpus.tokenizer.vocab_size(), corpus.training.len(), corpus.validation.len())?;
@@ -75,7 +95,7 @@ pub(crate) fn data(recipe: &Recipe) -> anyhow::Result<Data> {
         batch: recipe.batch,
         separator,
     };
-    Ok(Data { source: Source::Tokens(source), tokenizer, bytes_per_token })
+    Ok(Data { source: Source::Tokens(source), tokenizer, bytes_per_token, turns: None, report: None })
 }
 
 /// Bytes of text for each validation token of a mixture, on average over what is drawn.
@@ -88,8 +108,8 @@ fn bytes_per_token<'a>(mixture: impl Iterator<Item = (&'a Corpus, f64)>) -> Opti
     Some(bytes / total)
 }
 
-/// Everything a coordinator must know. A resumed run's recipe may differ only where that does not change the run.
-pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow::Result<RunConfig> {
+/// Everything a coordinator must know, and what to say of conversations that are learned. A resumed run's recipe may differ only where that does not change the run.
+pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow::Result<(RunConfig, Option<Report>)> {
     if resume {
         check_resume(recipe, &run)?;
     }
@@ -99,7 +119,7 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
         (Some(init), Some(tokenizer)) => Some(initial::read(init, &model, tokenizer)?),
         _ => None,
     };
-    Ok(RunConfig {
+    let config = RunConfig {
         recipe_name: recipe.name.clone(),
         recipe_toml: recipe.to_toml(),
         seed: recipe.seed,
@@ -114,11 +134,13 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
         batch: recipe.batch,
         evaluation: recipe.evaluation.clone(),
         sampling: recipe.sampling.clone(),
+        turns: data.turns,
         checkpoint: recipe.checkpoint.clone(),
         cluster: recipe.cluster.clone(),
         run_dir: run,
         resume,
-    })
+    };
+    Ok((config, data.report))
 }
 
 /// Compares a recipe with that of the run's newest checkpoint, or, before there is one, with the run's own.

@@ -34,6 +34,9 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<()> {
             (rate, format!("measured on {} with all cores", device.description))
         }
     };
+    if let Some(report) = &data.report {
+        report.print();
+    }
     println!("{}", Plan::of(&recipe, data.vocab_size(), args.bandwidth_mbit * 1e6, rate));
     println!("worker speed      {rate:.0} tokens/s, {origin}");
     Ok(())

@@ -38,7 +38,10 @@ pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
         // First of all, so that this process ends with its parent while it reads a corpus, too.
         let parent = args.child.then(Requests::by_parent).transpose()?;
         let recipe = assemble::recipe(&args.recipe, args.outputs.resume.then_some(args.run.as_path()))?;
-        let config = assemble::run_config(&recipe, args.run.clone(), args.outputs.resume)?;
+        let (config, report) = assemble::run_config(&recipe, args.run.clone(), args.outputs.resume)?;
+        if let Some(report) = report {
+            report.print();
+        }
         let listener = bind(args.listen).await?;
         let address = listener.local_addr()?;
         let shown = Shown::new(args.child.then_some(address), recorder, args.outputs.trace);

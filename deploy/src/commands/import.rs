@@ -9,12 +9,13 @@ use std::path::{Path, absolute};
 use anyhow::Context as _;
 use lockstep_coordinator::run_dir;
 use lockstep_model::checkpoint::{self, Manifest};
-use lockstep_model::config::{Gelu, ModelConfig};
+use lockstep_model::config::ModelConfig;
 use lockstep_model::digest::{bytes_sha256, hex, vector_sha256};
 use lockstep_model::interchange::{Imported, StagedDir, read_folder};
 use lockstep_model::optimizer::OptimizerState;
 use toml::{Table, Value};
 
+use super::initial;
 use crate::cli::Import;
 use crate::recipe::Recipe;
 use crate::telemetry;
@@ -60,55 +61,13 @@ fn recipe(run: &Path, model: &ModelConfig) -> anyhow::Result<Recipe> {
         Ok(text.into())
     };
     let stem = run.file_name().map_or("model".into(), |name| name.to_string_lossy());
-    let sizes = match model {
-        ModelConfig::Gpt(gpt) => vec![
-            ("kind", "gpt".into()),
-            ("layers", size(gpt.layers)),
-            ("heads", size(gpt.heads)),
-            ("width", size(gpt.width)),
-            ("context", size(gpt.context)),
-            ("bias", gpt.bias.into()),
-            ("tied_head", gpt.tied_head.into()),
-            ("gelu", if gpt.gelu == Gelu::Tanh { "tanh" } else { "exact" }.into()),
-            ("norm_epsilon", gpt.norm_epsilon.into()),
-        ],
-        ModelConfig::Llama(llama) => vec![
-            ("kind", "llama".into()),
-            ("layers", size(llama.layers)),
-            ("heads", size(llama.heads)),
-            ("kv_heads", size(llama.kv_heads)),
-            ("width", size(llama.width)),
-            ("head_width", size(llama.head_width.unwrap_or(0))),
-            ("ffn_width", size(llama.ffn_width)),
-            ("context", size(llama.context)),
-            ("tied_head", llama.tied_head.into()),
-            ("rope_theta", llama.rope_theta.into()),
-            (
-                "rope_scaling",
-                llama
-                    .rope_scaling
-                    .map_or_else(Vec::new, |scaling| {
-                        let of = [
-                            scaling.factor,
-                            scaling.low_freq_factor,
-                            scaling.high_freq_factor,
-                            scaling.original_context,
-                        ];
-                        of.map(Value::from).to_vec()
-                    })
-                    .into(),
-            ),
-            ("norm_epsilon", llama.norm_epsilon.into()),
-        ],
-        ModelConfig::Line(_) => anyhow::bail!("a straight line is not imported"),
-    };
     let sections: [(&str, Vec<(&str, Value)>); 6] = [
-        ("model", sizes),
+        ("model", initial::model_keys(model)?),
         ("data", vec![("input", crate::builtin::KJV.into())]),
         ("tokenizer", vec![("file", text(&run.join(TOKENIZER))?)]),
         ("optimizer", vec![("lr", 2e-5.into()), ("beta2", 0.95.into()), ("grad_clip", 1.0.into())]),
-        ("schedule", vec![("steps", size(1000)), ("warmup_steps", size(50))]),
-        ("batch", vec![("slots", size(4)), ("sequences_per_slot", size(1))]),
+        ("schedule", vec![("steps", initial::size(1000)), ("warmup_steps", initial::size(50))]),
+        ("batch", vec![("slots", initial::size(4)), ("sequences_per_slot", initial::size(1))]),
     ];
     let mut table: Table = sections
         .into_iter()
@@ -119,8 +78,4 @@ fn recipe(run: &Path, model: &ModelConfig) -> anyhow::Result<Recipe> {
         .collect();
     table.insert("init".into(), text(&run)?);
     Ok(Recipe::from_toml(stem.trim_start_matches('.'), &table.to_string(), &[])?)
-}
-
-fn size(size: usize) -> Value {
-    i64::try_from(size).unwrap_or(i64::MAX).into()
 }

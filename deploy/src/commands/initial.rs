@@ -3,13 +3,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use lockstep_coordinator::config::Initial;
 use lockstep_model::checkpoint;
-use lockstep_model::config::{LlamaConfig, ModelConfig};
+use lockstep_model::config::{Gelu, LlamaConfig, ModelConfig};
 use lockstep_model::digest::{hex, vector_sha256};
 use lockstep_model::interchange::{self, Imported};
 use lockstep_model::tokenizer::Tokenizer;
+use toml::Value;
 
 use super::inspect;
 
@@ -41,6 +42,86 @@ pub(super) fn read(path: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> a
         );
     }
     Ok(Initial { parameters: Arc::new(parameters), sha256 })
+}
+
+/// The tokenizer of the run, checkpoint or Hugging Face folder at `path`.
+///
+/// # Errors
+/// If there is none.
+pub(super) fn tokenizer(path: &Path) -> anyhow::Result<Tokenizer> {
+    if interchange::is_folder(path) {
+        return Ok(interchange::read_folder(path)?.tokenizer);
+    }
+    let tokenizer = checkpoint::read_parameters(&inspect::locate(path)?)?.0.tokenizer;
+    tokenizer.with_context(|| format!("init = \"{}\": the run's model reads no text", path.display()))
+}
+
+/// The keys of `[model]`, as overrides of a recipe, for the model of the run, checkpoint or Hugging Face folder at `path`.
+///
+/// # Errors
+/// If there is none.
+pub(super) fn model_overrides(path: &Path) -> anyhow::Result<Vec<String>> {
+    let model = if interchange::is_folder(path) {
+        interchange::read_folder(path)?.model
+    } else {
+        checkpoint::read_parameters(&inspect::locate(path)?)?.0.model
+    };
+    Ok(model_keys(&model)?.into_iter().map(|(key, value)| format!("model.{key}={value}")).collect())
+}
+
+/// The keys of `[model]` that describe a Transformer.
+///
+/// # Errors
+/// If it is a straight line.
+pub(super) fn model_keys(model: &ModelConfig) -> anyhow::Result<Vec<(&'static str, Value)>> {
+    Ok(match model {
+        ModelConfig::Gpt(gpt) => vec![
+            ("kind", "gpt".into()),
+            ("layers", size(gpt.layers)),
+            ("heads", size(gpt.heads)),
+            ("width", size(gpt.width)),
+            ("context", size(gpt.context)),
+            ("bias", gpt.bias.into()),
+            ("tied_head", gpt.tied_head.into()),
+            ("gelu", if gpt.gelu == Gelu::Tanh { "tanh" } else { "exact" }.into()),
+            ("norm_epsilon", gpt.norm_epsilon.into()),
+        ],
+        ModelConfig::Llama(llama) => vec![
+            ("kind", "llama".into()),
+            ("layers", size(llama.layers)),
+            ("heads", size(llama.heads)),
+            ("kv_heads", size(llama.kv_heads)),
+            ("width", size(llama.width)),
+            ("head_width", size(llama.head_width.unwrap_or(0))),
+            ("ffn_width", size(llama.ffn_width)),
+            ("context", size(llama.context)),
+            ("qk_norm", llama.qk_norm.into()),
+            ("tied_head", llama.tied_head.into()),
+            ("rope_theta", llama.rope_theta.into()),
+            (
+                "rope_scaling",
+                llama
+                    .rope_scaling
+                    .map_or_else(Vec::new, |scaling| {
+                        let of = [
+                            scaling.factor,
+                            scaling.low_freq_factor,
+                            scaling.high_freq_factor,
+                            scaling.original_context,
+                        ];
+                        of.map(Value::from).to_vec()
+                    })
+                    .into(),
+            ),
+            ("norm_epsilon", llama.norm_epsilon.into()),
+        ],
+        ModelConfig::Line(_) => anyhow::bail!("a straight line reads no text"),
+    })
+}
+
+/// A size as a recipe has it.
+pub(super) fn size(size: usize) -> Value {
+    i64::try_from(size).unwrap_or(i64::MAX).into()
 }
 
 /// The first setting in which two models differ, dropout and the length of what a Llama reads excepted, on which no

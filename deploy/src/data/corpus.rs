@@ -43,7 +43,7 @@ pub(crate) fn load(recipe: &DataRecipe) -> anyhow::Result<Vec<Corpus>> {
 }
 
 /// The tokenizer that the recipe itself decides.
-fn known_tokenizer(recipe: &TokenizerRecipe) -> anyhow::Result<Option<Tokenizer>> {
+pub(super) fn known_tokenizer(recipe: &TokenizerRecipe) -> anyhow::Result<Option<Tokenizer>> {
     match (&recipe.file, recipe.kind) {
         (Some(path), kind) => {
             let tokenizer = Tokenizer::read(path)?;

@@ -1,10 +1,13 @@
 //! Texts on their way to tokens: [`inputs`] lists files, [`documents`] reads them piece by piece, [`tokenize`] turns the
-//! pieces into tokens on all cores, [`corpus`] does it for a recipe, and [`progress`] shows how far it is.
+//! pieces into tokens on all cores, [`corpus`] does it for a recipe, and [`progress`] shows how far it is. [`conversations`]
+//! reads those, and [`supervised`] makes of them what a recipe of that stage learns from.
 
+pub(crate) mod conversations;
 pub(crate) mod corpus;
 pub(crate) mod documents;
 pub(crate) mod inputs;
 pub(crate) mod jsonl;
 mod parquet;
 pub(crate) mod progress;
+pub(crate) mod supervised;
 pub(crate) mod tokenize;

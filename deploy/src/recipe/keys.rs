@@ -31,6 +31,8 @@ pub(super) enum Reader {
     Every,
     /// Those of a Transformer.
     Text,
+    /// Those that learn from text as it stands.
+    Pretraining,
     /// Those of a Transformer of GPT-2 shape.
     Gpt,
     /// Those of a Transformer of Llama shape.
@@ -60,10 +62,21 @@ pub(super) enum OnResume {
 /// The keys that decide which others are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Kinds {
+    pub(super) stage: Stage,
     pub(super) model: ModelKind,
     pub(super) tokenizer: TokenizerKind,
     pub(super) optimizer: OptimizerKind,
     pub(super) decay: DecayKind,
+}
+
+/// `stage`: what a run learns from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Stage {
+    /// Text, all of it.
+    Pretrain,
+    /// Conversations, of which the answers are learned.
+    Sft,
 }
 
 /// `model.kind`.
@@ -118,7 +131,7 @@ pub(super) enum DisputeKind {
 
 use Fallback::{Default, Required};
 use OnResume::{Fixed, Free};
-use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line, Llama, Muon, Text};
+use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line, Llama, Muon, Pretraining, Text};
 
 /// All keys, in the order in which a recipe is written. `recipes/quickstart.toml` says what each means and in which unit.
 /// The optimizer's defaults are PyTorch's.
@@ -126,6 +139,7 @@ use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line, Llama, Muon, Text};
 pub(super) const KEYS: &[Key] = &[
     key("name",                          Required("\"mine\""),        Every,       Free),
     key("seed",                          Default("1"),                Every,       Fixed),
+    key("stage",                         Default("\"pretrain\""),     Text,        Fixed),
     key("init",                          Default("\"\""),             Text,        Free),
 
     key("model.kind",                    Default("\"gpt\""),          Every,       Fixed),
@@ -148,9 +162,9 @@ pub(super) const KEYS: &[Key] = &[
     key("model.initial_bias",            Default("0.0"),              Line,        Fixed),
 
     key("data.input",                    Required("\"builtin:kjv\""), Text,        Free),
-    key("data.weights",                  Default("[]"),               Text,        Fixed),
+    key("data.weights",                  Default("[]"),               Pretraining, Fixed),
     key("data.order",                    Default("\"random\""),       Text,        Fixed),
-    key("data.separate_documents",       Default("false"),            Text,        Fixed),
+    key("data.separate_documents",       Default("false"),            Pretraining, Fixed),
     key("data.train_fraction",           Default("0.9"),              Text,        Fixed),
 
     key("tokenizer.kind",                Default("\"auto\""),         Text,        Fixed),
@@ -237,6 +251,7 @@ impl Reader {
         match self {
             Every => true,
             Text => kinds.model != ModelKind::Line,
+            Pretraining => kinds.model != ModelKind::Line && kinds.stage == Stage::Pretrain,
             Gpt => kinds.model == ModelKind::Gpt,
             Llama => kinds.model == ModelKind::Llama,
             Line => kinds.model == ModelKind::Line,
@@ -251,6 +266,7 @@ impl Reader {
     pub(super) fn condition(self) -> &'static str {
         match self {
             Every | Text | Gpt => "model.kind = \"gpt\"",
+            Pretraining => "stage = \"pretrain\"",
             Llama => "model.kind = \"llama\"",
             Line => "model.kind = \"line\"",
             Bpe => "tokenizer.kind = \"bpe\"",

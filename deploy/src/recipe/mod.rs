@@ -20,14 +20,15 @@ use lockstep_model::config::{
 use lockstep_model::step_filter::SkipConfig;
 
 pub(crate) use self::error::RecipeError;
-pub(crate) use self::keys::TokenizerKind;
+pub(crate) use self::keys::{Stage, TokenizerKind};
 use self::values::Values;
 use crate::builtin;
 
 /// The recipes that come with the program, by name.
-const EMBEDDED: [(&str, &str); 5] = [
+const EMBEDDED: [(&str, &str); 6] = [
     ("quickstart", include_str!("../../recipes/quickstart.toml")),
     ("quickstart-llama", include_str!("../../recipes/quickstart-llama.toml")),
+    ("sft", include_str!("../../recipes/sft.toml")),
     ("shakespeare-char-cpu", include_str!("../../recipes/shakespeare-char-cpu.toml")),
     ("shakespeare-char", include_str!("../../recipes/shakespeare-char.toml")),
     ("line", include_str!("../../recipes/line.toml")),
@@ -37,6 +38,8 @@ const EMBEDDED: [(&str, &str); 5] = [
 const BYTES_PER_TOKEN: u64 = 8;
 /// Besides, where documents are kept apart: the number of its document.
 const BYTES_PER_SEGMENT: u64 = 4;
+/// And in rows of conversations: the number of its conversation, and whether it is learned.
+const BYTES_PER_LEARNED: u64 = 8;
 
 /// A whole recipe, validated. To change one, load it with overrides.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,13 +80,16 @@ pub(crate) struct ModelRecipe(ModelConfig);
 /// The corpus, how it is cut and how it becomes tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct DataRecipe {
-    /// Where the text is, at least one place; several are a mixture.
+    /// What is learned from it.
+    pub(crate) stage: Stage,
+    /// Where the text or the conversations are, at least one place; several texts are a mixture.
     pub(crate) inputs: Vec<WeightedInput>,
     /// In which order windows are drawn.
     pub(crate) order: WindowOrder,
     /// Whether documents in one row see nothing of one another.
     pub(crate) separate_documents: bool,
-    /// The share of the text, from its beginning, that is trained on, in `(0, 1]`; the rest is validated on.
+    /// The share of the text, from its beginning, or of the conversations that is trained on, in `(0, 1]`; the rest is
+    /// validated on.
     pub(crate) train_fraction: f64,
     /// How text becomes tokens.
     pub(crate) tokenizer: TokenizerRecipe,
@@ -124,8 +130,14 @@ impl Recipe {
     /// # Errors
     /// If there is neither, or it is refused.
     pub(crate) fn load(name_or_path: &str, overrides: &[String]) -> Result<Self, RecipeError> {
+        let (name, text) = Self::text(name_or_path)?;
+        Self::from_toml(&name, &text, overrides)
+    }
+
+    /// Name and text of an embedded recipe, or of a file's.
+    fn text(name_or_path: &str) -> Result<(String, String), RecipeError> {
         if let Some((name, text)) = EMBEDDED.iter().find(|(name, _)| *name == name_or_path) {
-            return Self::from_toml(name, text, overrides);
+            return Ok((name.to_string(), text.to_string()));
         }
         let path = Path::new(name_or_path);
         let text = fs::read_to_string(path).map_err(|problem| {
@@ -137,8 +149,8 @@ impl Recipe {
                 RecipeError::Unreadable { path: path.into(), problem, embedded }
             }
         })?;
-        let name = path.file_stem().map_or("recipe".into(), |stem| stem.to_string_lossy());
-        Self::from_toml(&name, &text, overrides)
+        let name = path.file_stem().map_or("recipe".into(), |stem| stem.to_string_lossy().into_owned());
+        Ok((name, text))
     }
 
     /// The recipe of a TOML text, called `name` unless it names itself, changed by overrides of the form `key=value`.
@@ -149,10 +161,28 @@ impl Recipe {
         validate::recipe(Values::complete(name, text, overrides)?)
     }
 
+    /// Where the parameters of a recipe come from that leaves its model to them: it names `init`, and no key of `[model]`
+    /// but such as say how it is trained.
+    ///
+    /// # Errors
+    /// As [`Self::load`]'s, as far as the text alone tells.
+    pub(crate) fn init_of_unnamed_model(name_or_path: &str, overrides: &[String]) -> Result<Option<PathBuf>, RecipeError> {
+        let (name, text) = Self::text(name_or_path)?;
+        Values::init_of_unnamed_model(&name, &text, overrides)
+    }
+
     /// The recipe in full, overrides applied and defaults filled in, as TOML that [`Self::from_toml`] reads back to an
     /// equal recipe.
     pub(crate) fn to_toml(&self) -> String {
         self.values.to_toml()
+    }
+
+    /// Refuses a vocabulary that makes the model too large.
+    ///
+    /// # Errors
+    /// Names the key.
+    pub(crate) fn check_vocabulary(&self, vocab_size: usize) -> Result<(), RecipeError> {
+        validate::check_elements(&self.values, &self.model, vocab_size)
     }
 
     /// Refuses what does not fit the corpus: a vocabulary that makes the model too large, and a context that is longer
@@ -166,7 +196,7 @@ impl Recipe {
         training_tokens: usize,
         validation_tokens: usize,
     ) -> Result<(), RecipeError> {
-        validate::check_elements(&self.values, &self.model, vocab_size)?;
+        self.check_vocabulary(vocab_size)?;
         let Some(context) = self.model.context() else { return Ok(()) };
         let evaluated = (self.evaluation.slots > 0).then_some(("validate", validation_tokens));
         let parts = [Some(("train", training_tokens)), evaluated];
@@ -210,6 +240,7 @@ impl Recipe {
 /// Bytes that a position takes in a batch of `data`, or of the straight line's rows.
 fn bytes_per_token(data: Option<&DataRecipe>) -> u64 {
     match data {
+        Some(DataRecipe { stage: Stage::Sft, .. }) => BYTES_PER_TOKEN + BYTES_PER_LEARNED,
         Some(DataRecipe { separate_documents: true, .. }) => BYTES_PER_TOKEN + BYTES_PER_SEGMENT,
         _ => BYTES_PER_TOKEN,
     }
@@ -247,4 +278,4 @@ fn nearest_embedded(name: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -14,7 +14,7 @@ use lockstep_model::layout::Layout;
 use lockstep_model::step_filter::SkipConfig;
 
 use super::error::RecipeError;
-use super::keys::{DecayKind, DisputeKind, ModelKind, OptimizerKind, TokenizerKind};
+use super::keys::{DecayKind, DisputeKind, ModelKind, OptimizerKind, Stage, TokenizerKind};
 use super::values::Values;
 use super::{BYTES_PER_TOKEN, DataRecipe, Input, ModelRecipe, Recipe, TokenizerRecipe, WeightedInput, bytes_per_token};
 use crate::builtin;
@@ -43,8 +43,8 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
     let v = &values;
     let kinds = v.kinds()?;
     let (model, data) = match kinds.model {
-        ModelKind::Gpt => (ModelConfig::Gpt(gpt(v)?), Some(data(v)?)),
-        ModelKind::Llama => (ModelConfig::Llama(llama(v)?), Some(data(v)?)),
+        ModelKind::Gpt => (ModelConfig::Gpt(gpt(v)?), Some(data(v, kinds.stage)?)),
+        ModelKind::Llama => (ModelConfig::Llama(llama(v)?), Some(data(v, kinds.stage)?)),
         ModelKind::Line => (ModelConfig::Line(line(v)?), None),
     };
     let model = ModelRecipe(model);
@@ -197,9 +197,11 @@ fn line(v: &Values) -> Result<LineConfig, RecipeError> {
     Ok(LineConfig { weight: single("model.initial_weight")?, bias: single("model.initial_bias")? })
 }
 
-fn data(v: &Values) -> Result<DataRecipe, RecipeError> {
+fn data(v: &Values, stage: Stage) -> Result<DataRecipe, RecipeError> {
     let inputs = v.text_or_texts("data.input")?;
-    let mut weights = v.positive_numbers("data.weights")?;
+    // Conversations of all inputs are learned together.
+    let is_mixture = stage == Stage::Pretrain && inputs.len() > 1;
+    let mut weights = if stage == Stage::Pretrain { v.positive_numbers("data.weights")? } else { Vec::new() };
     if weights.is_empty() {
         weights = vec![1.0; inputs.len()];
     }
@@ -212,14 +214,15 @@ fn data(v: &Values) -> Result<DataRecipe, RecipeError> {
     let weighted = |(text, weight): (&String, f64)| Ok(WeightedInput { input: input(v, text)?, weight });
     let inputs = inputs.iter().zip(weights).map(weighted).collect::<Result<Vec<_>, _>>()?;
     let order = v.choice("data.order")?;
-    if order == WindowOrder::Epoch && inputs.len() > 1 {
+    if order == WindowOrder::Epoch && is_mixture {
         let reason = "a mixture is drawn from at random: its parts are not through at the same time";
         return Err(v.refuse_for("data.order", reason, "data.order = \"random\", or a single data.input"));
     }
     Ok(DataRecipe {
+        stage,
         inputs,
         order,
-        separate_documents: v.boolean("data.separate_documents")?,
+        separate_documents: stage == Stage::Pretrain && v.boolean("data.separate_documents")?,
         train_fraction: v.number("data.train_fraction", "above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?,
         tokenizer: tokenizer(v)?,
     })

@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
 use toml::Value;
 
 use super::error::RecipeError;
 use super::keys::{self, KEYS, Key, Kinds, parse_value};
+
+/// Keys of a model that its parameters do not depend on, so that they may be given where all others come from `init`.
+const FREE_OF_INIT: [&str; 2] = ["model.dropout", "model.context"];
 
 /// A recipe's values, of the right keys but not yet checked themselves.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,6 +62,19 @@ impl Values {
         Ok(values)
     }
 
+    /// `init`, where it is given and no size of the model is.
+    pub(super) fn init_of_unnamed_model(
+        name: &str,
+        text: &str,
+        overrides: &[String],
+    ) -> Result<Option<PathBuf>, RecipeError> {
+        let mut by_path = flatten(name, text)?;
+        by_path.extend(overrides.iter().map(|set| parse_override(set)).collect::<Result<Vec<_>, _>>()?);
+        let is_size = |path: &&String| path.starts_with("model.") && !FREE_OF_INIT.contains(&path.as_str());
+        let init = by_path.get("init").and_then(Value::as_str).filter(|init| !init.is_empty());
+        Ok(init.filter(|_| !by_path.keys().any(|path| is_size(&path))).map(PathBuf::from))
+    }
+
     /// The value of a key that the recipe reads.
     pub(super) fn find(&self, path: &str) -> Option<&Value> {
         self.by_path.get(path)
@@ -66,6 +83,7 @@ impl Values {
     /// The kinds, which decide what else is read.
     pub(super) fn kinds(&self) -> Result<Kinds, RecipeError> {
         Ok(Kinds {
+            stage: self.choice("stage")?,
             model: self.choice("model.kind")?,
             tokenizer: self.choice("tokenizer.kind")?,
             optimizer: self.choice("optimizer.kind")?,

@@ -174,6 +174,7 @@ fn run_config(measurement: &Measurement, shape: &Shape, run: &Path) -> RunConfig
         batch,
         evaluation: EvaluationConfig { every_steps: 0, slots: 0 },
         sampling: SamplingConfig { every_steps: 0, prompts: Vec::new(), tokens: 0, temperature: 0.0, top_k: 0 },
+        turns: None,
         checkpoint: CheckpointConfig { every_steps: 0, interval: None, keep_last: 1, stop_after: None },
         cluster: ClusterConfig {
             min_workers: measurement.workers,

@@ -1,0 +1,272 @@
+//! What a recipe of stage `sft` learns from: conversations, what of them is learned, and the rows that they are packed into.
+
+use std::fmt;
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, bail};
+use indicatif::HumanCount;
+use lockstep_coordinator::config::Turns;
+use lockstep_model::chat_template::Message;
+use lockstep_model::packing::{Example, PackedRows, PackedSource};
+use lockstep_model::sampler::Permutation;
+use lockstep_model::tokenizer::{self, Tokenizer};
+
+use super::conversations::{self, Found};
+use super::corpus;
+use super::documents::Piece;
+use super::progress::Progress;
+use super::tokenize;
+use crate::chat::learned::{self, DAY};
+use crate::chat::template::Template;
+use crate::recipe::{DataRecipe, Input, Recipe, TokenizerKind};
+
+/// All that a run of this stage needs to know of its data.
+pub(crate) struct Supervised {
+    pub(crate) source: PackedSource,
+    pub(crate) tokenizer: Tokenizer,
+    /// The prompts of samples, as a user's turns.
+    pub(crate) turns: Turns,
+    pub(crate) report: Report,
+}
+
+/// What was found, for people.
+#[derive(Clone, Debug)]
+pub(crate) struct Report {
+    counts: Counts,
+    /// Conversations, rows and learned tokens to train on, and rows to validate on.
+    training: usize,
+    rows: usize,
+    learned: usize,
+    validation: usize,
+    context: usize,
+    rows_per_step: u64,
+    /// How messages are written.
+    form: &'static str,
+    /// The first conversation that is learned, in runs of text: whether each is learned.
+    example: Vec<(bool, String)>,
+}
+
+/// Conversations by what became of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    found: usize,
+    /// Without a turn of the assistant's, or one of which anything is learned.
+    no_answer: usize,
+    /// With a turn that says nothing.
+    empty: usize,
+    /// Longer than the model's context.
+    too_long: usize,
+}
+
+/// Reads the conversations of a recipe with `data`, for a model whose tokenizer is `known` if it is trained further.
+///
+/// # Errors
+/// If a conversation cannot be read or written down, or nothing is learned from any.
+pub(crate) fn load(recipe: &Recipe, data: &DataRecipe, context: usize, known: Option<Tokenizer>) -> anyhow::Result<Supervised> {
+    let paths = data.inputs.iter().map(|weighted| match &weighted.input {
+        Input::Path(path) => Ok(path.clone()),
+        Input::KingJames => bail!("data.input: the built-in text holds no conversations; name a .jsonl or .json file"),
+    });
+    let paths = paths.collect::<anyhow::Result<Vec<PathBuf>>>()?;
+    let found = conversations::read(&paths)?;
+    let known = match known {
+        Some(tokenizer) => Some(tokenizer),
+        None => corpus::known_tokenizer(&data.tokenizer)?,
+    };
+    let tokenizer = match known {
+        Some(tokenizer) => tokenizer,
+        None => learn_tokenizer(&found, data)?,
+    };
+    let template = Template::of(&tokenizer)?;
+    let (mut counts, mut examples) = (Counts { found: found.len(), ..Counts::default() }, Vec::new());
+    for Found { messages, place } in &found {
+        if messages.iter().any(|message| message.content.trim().is_empty()) {
+            counts.empty += 1;
+            continue;
+        }
+        let example = learned::example(&template, messages).with_context(|| place.to_string())?;
+        match example.tokens.len() {
+            0 => counts.no_answer += 1,
+            length if length > context => counts.too_long += 1,
+            _ => examples.push(example),
+        }
+    }
+    let shown = examples.first().map(|example| learned::runs(&tokenizer, example)).unwrap_or_default();
+    let order = Permutation::of_conversations(recipe.seed, examples.len().max(1) as u64);
+    let order: Vec<&Example> = (0..examples.len()).map(|place| &examples[order.at(place as u64) as usize]).collect();
+    let (training, validation) = order.split_at((examples.len() as f64 * data.train_fraction) as usize);
+    let what = match (training.len(), validation.len()) {
+        (0, _) => Some("learned"),
+        (_, 0) if recipe.evaluation.slots > 0 => Some("held out to validate on, as data.train_fraction says,"),
+        _ => None,
+    };
+    if let Some(what) = what {
+        bail!(
+            "data.input: no token of any conversation is {what} with a context of {context} tokens: {}, and {} of use",
+            counts.in_words(),
+            examples.len()
+        );
+    }
+    let source = PackedSource {
+        training: PackedRows::pack(training.iter().copied(), context),
+        validation: PackedRows::pack(validation.iter().copied(), context),
+        order: data.order,
+        seed: recipe.seed,
+        batch: recipe.batch,
+    };
+    let report = Report {
+        counts,
+        training: training.len(),
+        rows: source.training.rows(),
+        learned: source.training.learned(),
+        validation: validation.len(),
+        context,
+        rows_per_step: u64::from(recipe.batch.slots) * u64::from(recipe.batch.sequences_per_slot),
+        form: template.form().name(),
+        example: shown,
+    };
+    let prompt = |prompt: &String| {
+        let asked = Message { role: "user".into(), content: prompt.clone() };
+        template.prompt(&[asked], DAY).with_context(|| format!("sampling.prompts: {prompt:?}"))
+    };
+    let prompts = match recipe.sampling.every_steps {
+        0 => Vec::new(),
+        _ => recipe.sampling.prompts.iter().map(prompt).collect::<anyhow::Result<_>>()?,
+    };
+    let turns = Turns { prompts, ends: template.ends().to_vec(), stops: template.stops().to_vec() };
+    Ok(Supervised { source, tokenizer, turns, report })
+}
+
+/// A tokenizer for conversations as they are written without one: as a dialogue.
+fn learn_tokenizer(found: &[Found], data: &DataRecipe) -> anyhow::Result<Tokenizer> {
+    let template = Template::of(&Tokenizer::Bytes)?;
+    let piece = |found: &Found| {
+        let text = template.render(&found.messages, false, DAY)?;
+        Ok(Piece { text, starts_document: true, ends_document: true, place: found.place.clone(), read_bytes: 0 })
+    };
+    let pieces = found.iter().map(piece).collect::<anyhow::Result<Vec<Piece>>>()?;
+    match data.tokenizer.kind {
+        TokenizerKind::Bpe => {
+            let mut progress = Progress::new();
+            let learned =
+                tokenize::learn_bpe(Box::new(pieces.into_iter().map(Ok)), data.tokenizer.vocab_size, &mut progress);
+            progress.finish();
+            Ok(Tokenizer::Bpe(learned?))
+        }
+        _ => {
+            let text: String = pieces.into_iter().map(|piece| piece.text).collect();
+            Ok(Tokenizer::for_text(tokenizer::TokenizerKind::Chars, &text))
+        }
+    }
+}
+
+impl Counts {
+    /// What is left out, and why.
+    fn in_words(self) -> String {
+        let Self { found, no_answer, empty, too_long } = self;
+        let conversations = if found == 1 { "conversation" } else { "conversations" };
+        format!(
+            "{} {conversations} found, of which {} have no answer, {} an empty turn, {} are too long",
+            HumanCount(found as u64),
+            HumanCount(no_answer as u64),
+            HumanCount(empty as u64),
+            HumanCount(too_long as u64)
+        )
+    }
+}
+
+impl Report {
+    /// Says what was found, and shows an example: what is learned of it in green on a terminal, else in brackets.
+    pub(crate) fn print(&self) {
+        let marks = if std::io::stderr().is_terminal() { ["\u{1b}[32m", "\u{1b}[0m"] } else { ["⟦", "⟧"] };
+        eprintln!("{self}\n{}", self.marked(marks));
+    }
+
+    fn marked(&self, [begin, end]: [&str; 2]) -> String {
+        let runs = self.example.iter().map(|(learned, text)| match learned {
+            // Colour does not go on in the next line's margin.
+            true => format!("{begin}{}{end}", text.replace('\n', &format!("{end}\n{begin}"))),
+            false => text.clone(),
+        });
+        runs.collect::<String>().lines().map(|line| format!("  │ {line}\n")).collect()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { counts, training, rows, learned, validation, context, rows_per_step, form, .. } = self;
+        let count = |count: usize| HumanCount(count as u64);
+        writeln!(f, "{}; those are left out", counts.in_words())?;
+        writeln!(
+            f,
+            "{} to train on and {} to validate on, written as {form}; {} tokens are learned",
+            count(*training),
+            count(*validation),
+            count(*learned)
+        )?;
+        let steps = (*rows as u64).div_ceil(*rows_per_step);
+        writeln!(f, "{} rows of {} tokens: once through them in {} steps", count(*rows), count(*context), HumanCount(steps))?;
+        write!(f, "the first of them, with what is learned marked:")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::tests::sft;
+
+    fn supervised(lines: &[String], sets: &[&str]) -> anyhow::Result<Supervised> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        std::fs::write(&path, lines.join("\n")).unwrap();
+        let recipe = sft(&[&[format!("data.input={}", path.display()).as_str()], sets].concat());
+        load(&recipe, recipe.data.as_ref().unwrap(), recipe.model.context().unwrap(), None)
+    }
+
+    fn lines(count: usize) -> Vec<String> {
+        (0..count).map(|i| format!("{{\"question\":\"{i}?\",\"answer\":\"{}\"}}", "a".repeat(i % 7 + 1))).collect()
+    }
+
+    const SETS: &[&str] = &["tokenizer.kind=bytes", "model.context=48", "sampling.every_steps=0"];
+
+    #[test]
+    fn what_is_left_out_is_counted() {
+        let more = [
+            "{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}".to_string(),
+            "{\"question\":\"\",\"answer\":\"a\"}".into(),
+            "{\"question\":\"q\",\"answer\":\" \"}".into(),
+            format!("{{\"question\":\"q\",\"answer\":\"{}\"}}", "long ".repeat(10)),
+        ];
+        let Supervised { report, .. } = supervised(&[lines(20), more.to_vec()].concat(), SETS).unwrap();
+        assert_eq!(report.counts, Counts { found: 24, no_answer: 1, empty: 2, too_long: 1 });
+        assert_eq!((report.training, report.validation), (18, 2));
+        expect_test::expect![[""]].assert_eq(&report.to_string());
+        assert_eq!(report.marked(["⟦", "⟧"]), "  │ User: 0?\n  │ \n  │ Assistant:⟦ a⟧\n  │ ⟦⟧\n  │ ⟦User:⟧\n");
+    }
+
+    #[test]
+    fn order_and_split_are_drawn_from_the_seed() {
+        let digest = |seed: &str| {
+            let source = supervised(&lines(50), &[SETS, &[seed]].concat()).unwrap().source;
+            lockstep_model::sampler::Source::Packed(source).sha256()
+        };
+        assert_eq!(digest("seed=1"), digest("seed=1"));
+        assert_ne!(digest("seed=1"), digest("seed=2"));
+    }
+
+    #[test]
+    fn nothing_to_learn_is_refused_in_words() {
+        let said = |lines: &[String], sets: &[&str]| {
+            format!("{:#}", supervised(lines, &[SETS, sets].concat()).err().unwrap())
+        };
+        let none = said(&["{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}".into()], &[]);
+        assert!(none.contains("no token of any conversation is learned") && none.contains("1 have no answer"), "{none}");
+        let short = said(&lines(20), &["model.context=8"]);
+        assert!(short.contains("20 are too long"), "{short}");
+        let kept = said(&lines(20), &["data.train_fraction=0.99", "evaluation.every_steps=5"]);
+        assert!(kept.contains("train_fraction") || kept.is_empty(), "{kept}");
+        let built_in = said(&[], &["data.input=builtin:kjv"]);
+        assert!(built_in.contains("holds no conversations"), "{built_in}");
+    }
+}
