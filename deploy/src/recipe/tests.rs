@@ -12,6 +12,17 @@ fn load(name: &str, overrides: &[&str]) -> Result<Recipe, RecipeError> {
     Recipe::load(name, &overrides)
 }
 
+/// An embedded recipe, with a small model where it leaves that to `init`.
+fn embedded(name: &str) -> Recipe {
+    if name == "sft" { sft(&[]) } else { load(name, &[]).unwrap() }
+}
+
+/// The recipe that learns from conversations, with a small model.
+pub(crate) fn sft(overrides: &[&str]) -> Recipe {
+    const MODEL: [&str; 4] = ["model.layers=1", "model.heads=2", "model.width=16", "model.context=64"];
+    load("sft", &[&MODEL, overrides].concat()).unwrap()
+}
+
 /// A recipe whose settings do not change.
 fn fixed(overrides: &[&str]) -> Result<Recipe, RecipeError> {
     load("shakespeare-char-cpu", overrides)
@@ -32,13 +43,13 @@ fn parameters(recipe: &Recipe, vocab_size: usize) -> usize {
 #[test]
 fn embedded_recipes_are_whole_and_carry_their_own_names() {
     for (name, _) in EMBEDDED {
-        assert_eq!(load(name, &[]).unwrap().name, name);
+        assert_eq!(embedded(name).name, name);
     }
 }
 
 #[test]
 fn a_recipe_survives_being_written() {
-    let mut recipes: Vec<Recipe> = EMBEDDED.iter().map(|(name, _)| load(name, &[]).unwrap()).collect();
+    let mut recipes: Vec<Recipe> = EMBEDDED.iter().map(|(name, _)| embedded(name)).collect();
     for set in [
         "optimizer.epsilon=6.02214076e-23",
         "optimizer.lr=0.30000000000000004",
@@ -116,7 +127,7 @@ fn the_whole_text_names_every_key_that_is_read() {
     "#]]
     .assert_eq(&load("line", &[]).unwrap().to_toml());
     for (name, _) in EMBEDDED {
-        let values = load(name, &[]).unwrap().values;
+        let values = embedded(name).values;
         let kinds = values.kinds().unwrap();
         for key in KEYS {
             assert_eq!(values.find(key.path).is_some(), key.reader.includes(kinds), "{name}: {}", key.path);
@@ -200,6 +211,45 @@ fn a_recipe_needs_only_what_has_no_default() {
         let error = Recipe::from_toml("least", &LEAST.replace(line, ""), &[]).unwrap_err().to_string();
         assert!(error.contains("is missing; for example"), "{error}");
     }
+}
+
+#[test]
+fn conversations_take_a_stage_of_their_own() {
+    let recipe = sft(&["data.input=['a.jsonl', 'b']"]);
+    let data = recipe.data.as_ref().unwrap();
+    assert_eq!((data.stage, data.order, data.inputs.len()), (Stage::Sft, WindowOrder::Epoch, 2));
+    assert_eq!(recipe.bytes_per_token(), 16);
+    assert_eq!(fixed(&[]).unwrap().data.unwrap().stage, Stage::Pretrain);
+    // Keys of plain text have no meaning here, and a straight line reads none.
+    expect![[r#"
+        recipe shakespeare-char-cpu: data.weights = [2.0]: nothing reads this key beside the others; leave it out, or change the kind; for example stage = "pretrain"
+        recipe shakespeare-char-cpu: data.separate_documents = true: nothing reads this key beside the others; leave it out, or change the kind; for example stage = "pretrain"
+        recipe shakespeare-char-cpu: stage = "sft": nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "gpt"
+        recipe shakespeare-char-cpu: stage = "rlhf": must be `pretrain` or `sft`; for example stage = "pretrain""#]]
+    .assert_eq(
+        &[
+            "stage=sft data.weights=[2.0]",
+            "stage=sft data.separate_documents=true",
+            "model.kind=line stage=sft",
+            "stage=rlhf",
+        ]
+        .map(refusal)
+        .join("\n"),
+    );
+}
+
+#[test]
+fn a_recipe_without_a_model_takes_that_of_init() {
+    let init = |name: &str, sets: &[&str]| {
+        let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+        Recipe::init_of_unnamed_model(name, &sets).unwrap()
+    };
+    let said = Recipe::init_of_unnamed_model("sft", &[]).unwrap_err().to_string();
+    expect![[r#"recipe sft: init = "": the recipe has no [model] either, so that nothing says which model is to learn; for example init = "runs/quickstart-1""#]].assert_eq(&said);
+    assert_eq!(init("sft", &["init=runs/a"]), Some("runs/a".into()));
+    assert_eq!(init("sft", &["init=runs/a", "model.context=64", "model.dropout=0.1"]), Some("runs/a".into()));
+    assert_eq!(init("sft", &["init=runs/a", "model.layers=4"]), None);
+    assert_eq!(init("quickstart", &["init=runs/a"]), None);
 }
 
 #[test]

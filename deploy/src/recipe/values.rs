@@ -63,6 +63,9 @@ impl Values {
     }
 
     /// `init`, where it is given and no size of the model is.
+    ///
+    /// # Errors
+    /// If neither is given for conversations to be learned.
     pub(super) fn init_of_unnamed_model(
         name: &str,
         text: &str,
@@ -72,7 +75,13 @@ impl Values {
         by_path.extend(overrides.iter().map(|set| parse_override(set)).collect::<Result<Vec<_>, _>>()?);
         let is_size = |path: &&String| path.starts_with("model.") && !FREE_OF_INIT.contains(&path.as_str());
         let init = by_path.get("init").and_then(Value::as_str).filter(|init| !init.is_empty());
-        Ok(init.filter(|_| !by_path.keys().any(|path| is_size(&path))).map(PathBuf::from))
+        let named = by_path.keys().any(|path| is_size(&path));
+        if !named && init.is_none() && by_path.get("stage").is_some_and(|stage| stage.as_str() == Some("sft")) {
+            let nothing = Self { recipe: name.into(), by_path: BTreeMap::new() };
+            let reason = "the recipe has no [model] either, so that nothing says which model is to learn";
+            return Err(nothing.refuse_for("init", reason, "init = \"runs/quickstart-1\""));
+        }
+        Ok(init.filter(|_| !named).map(PathBuf::from))
     }
 
     /// The value of a key that the recipe reads.

@@ -23,6 +23,7 @@ mod quickstart;
 mod scale_out;
 #[cfg(unix)]
 mod serve;
+mod sft;
 mod tidy;
 mod tracing;
 mod verify;
