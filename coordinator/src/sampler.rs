@@ -37,7 +37,8 @@ pub(crate) fn start(
             for (index, prompt) in config.prompts.iter().enumerate() {
                 let sampled = || match (&turns, &tokenizer) {
                     (Some(turns), Some(tokenizer)) => {
-                        let writer = Writer { model: &model, tokenizer, config: &config, seed, parameters: &parameters };
+                        let writer =
+                            Writer { model: &model, tokenizer, config: &config, seed, parameters: &parameters };
                         let prompt = turns.prompts.get(index).cloned().unwrap_or_default();
                         writer.answer(prompt, turns)
                     }

@@ -28,7 +28,8 @@ pub struct Malformed {
 const FORMS: &str = "an object with messages, conversations, instruction and output, prompt and completion, or question \
                      and answer";
 const MESSAGES: &str = "messages: a list of objects with the texts role (system, user or assistant) and content";
-const SHAREGPT: &str = "conversations: a list of objects with the texts from (system, human, user, gpt or assistant) and value";
+const SHAREGPT: &str =
+    "conversations: a list of objects with the texts from (system, human, user, gpt or assistant) and value";
 const ALPACA: &str = "the texts instruction and output, and input if there is any";
 const INSTANCES: &str = "the text instruction, and instances: a list of objects with the texts input and output";
 const COMPLETION: &str = "prompt and completion, both texts or lists of messages";
@@ -49,12 +50,13 @@ pub fn conversations(object: &Value) -> Result<Vec<Vec<Message>>, Malformed> {
     } else if fields.contains_key("instruction") {
         instructions(fields)?
     } else if fields.contains_key("prompt") {
-        let [prompt, completion] = [("prompt", "user"), ("completion", "assistant")].map(|(key, role)| {
-            match required(fields, key, COMPLETION)? {
-                Value::String(content) => Ok(vec![message(role, content)]),
-                list => turns(list, COMPLETION, ["role", "content"]),
-            }
-        });
+        let [prompt, completion] =
+            [("prompt", "user"), ("completion", "assistant")].map(|(key, role)| {
+                match required(fields, key, COMPLETION)? {
+                    Value::String(content) => Ok(vec![message(role, content)]),
+                    list => turns(list, COMPLETION, ["role", "content"]),
+                }
+            });
         vec![[prompt?, completion?].concat()]
     } else if fields.contains_key("question") {
         let [question, answer] = ["question", "answer"].map(|key| text(fields, key, QUESTION));

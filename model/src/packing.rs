@@ -225,7 +225,8 @@ mod tests {
         let random = source(WindowOrder::Random);
         let (drawn, again) = (rows(&random, 1..50), rows(&random, 1..50));
         assert!(drawn == again && (0..7).all(|row| drawn.contains(&row)));
-        let first = |slot| epochs.validation_slot(slot).u32("tokens").unwrap().0.iter().step_by(4).copied().collect::<Vec<_>>();
+        let first =
+            |slot| epochs.validation_slot(slot).u32("tokens").unwrap().0.iter().step_by(4).copied().collect::<Vec<_>>();
         assert_eq!([first(0), first(1)], [[8, 9], [10, 8]]);
     }
 

@@ -41,7 +41,8 @@ pub(crate) enum LearnError {
 /// # Errors
 /// If it cannot be written down for the model.
 pub(crate) fn example(template: &Template, messages: &[Message]) -> Result<Example, LearnError> {
-    let mut script = Script { template, text: String::new(), tokens: Vec::new(), learned: Vec::new(), ends: Vec::new() };
+    let mut script =
+        Script { template, text: String::new(), tokens: Vec::new(), learned: Vec::new(), ends: Vec::new() };
     let answers: Vec<usize> = (0..messages.len()).filter(|&turn| messages[turn].role == "assistant").collect();
     for &turn in &answers {
         let no_prefix = LearnError::NoPrefix { turn: turn + 1 };
@@ -172,7 +173,8 @@ mod tests {
     use super::super::template::tests::{imported, messages};
     use super::*;
 
-    const TALK: &[(&str, &str)] = &[("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")];
+    const TALK: &[(&str, &str)] =
+        &[("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")];
 
     /// An example as text, what is learned in brackets.
     fn marked(tokenizer: &Tokenizer, turns: &[(&str, &str)]) -> String {
@@ -206,7 +208,9 @@ mod tests {
     #[test]
     fn by_a_models_own_template_its_mark_or_its_end_of_text_is_learned() {
         let own = |end: &str| {
-            let turn = format!("{{{{ bos_token }}}}{{% for m in messages %}}[{{{{ m.role }}}}]{{{{ m.content }}}}{end}{{% endfor %}}");
+            let turn = format!(
+                "{{{{ bos_token }}}}{{% for m in messages %}}[{{{{ m.role }}}}]{{{{ m.content }}}}{end}{{% endfor %}}"
+            );
             turn + "{% if add_generation_prompt %}[assistant]{% endif %}"
         };
         let special = &["</s>", "<s>", "<end>"];
@@ -252,7 +256,8 @@ mod tests {
         let said = example(&template, &messages(TALK)).unwrap_err().to_string();
         assert!(said.contains("up to turn 3 otherwise"), "{said}");
         let unknown = Tokenizer::for_text(lockstep_model::tokenizer::TokenizerKind::Chars, "User: Assistant\n");
-        let said = example(&Template::of(&unknown).unwrap(), &messages(&[("user", "x"), ("assistant", "r")])).unwrap_err();
+        let said =
+            example(&Template::of(&unknown).unwrap(), &messages(&[("user", "x"), ("assistant", "r")])).unwrap_err();
         assert!(said.to_string().contains("'x'"), "{said}");
     }
 }

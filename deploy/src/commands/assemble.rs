@@ -13,8 +13,8 @@ use lockstep_model::tokenizer::Tokenizer;
 
 use super::{Usage, initial};
 use crate::cli::RecipeArgs;
-use crate::data::supervised::{self, Report, Supervised};
 use crate::data::corpus;
+use crate::data::supervised::{self, Report, Supervised};
 use crate::recipe::{self, Recipe, Stage};
 
 /// The recipe of a newcomer.
@@ -37,7 +37,8 @@ pub(crate) fn recipe(args: &RecipeArgs, resumed: Option<&Path>) -> anyhow::Resul
     };
     match Recipe::init_of_unnamed_model(&named, &args.set)? {
         Some(init) => {
-            let model = initial::model_overrides(&init).context("the recipe names no [model], so that it is that of init")?;
+            let model =
+                initial::model_overrides(&init).context("the recipe names no [model], so that it is that of init")?;
             Ok(Recipe::load(&named, &[model, args.set.clone()].concat())?)
         }
         None => Ok(Recipe::load(&named, &args.set)?),

@@ -107,7 +107,8 @@ impl Reader<'_> {
             let column = if error.line() == 1 { format!(" at byte {} of it", error.column()) } else { String::new() };
             self.refuse(start, &format!("is no JSON: {problem}{column}; expected an object"))
         })?;
-        let conversations = conversation::conversations(&value).map_err(|error| self.refuse(start, &error.to_string()))?;
+        let conversations =
+            conversation::conversations(&value).map_err(|error| self.refuse(start, &error.to_string()))?;
         let place = Place { path: self.path.clone(), position: Position::Line(line) };
         found.extend(conversations.into_iter().map(|messages| Found { messages, place: place.clone() }));
         self.advance(length);
@@ -162,7 +163,8 @@ mod tests {
         let expected = [("a.jsonl: line 2", "q|学"), ("a.jsonl: line 4", "i|a"), ("a.jsonl: line 4", "i|b")];
         let read = read_text("a.jsonl", lines.as_bytes()).unwrap();
         assert_eq!(read.iter().map(|(place, said)| (&**place, &**said)).collect::<Vec<_>>(), expected);
-        let array = b"[\n  {\n \"question\": \"q\",\n \"answer\": \"a\"\n },\n  {\"prompt\":\"p\",\"completion\":\"c\"}\n]\n";
+        let array =
+            b"[\n  {\n \"question\": \"q\",\n \"answer\": \"a\"\n },\n  {\"prompt\":\"p\",\"completion\":\"c\"}\n]\n";
         let read = read_text("a.json", array).unwrap();
         let expected = [("a.json: line 2", "q|a"), ("a.json: line 6", "p|c")];
         assert_eq!(read.iter().map(|(place, said)| (&**place, &**said)).collect::<Vec<_>>(), expected);
@@ -183,7 +185,8 @@ mod tests {
             ("a.json", format!("[\n{good},\n")),
             ("a.json", format!("[{good},\n{{\"question\"}}]")),
         ];
-        let said: Vec<String> = files.iter().map(|(name, text)| read_text(name, text.as_bytes()).unwrap_err()).collect();
+        let said: Vec<String> =
+            files.iter().map(|(name, text)| read_text(name, text.as_bytes()).unwrap_err()).collect();
         expect_test::expect![[""]].assert_eq(&said.join("\n"));
         let said = read_text("a.jsonl", b"{\"question\":\"\xFF\"}").unwrap_err();
         assert!(said.starts_with("a.jsonl: line 1: is no JSON"), "{said}");

@@ -63,7 +63,12 @@ struct Counts {
 ///
 /// # Errors
 /// If a conversation cannot be read or written down, or nothing is learned from any.
-pub(crate) fn load(recipe: &Recipe, data: &DataRecipe, context: usize, known: Option<Tokenizer>) -> anyhow::Result<Supervised> {
+pub(crate) fn load(
+    recipe: &Recipe,
+    data: &DataRecipe,
+    context: usize,
+    known: Option<Tokenizer>,
+) -> anyhow::Result<Supervised> {
     let paths = data.inputs.iter().map(|weighted| match &weighted.input {
         Input::Path(path) => Ok(path.clone()),
         Input::KingJames => bail!("data.input: the built-in text holds no conversations; name a .jsonl or .json file"),
@@ -96,16 +101,19 @@ pub(crate) fn load(recipe: &Recipe, data: &DataRecipe, context: usize, known: Op
     let order = Permutation::of_conversations(recipe.seed, examples.len().max(1) as u64);
     let order: Vec<&Example> = (0..examples.len()).map(|place| &examples[order.at(place as u64) as usize]).collect();
     let (training, validation) = order.split_at((examples.len() as f64 * data.train_fraction) as usize);
-    let what = match (training.len(), validation.len()) {
-        (0, _) => Some("learned"),
-        (_, 0) if recipe.evaluation.slots > 0 => Some("held out to validate on, as data.train_fraction says,"),
+    if examples.is_empty() {
+        let counts = counts.in_words();
+        bail!("data.input: no token of any conversation is learned, with a context of {context} tokens: {counts}");
+    }
+    let without = match (training.len(), validation.len()) {
+        (0, _) => Some("train"),
+        (_, 0) if recipe.evaluation.slots > 0 => Some("validate"),
         _ => None,
     };
-    if let Some(what) = what {
+    if let Some(purpose) = without {
+        let (share, count) = (data.train_fraction, examples.len());
         bail!(
-            "data.input: no token of any conversation is {what} with a context of {context} tokens: {}, and {} of use",
-            counts.in_words(),
-            examples.len()
+            "data.train_fraction = {share:?}: of {count} conversations none is left to {purpose} on; give more of them"
         );
     }
     let source = PackedSource {
@@ -206,7 +214,13 @@ impl fmt::Display for Report {
             count(*learned)
         )?;
         let steps = (*rows as u64).div_ceil(*rows_per_step);
-        writeln!(f, "{} rows of {} tokens: once through them in {} steps", count(*rows), count(*context), HumanCount(steps))?;
+        writeln!(
+            f,
+            "{} rows of {} tokens: once through them in {} steps",
+            count(*rows),
+            count(*context),
+            HumanCount(steps)
+        )?;
         write!(f, "the first of them, with what is learned marked:")
     }
 }
@@ -240,7 +254,7 @@ mod tests {
         ];
         let Supervised { report, .. } = supervised(&[lines(20), more.to_vec()].concat(), SETS).unwrap();
         assert_eq!(report.counts, Counts { found: 24, no_answer: 1, empty: 2, too_long: 1 });
-        assert_eq!((report.training, report.validation), (18, 2));
+        assert_eq!((report.training, report.validation), (19, 1));
         expect_test::expect![[""]].assert_eq(&report.to_string());
         assert_eq!(report.marked(["⟦", "⟧"]), "  │ User: 0?\n  │ \n  │ Assistant:⟦ a⟧\n  │ ⟦⟧\n  │ ⟦User:⟧\n");
     }
@@ -257,15 +271,17 @@ mod tests {
 
     #[test]
     fn nothing_to_learn_is_refused_in_words() {
-        let said = |lines: &[String], sets: &[&str]| {
-            format!("{:#}", supervised(lines, &[SETS, sets].concat()).err().unwrap())
-        };
+        let said =
+            |lines: &[String], sets: &[&str]| format!("{:#}", supervised(lines, &[SETS, sets].concat()).err().unwrap());
         let none = said(&["{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}".into()], &[]);
-        assert!(none.contains("no token of any conversation is learned") && none.contains("1 have no answer"), "{none}");
+        assert!(
+            none.contains("no token of any conversation is learned") && none.contains("1 have no answer"),
+            "{none}"
+        );
         let short = said(&lines(20), &["model.context=8"]);
         assert!(short.contains("20 are too long"), "{short}");
-        let kept = said(&lines(20), &["data.train_fraction=0.99", "evaluation.every_steps=5"]);
-        assert!(kept.contains("train_fraction") || kept.is_empty(), "{kept}");
+        let alone = said(&lines(1), &[]);
+        assert!(alone.contains("of 1 conversations none is left to train on"), "{alone}");
         let built_in = said(&[], &["data.input=builtin:kjv"]);
         assert!(built_in.contains("holds no conversations"), "{built_in}");
     }

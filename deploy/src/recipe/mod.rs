@@ -166,7 +166,10 @@ impl Recipe {
     ///
     /// # Errors
     /// As [`Self::load`]'s, as far as the text alone tells.
-    pub(crate) fn init_of_unnamed_model(name_or_path: &str, overrides: &[String]) -> Result<Option<PathBuf>, RecipeError> {
+    pub(crate) fn init_of_unnamed_model(
+        name_or_path: &str,
+        overrides: &[String],
+    ) -> Result<Option<PathBuf>, RecipeError> {
         let (name, text) = Self::text(name_or_path)?;
         Values::init_of_unnamed_model(&name, &text, overrides)
     }

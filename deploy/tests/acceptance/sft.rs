@@ -131,7 +131,10 @@ fn what_a_recipe_takes_is_told_beforehand() {
     fs::write(&bad, "{\"question\":\"a\",\"answer\":\"b\"}\n{\"question\":\"c\"}\n").unwrap();
     let train = |sets: &[&str]| lockstep(&["train", "sft", "--run", path(&dir.path().join("none"))], sets);
     let said = fail(train(&[SMALL, &[&format!("data.input={}", path(&bad))]].concat()), 1);
-    assert!(said.contains("bad.jsonl: line 2: there is no answer; expected") && said.contains("{\"question\":\"c\"}"), "{said}");
+    assert!(
+        said.contains("bad.jsonl: line 2: there is no answer; expected") && said.contains("{\"question\":\"c\"}"),
+        "{said}"
+    );
     fs::write(&bad, "{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}\n").unwrap();
     let said = fail(train(&[SMALL, &[&format!("data.input={}", path(&bad))]].concat()), 1);
     assert!(said.contains("no token of any conversation is learned") && said.contains("1 have no answer"), "{said}");
@@ -188,7 +191,7 @@ fn the_loss_on_packed_answers_is_pytorchs() {
     peer.arg(workspace("deploy/tests/peer/torch_masked.py")).args([&model, &file]);
     let theirs: Value = serde_json::from_slice(&succeed(peer).stdout).unwrap();
     let learned = theirs["learned"].as_f64().unwrap();
-    assert!(found.contains(&format!("{learned} tokens are learned")) || learned >= 1000.0, "{found}");
+    assert!(found.replace(',', "").contains(&format!("; {learned} tokens are learned")), "{learned}: {found}");
     for way in ["single", "packed"] {
         let theirs = theirs[way].as_f64().unwrap() / learned;
         assert!((ours - theirs).abs() <= LOSS_TOLERANCE, "{way}: {ours} here, {theirs} there");
@@ -227,7 +230,8 @@ fn packed_examples_have_the_loss_that_they_have_alone() {
         let rows = PackedRows::pack(&examples, 40);
         let batch = BatchConfig { slots: 1, sequences_per_slot: rows.rows() as u32 };
         assert!(rows.rows() < 16, "{} rows", rows.rows());
-        let source = PackedSource { training: rows.clone(), validation: rows, order: WindowOrder::Epoch, seed: 1, batch };
+        let source =
+            PackedSource { training: rows.clone(), validation: rows, order: WindowOrder::Epoch, seed: 1, batch };
         let packed = computer.loss(&Source::Packed(source).validation_slot(0)).unwrap();
         let alone = |example: &Example| {
             let shape = [1, example.tokens.len()];
