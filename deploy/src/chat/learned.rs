@@ -4,6 +4,7 @@
 //! model reads; what the answer adds to that text is what it says. Texts become tokens piece by piece in this order, so
 //! that what is read stands there as in a prompt.
 
+use lockstep_model::bpe::END_OF_TEXT;
 use lockstep_model::chat_template::{ChatTemplateError, Day, Message};
 use lockstep_model::packing::Example;
 use lockstep_model::tokenizer::{Tokenizer, UnknownCharacter};
@@ -155,17 +156,20 @@ pub(crate) fn runs(tokenizer: &Tokenizer, example: &Example) -> Vec<(bool, Strin
             add(true, targets[place]);
         }
     }
-    runs.into_iter().map(|(learned, tokens)| (learned, shown(tokenizer, &tokens))).collect()
+    let lengths = tokenizer.byte_lengths();
+    let text = |tokens: Vec<u32>| shown(tokenizer, &lengths, &tokens);
+    runs.into_iter().map(|(learned, tokens)| (learned, text(tokens))).collect()
 }
 
-fn shown(tokenizer: &Tokenizer, tokens: &[u32]) -> String {
+/// The text of tokens; those of length 0 by their names.
+fn shown(tokenizer: &Tokenizer, lengths: &[u32], tokens: &[u32]) -> String {
+    let is_text = |token: u32| lengths[token as usize] > 0;
     let name = |token: u32| match tokenizer {
-        Tokenizer::Hf(hf) if tokenizer.decode(&[token]).is_empty() => hf.name(token),
-        Tokenizer::Bpe(bpe) if token == bpe.end_of_text() => Some(lockstep_model::bpe::END_OF_TEXT.into()),
-        _ => None,
+        Tokenizer::Hf(hf) => hf.name(token).unwrap_or_default(),
+        _ => END_OF_TEXT.into(),
     };
-    let parts = tokens.chunk_by(|&a, &b| name(a).is_none() && name(b).is_none());
-    parts.map(|part| name(part[0]).unwrap_or_else(|| tokenizer.decode(part))).collect()
+    let parts = tokens.chunk_by(|&a, &b| is_text(a) && is_text(b));
+    parts.map(|part| if is_text(part[0]) { tokenizer.decode(part) } else { name(part[0]) }).collect()
 }
 
 #[cfg(test)]

@@ -151,12 +151,14 @@ fn learn_tokenizer(found: &[Found], data: &DataRecipe) -> anyhow::Result<Tokeniz
     let template = Template::of(&Tokenizer::Bytes)?;
     let piece = |found: &Found| {
         let text = template.render(&found.messages, false, DAY)?;
-        Ok(Piece { text, starts_document: true, ends_document: true, place: found.place.clone(), read_bytes: 0 })
+        let read_bytes = text.len() as u64;
+        Ok(Piece { text, starts_document: true, ends_document: true, place: found.place.clone(), read_bytes })
     };
     let pieces = found.iter().map(piece).collect::<anyhow::Result<Vec<Piece>>>()?;
     match data.tokenizer.kind {
         TokenizerKind::Bpe => {
             let mut progress = Progress::new();
+            progress.begin("counting words", pieces.iter().map(|piece| piece.read_bytes).sum());
             let learned =
                 tokenize::learn_bpe(Box::new(pieces.into_iter().map(Ok)), data.tokenizer.vocab_size, &mut progress);
             progress.finish();
