@@ -136,7 +136,8 @@ impl Reader<'_> {
         let text = String::from_utf8_lossy(&line[..line.len().min(4 * SHOWN)]);
         let beginning: String = text.trim_end().chars().take(SHOWN).collect();
         let more = if text.trim_end().chars().count() > SHOWN { "…" } else { "" };
-        anyhow::anyhow!("{}: line {}: {problem}; it begins: {beginning}{more}", self.path.display(), self.line)
+        let begins = if beginning.is_empty() { String::new() } else { format!("; it begins: {beginning}{more}") };
+        anyhow::anyhow!("{}: line {}: {problem}{begins}", self.path.display(), self.line)
     }
 }
 
@@ -187,7 +188,15 @@ mod tests {
         ];
         let said: Vec<String> =
             files.iter().map(|(name, text)| read_text(name, text.as_bytes()).unwrap_err()).collect();
-        expect_test::expect![[""]].assert_eq(&said.join("\n"));
+        expect_test::expect![[r#"
+            a.jsonl: line 3: there is no answer; expected the texts question and answer; it begins: {"question":"q"}
+            a.jsonl: line 2: is no JSON: EOF while parsing a value at byte 12 of it; expected an object; it begins: {"question":
+            a.jsonl: line 2: there are the keys ["text"]; expected an object with messages, conversations, instruction and output, prompt and completion, or question and answer; it begins: {"text":"学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学学…
+            a.jsonl: line 2: there is a list; expected an object with messages, conversations, instruction and output, prompt and completion, or question and answer; it begins: [{"question":"q","answer":"a"}]
+            a.json: line 3: there are the keys ["answer"]; expected an object with messages, conversations, instruction and output, prompt and completion, or question and answer; it begins: {"answer":"a"}
+            a.json: line 3: expected , or ] after an object of the array; it begins: {"question":"q","answer":"a"}]
+            a.json: line 3: the array ends nowhere; expected ]
+            a.json: line 2: is no JSON: expected `:` at byte 12 of it; expected an object; it begins: {"question"}]"#]].assert_eq(&said.join("\n"));
         let said = read_text("a.jsonl", b"{\"question\":\"\xFF\"}").unwrap_err();
         assert!(said.starts_with("a.jsonl: line 1: is no JSON"), "{said}");
     }

@@ -257,7 +257,11 @@ mod tests {
         let Supervised { report, .. } = supervised(&[lines(20), more.to_vec()].concat(), SETS).unwrap();
         assert_eq!(report.counts, Counts { found: 24, no_answer: 1, empty: 2, too_long: 1 });
         assert_eq!((report.training, report.validation), (19, 1));
-        expect_test::expect![[""]].assert_eq(&report.to_string());
+        expect_test::expect![[r#"
+            24 conversations found, of which 1 have no answer, 2 an empty turn, 1 are too long; those are left out
+            19 to train on and 1 to validate on, written as dialogue; 224 tokens are learned
+            19 rows of 48 tokens: once through them in 3 steps
+            the first of them, with what is learned marked:"#]].assert_eq(&report.to_string());
         assert_eq!(report.marked(["⟦", "⟧"]), "  │ User: 0?\n  │ \n  │ Assistant:⟦ a⟧\n  │ ⟦⟧\n  │ ⟦User:⟧\n");
     }
 

@@ -414,14 +414,14 @@ fn keys_that_nothing_reads_are_refused() {
         recipe shakespeare-char-cpu: model.initial_weight = 1: nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "line"
         recipe shakespeare-char-cpu: tokenizer.vocab_size = 300: nothing reads this key beside the others; leave it out, or change the kind; for example tokenizer.kind = "bpe"
         recipe shakespeare-char-cpu: model.head = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, init
+        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init
         recipe shakespeare-char-cpu: model = 4: unknown key; the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
         recipe shakespeare-char-cpu: model.heads.x = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, init"#]].assert_eq(&refusals.map(refusal).join("\n"));
+        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"#]].assert_eq(&refusals.map(refusal).join("\n"));
 
     let text = |text: &str| Recipe::from_toml("mine", text, &[]).unwrap_err().to_string();
     expect![[r#"recipe mine: tokenizer.kind = "chars": nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "gpt""#]].assert_eq(&text("[model]\nkind = 'line'\n[tokenizer]\nkind = 'chars'"));
-    expect!["recipe mine: modle = {}: unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, init"].assert_eq(&text("[modle]"));
+    expect!["recipe mine: modle = {}: unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"].assert_eq(&text("[modle]"));
 }
 
 #[test]
@@ -438,11 +438,12 @@ fn what_is_no_toml_is_shown_with_its_line() {
 
 #[test]
 fn every_key_is_checked() {
-    for (recipe, text) in EMBEDDED {
-        let read = load(recipe, &[]).unwrap();
+    for (recipe, _) in EMBEDDED {
+        let read = embedded(recipe);
+        let text = read.to_toml();
         for key in KEYS.iter().filter(|key| read.values.find(key.path).is_some()) {
             // A date is right for no key.
-            let error = Recipe::from_toml(recipe, text, &[format!("{}=2026-01-01", key.path)]).unwrap_err();
+            let error = Recipe::from_toml(recipe, &text, &[format!("{}=2026-01-01", key.path)]).unwrap_err();
             assert!(error.to_string().starts_with(&format!("recipe {recipe}: {} = 2026-01-01: ", key.path)), "{error}");
         }
     }
@@ -488,7 +489,7 @@ fn recipes_come_from_files_too() {
     assert_eq!((recipe.name.as_str(), recipe.seed), ("mine", 5));
 
     let error = load("quikstart", &[]).unwrap_err();
-    expect![[r#"there is no recipe "quikstart" (did you mean quickstart?); give the path of a TOML file or an embedded recipe: quickstart, quickstart-llama, shakespeare-char-cpu, shakespeare-char, line"#]].assert_eq(&error.to_string());
+    expect![[r#"there is no recipe "quikstart" (did you mean quickstart?); give the path of a TOML file or an embedded recipe: quickstart, quickstart-llama, sft, shakespeare-char-cpu, shakespeare-char, line"#]].assert_eq(&error.to_string());
     let error = load("no/such.toml", &[]).unwrap_err();
-    expect!["no/such.toml: the recipe cannot be read: No such file or directory (os error 2); give the path of a TOML file or an embedded recipe: quickstart, quickstart-llama, shakespeare-char-cpu, shakespeare-char, line"].assert_eq(&error.to_string());
+    expect!["no/such.toml: the recipe cannot be read: No such file or directory (os error 2); give the path of a TOML file or an embedded recipe: quickstart, quickstart-llama, sft, shakespeare-char-cpu, shakespeare-char, line"].assert_eq(&error.to_string());
 }
