@@ -261,7 +261,8 @@ mod tests {
             24 conversations found, of which 1 have no answer, 2 an empty turn, 1 are too long; those are left out
             19 to train on and 1 to validate on, written as dialogue; 224 tokens are learned
             19 rows of 48 tokens: once through them in 3 steps
-            the first of them, with what is learned marked:"#]].assert_eq(&report.to_string());
+            the first of them, with what is learned marked:"#]]
+        .assert_eq(&report.to_string());
         assert_eq!(report.marked(["⟦", "⟧"]), "  │ User: 0?\n  │ \n  │ Assistant:⟦ a⟧\n  │ ⟦⟧\n  │ ⟦User:⟧\n");
     }
 
