@@ -181,7 +181,7 @@ mod tests {
                 { "role": "system", "content": " " }, { "role": "user", "content": "q" }, { "role": "assistant", "content": "a" }
             ] }),
         ] {
-            assert_eq!(read(object), [asked.clone()]);
+            assert_eq!(read(object), std::slice::from_ref(&asked));
         }
         let with_input = json!({ "system": "s", "instruction": "i", "input": "x", "output": "a" });
         assert_eq!(read(with_input), [said(&[("system", "s"), ("user", "i\n\nx"), ("assistant", "a")])]);
