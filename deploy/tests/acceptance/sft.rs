@@ -33,8 +33,8 @@ const SMALL: &[&str] = &[
     "data.train_fraction=0.75",
     "optimizer.lr=1e-2",
     "schedule.steps=60",
-    "batch.slots=3",
-    "batch.sequences_per_slot=1",
+    "batch.slots=5",
+    "batch.sequences_per_slot=4",
     "evaluation.every_steps=20",
     "evaluation.slots=2",
     "sampling.every_steps=30",
@@ -81,17 +81,19 @@ fn whoever_takes_part_the_run_is_the_same_and_its_answers_end() {
 
     let killed = run("killed");
     let input_key = format!("data.input={}", path(&input));
-    let (mut coordinator, address) = coordinator("sft", &killed, &[], &[SMALL, &[&input_key]].concat());
+    let sets = [SMALL, &[&input_key, "cluster.min_workers=2"]].concat();
+    let (mut coordinator, address) = coordinator("sft", &killed, &[], &sets);
     assert!(coordinator.said.contains("24 conversations found"), "{}", coordinator.said);
     assert!(coordinator.said.contains("⟦ The red one.<|endoftext|>⟧"), "{}", coordinator.said);
     let mut first = worker(&address, "first");
-    coordinator.wait_for("step 2/60");
+    coordinator.wait_for("worker 1 joined");
     let mut second = worker(&address, "second");
-    coordinator.wait_for("worker 2 joined");
+    coordinator.wait_for("step 3/60");
     first.kill();
     coordinator.wait_for("worker 1 left");
+    let mut third = worker(&address, "third");
     assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
-    assert_eq!(second.wait(), Some(0), "{}", second.said);
+    assert_eq!([second.wait(), third.wait()], [Some(0); 2], "{}{}", second.said, third.said);
     assert_eq!(fingerprint(&killed), fingerprint(&quiet), "a worker was killed");
 
     let stopped = run("stopped");
@@ -123,8 +125,8 @@ fn what_a_recipe_takes_is_told_beforehand() {
     let check = lockstep(&["check", "sft", "--worker-tokens-per-sec", "1000"], &[SMALL, &[&input]].concat());
     let output = succeed(check);
     let (said, found) = (text(&output.stdout), text(&output.stderr));
-    // 3 rows of 64 tokens, 16 bytes each.
-    assert!(said.contains("tokens          3.07 kB in all"), "{said}");
+    // 20 rows of 64 tokens, 16 bytes each.
+    assert!(said.contains("tokens          20.48 kB in all"), "{said}");
     assert!(found.contains("0 have no answer, 0 an empty turn, 0 are too long"), "{found}");
 
     let bad = dir.path().join("bad.jsonl");
@@ -153,6 +155,17 @@ fn the_loss_on_packed_answers_is_pytorchs() {
     for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap()) {
         fs::write(model.join(entry.file_name()), fs::read(entry.path()).unwrap()).unwrap();
     }
+    // As chat models have it: names of special tokens are found in the text as it stands.
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(model.join("tokenizer.json")).unwrap()).unwrap();
+    for token in tokenizer["added_tokens"].as_array_mut().unwrap() {
+        token["normalized"] = false.into();
+    }
+    fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let settings = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|start_story|>", "eos_token": "<|end_story|>"
+    });
+    fs::write(model.join("tokenizer_config.json"), settings.to_string()).unwrap();
+    fs::remove_file(model.join("special_tokens_map.json")).unwrap();
     let template = "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}";
     fs::write(model.join("chat_template.jinja"), template).unwrap();
     let turn = |role: &str, content: String| json!({ "role": role, "content": content });
