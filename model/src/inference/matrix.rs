@@ -18,8 +18,8 @@ pub(super) const GROUPS: usize = 4;
 const PANEL_COLUMNS: usize = GROUPS * LANES;
 /// Rows of the largest tile.
 const MOST_TILE_ROWS: usize = 6;
-/// Groups of a panel that stay in the nearest cache: 32 KiB.
-const NEAR_GROUPS: usize = 512;
+/// Groups of a panel that stay in the nearest cache, 24 KiB, beside a tile and its sums.
+const NEAR_GROUPS: usize = 384;
 /// From so many rows a thread on, each takes some of the rows.
 const MANY_ROWS: usize = 32;
 /// Rows that one thread takes at a time, at most.
