@@ -57,22 +57,6 @@ impl Form {
             Self::Lines => "lines",
         }
     }
-
-    /// In words, for the user.
-    pub(crate) fn describe(self) -> &'static str {
-        match self {
-            Self::Own => "messages are written by the model's own chat template",
-            Self::ChatMl => "messages are written in ChatML, whose marks the model's vocabulary has",
-            Self::Dialogue => {
-                "the model brings no chat template, so it was not trained for conversations: it goes on with a dialogue \
-                 between \"User:\" and \"Assistant:\" as with any text"
-            }
-            Self::Lines => {
-                "the model brings no chat template, so it was not trained for conversations: it goes on with what is said \
-                 as with any text"
-            }
-        }
-    }
 }
 
 /// Why messages are no prompt.
@@ -96,6 +80,8 @@ pub(crate) struct Template {
     tokenizer: Tokenizer,
     ends: Vec<u32>,
     stops: Vec<String>,
+    /// Whether the model has learned to answer by it.
+    learned: bool,
 }
 
 impl Template {
@@ -123,6 +109,7 @@ impl Template {
             tokenizer: tokenizer.clone(),
             ends: tokenizer.stop_tokens(),
             stops: Vec::new(),
+            learned: matches!(form, Form::Own | Form::ChatMl),
         };
         match form {
             Form::Own | Form::ChatMl => template.learn_end_of_turn(),
@@ -148,6 +135,36 @@ impl Template {
             }
             Some(_) => self.stops.push(after.into()),
             None => {}
+        }
+    }
+
+    /// The same, of a model that has learned to answer by it.
+    pub(crate) fn learned(self) -> Self {
+        Self { learned: true, ..self }
+    }
+
+    /// Whether the model was trained for conversations, as far as one can tell.
+    pub(crate) fn is_learned(&self) -> bool {
+        self.learned
+    }
+
+    /// In words, for the user.
+    pub(crate) fn describe(&self) -> &'static str {
+        match (self.form, self.learned) {
+            (Form::Own, _) => "messages are written by the model's own chat template",
+            (Form::ChatMl, _) => "messages are written in ChatML, whose marks the model's vocabulary has",
+            (Form::Dialogue, true) => {
+                "messages are written as the model learned them, as a dialogue between \"User:\" and \"Assistant:\""
+            }
+            (Form::Lines, true) => "messages are written as the model learned them, one line after another",
+            (Form::Dialogue, false) => {
+                "the model brings no chat template, so it was not trained for conversations: it goes on with a dialogue \
+                 between \"User:\" and \"Assistant:\" as with any text"
+            }
+            (Form::Lines, false) => {
+                "the model brings no chat template, so it was not trained for conversations: it goes on with what is said \
+                 as with any text"
+            }
         }
     }
 

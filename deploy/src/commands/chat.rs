@@ -37,8 +37,8 @@ pub(crate) fn run(args: &Chat) -> anyhow::Result<()> {
         ))
         .into());
     }
-    let template = Template::of(&model.tokenizer)?;
-    eprintln!("{}", template.form().describe());
+    let template = model.template()?;
+    eprintln!("{}", template.describe());
     let conversation = Conversation::new(args.system.clone());
     Talk { model, template, conversation, sampling, answer_tokens, interrupt: Interrupt::listen()? }.go_on()
 }

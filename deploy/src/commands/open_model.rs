@@ -7,7 +7,9 @@ use lockstep_model::inference::{Engine, Limits};
 use lockstep_model::tokenizer::Tokenizer;
 
 use super::{Caller, inspect, use_threads};
+use crate::chat::template::Template;
 use crate::cli::ModelArgs;
+use crate::recipe::{Recipe, Stage};
 
 /// An engine, and what it speaks.
 pub(crate) struct OpenModel {
@@ -33,5 +35,16 @@ impl OpenModel {
         let device = ComputeDevice::open(args.device)?;
         let engine = Engine::new(&manifest.model, &parameters, &device, limits)?;
         Ok(Self { engine, tokenizer, manifest, device: device.description })
+    }
+
+    /// How messages are written for it.
+    ///
+    /// # Errors
+    /// If its own chat template cannot be read.
+    pub(super) fn template(&self) -> anyhow::Result<Template> {
+        let template = Template::of(&self.tokenizer)?;
+        let recipe = Recipe::from_toml(&self.manifest.recipe_name, &self.manifest.recipe, &[]);
+        let has_learned = recipe.is_ok_and(|recipe| recipe.data.is_some_and(|data| data.stage == Stage::Sft));
+        Ok(if has_learned { template.learned() } else { template })
     }
 }

@@ -9,7 +9,6 @@ use tokio::net::TcpListener;
 
 use super::open_model::OpenModel;
 use super::{Caller, Usage, block_on};
-use crate::chat::template::Template;
 use crate::cli::Serve;
 use crate::serve::{self, Access, ServeConfig};
 use crate::stop::Requests;
@@ -25,17 +24,17 @@ pub(crate) fn run(args: &Serve) -> anyhow::Result<()> {
     telemetry::init("info", false);
     let access = access(args)?;
     let (slots, queue) = (args.sequences as usize, args.queue as usize);
-    let OpenModel { engine, tokenizer, manifest, device } =
-        OpenModel::load(&args.model, Limits { sequences: slots, ..Limits::default() }, Caller::Waits)?;
+    let model = OpenModel::load(&args.model, Limits { sequences: slots, ..Limits::default() }, Caller::Waits)?;
+    let template = model.template()?;
+    let OpenModel { engine, tokenizer, manifest, device } = model;
     let context = engine.context();
-    let template = Template::of(&tokenizer)?;
     let name = args.model_name.clone().unwrap_or_else(|| own_name(&args.model.run, &manifest.recipe_name));
     let cache_mib = (slots * context * engine.cache_bytes_per_token()) as f64 / f64::from(1 << 20);
     let described = format!(
         "model {name}: step {}, context {context} tokens, on {device}\n{}\n{slots} sequences at once, whose key-value caches \
          take at most {cache_mib:.1} MiB, and {queue} waiting",
         manifest.step,
-        template.form().describe(),
+        template.describe(),
     );
     block_on(async {
         let address = args.listen;

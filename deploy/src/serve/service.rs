@@ -272,7 +272,7 @@ impl Service {
         }
     }
 
-    /// What is told of the model. The last two are not OpenAI's.
+    /// What is told of the model. The last three are not OpenAI's.
     fn model(&self) -> Value {
         json!({
             "id": self.name,
@@ -281,6 +281,7 @@ impl Service {
             "owned_by": "lockstep",
             "context_length": self.context,
             "chat_template": self.template.form().name(),
+            "trained_for_conversations": self.template.is_learned(),
         })
     }
 }

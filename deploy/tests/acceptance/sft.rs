@@ -113,9 +113,11 @@ fn whoever_takes_part_the_run_is_the_same_and_its_answers_end() {
     let generate = ["generate", "--run", path(&quiet), "--prompt", prompt, "--tokens", "40", "--temperature", "0"];
     assert_eq!(text(&succeed(lockstep(&generate, &[])).stdout).trim_end(), format!("{prompt} Just two."));
     let mut chat = lockstep(&["chat", "--run", path(&quiet), "--tokens", "30", "--temperature", "0"], &[]);
-    let mut chat = chat.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut chat = chat.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     chat.stdin.take().unwrap().write_all("学什么?\n".as_bytes()).unwrap();
-    assert_eq!(text(&chat.wait_with_output().unwrap().stdout).trim(), "学而时习之。");
+    let output = chat.wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout).trim(), "学而时习之。");
+    assert!(text(&output.stderr).contains("as the model learned them"), "{}", text(&output.stderr));
 }
 
 #[test]

@@ -173,7 +173,7 @@ async function meet() {
     const { data } = await (await ask("v1/models")).json();
     const [model] = data;
     element("model").textContent = document.title = model.id;
-    element("untrained").hidden = ["own", "chatml"].includes(model.chat_template);
+    element("untrained").hidden = model.trained_for_conversations;
     if (!element("max-tokens").value) {
       element("max-tokens").value = Math.max(1, Math.min(ANSWER_TOKENS, Math.floor(model.context_length / 2)));
     }
