@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use lockstep_model::compute::Computer;
 use lockstep_model::config::ModelConfig;
-use lockstep_model::device::{ComputeDevice, DeviceChoice};
+use lockstep_model::device::{ComputeDevice, DeviceChoice, DeviceError};
 use lockstep_model::inference::{Engine, Limits, Overflow, Request, Sampling, TextStream, complete};
 use lockstep_model::tokenizer::Tokenizer;
 
@@ -32,22 +32,19 @@ pub(crate) fn start(
     seed: u64,
     done: impl Fn(Sample) + Send + 'static,
 ) -> std::io::Result<Background<Job>> {
+    let sampler = Sampler { model, tokenizer, config, turns, seed };
     Background::start("sampler", move |jobs| {
         for Job { step, parameters } in jobs {
-            for (index, prompt) in config.prompts.iter().enumerate() {
-                let sampled = || match (&turns, &tokenizer) {
-                    (Some(turns), Some(tokenizer)) => {
-                        let writer =
-                            Writer { model: &model, tokenizer, config: &config, seed, parameters: &parameters };
-                        let prompt = turns.prompts.get(index).cloned().unwrap_or_default();
-                        writer.answer(prompt, turns)
-                    }
-                    _ => sample(&model, tokenizer.as_ref(), &config, seed, prompt, &parameters),
-                };
+            let mut engine = None;
+            for (index, prompt) in sampler.config.prompts.iter().enumerate() {
                 // A panic in a backend costs the sample, not the run.
+                let sampled = || sampler.sample(index, prompt, &parameters, &mut engine);
                 let text = match catch_unwind(AssertUnwindSafe(sampled)) {
                     Ok(text) => text.map_err(|error| format!("{error:#}")),
-                    Err(_) => Err("the CPU backend panicked; training is not affected".into()),
+                    Err(_) => {
+                        engine = None;
+                        Err("the CPU backend panicked; training is not affected".into())
+                    }
                 };
                 done(Sample { step, prompt: prompt.clone(), text });
             }
@@ -67,65 +64,72 @@ pub(crate) fn heading(step: u64, start: u64, roll_backs: u64) -> String {
     format!("── step {step}{start}{back} ──")
 }
 
-fn sample(
-    model: &ModelConfig,
-    tokenizer: Option<&Tokenizer>,
-    config: &SamplingConfig,
+/// What texts are written with, apart from the parameters.
+struct Sampler {
+    model: ModelConfig,
+    tokenizer: Option<Tokenizer>,
+    config: SamplingConfig,
+    turns: Option<Turns>,
     seed: u64,
-    prompt: &str,
-    parameters: &[f32],
-) -> anyhow::Result<String> {
-    match (model, tokenizer) {
-        (ModelConfig::Line(_), _) => {
-            let x: f32 =
-                prompt.trim().parse().map_err(|_| anyhow::anyhow!("{prompt:?} is no number to predict for"))?;
-            let mut computer = Computer::new(model, &device()?);
-            computer.load(parameters)?;
-            Ok(format!(" → {:.2}", computer.predict(x)?))
+}
+
+impl Sampler {
+    /// What follows a prompt, or answers it. The engine is made with the first one, and serves the others.
+    fn sample(
+        &self,
+        index: usize,
+        prompt: &str,
+        parameters: &[f32],
+        engine: &mut Option<Engine>,
+    ) -> anyhow::Result<String> {
+        let tokenizer = match (&self.model, &self.tokenizer) {
+            (ModelConfig::Line(_), _) => {
+                let x: f32 =
+                    prompt.trim().parse().map_err(|_| anyhow::anyhow!("{prompt:?} is no number to predict for"))?;
+                let mut computer = Computer::new(&self.model, &device()?);
+                computer.load(parameters)?;
+                return Ok(format!(" → {:.2}", computer.predict(x)?));
+            }
+            (_, Some(tokenizer)) => tokenizer,
+            (_, None) => anyhow::bail!("a Transformer without a tokenizer generates no text"),
+        };
+        let engine = match engine {
+            Some(engine) => engine,
+            None => {
+                let limits = Limits { sequences: 1, ..Limits::default() };
+                engine.insert(Engine::new(&self.model, parameters, &device()?, limits)?)
+            }
+        };
+        if let Some(turns) = &self.turns {
+            let prompt = turns.prompts.get(index).cloned().unwrap_or_default();
+            return self.answer(engine, tokenizer, prompt, turns);
         }
-        (_, Some(tokenizer)) => {
-            let writer = Writer { model, tokenizer, config, seed, parameters };
-            let mut tokens = Vec::with_capacity(config.tokens);
-            writer.write(tokenizer.encode(prompt)?, tokenizer.stop_tokens(), |token| {
-                tokens.push(token);
-                true
-            })?;
-            Ok(tokenizer.decode(&tokens))
-        }
-        (_, None) => anyhow::bail!("a Transformer without a tokenizer generates no text"),
+        let mut tokens = Vec::with_capacity(self.config.tokens);
+        let request = self.request(tokenizer.encode(prompt)?, tokenizer.stop_tokens());
+        complete(engine, request, |token| {
+            tokens.push(token);
+            true
+        })?;
+        Ok(tokenizer.decode(&tokens))
     }
-}
 
-/// The CPU, or else whatever there is.
-fn device() -> Result<ComputeDevice, lockstep_model::device::DeviceError> {
-    ComputeDevice::open(DeviceChoice::Cpu).or_else(|_| ComputeDevice::open(DeviceChoice::Auto))
-}
-
-/// What a text is written with.
-struct Writer<'a> {
-    model: &'a ModelConfig,
-    tokenizer: &'a Tokenizer,
-    config: &'a SamplingConfig,
-    seed: u64,
-    parameters: &'a [f32],
-}
-
-impl Writer<'_> {
-    /// Gives what follows `prompt` to `each`, until one of `ends`, the length that the recipe allows, or until `each` is false.
-    fn write(&self, prompt: Vec<u32>, ends: Vec<u32>, each: impl FnMut(u32) -> bool) -> anyhow::Result<()> {
-        let Self { model, config, seed, parameters, .. } = *self;
-        let mut engine = Engine::new(model, parameters, &device()?, Limits { sequences: 1, ..Limits::default() })?;
-        let (temperature, top_k) = (config.temperature, config.top_k);
-        let sampling = Sampling { temperature, top_k, seed, ..Sampling::default() };
-        let request = Request { prompt, max_tokens: config.tokens, sampling, ends, overflow: Overflow::Slide };
-        Ok(complete(&mut engine, request, each)?)
+    fn request(&self, prompt: Vec<u32>, ends: Vec<u32>) -> Request {
+        let SamplingConfig { temperature, top_k, tokens: max_tokens, .. } = self.config;
+        let sampling = Sampling { temperature, top_k, seed: self.seed, ..Sampling::default() };
+        Request { prompt, max_tokens, sampling, ends, overflow: Overflow::Slide }
     }
 
     /// The answer to a prompt, on a line of its own; dots follow where it does not end by itself.
-    fn answer(&self, prompt: Vec<u32>, turns: &Turns) -> anyhow::Result<String> {
-        let mut stream = TextStream::new(self.tokenizer, turns.stops.clone());
+    fn answer(
+        &self,
+        engine: &mut Engine,
+        tokenizer: &Tokenizer,
+        prompt: Vec<u32>,
+        turns: &Turns,
+    ) -> anyhow::Result<String> {
+        let mut stream = TextStream::new(tokenizer, turns.stops.clone());
         let (mut text, mut tokens) = (String::new(), 0);
-        self.write(prompt, turns.ends.clone(), |token| {
+        complete(engine, self.request(prompt, turns.ends.clone()), |token| {
             tokens += 1;
             text.push_str(&stream.push(token));
             !stream.stopped()
@@ -134,6 +138,11 @@ impl Writer<'_> {
         text.push_str(&stream.finish());
         Ok(format!("\n{}{}", text.trim(), if ended { "" } else { " …" }))
     }
+}
+
+/// The CPU, or else whatever there is.
+fn device() -> Result<ComputeDevice, DeviceError> {
+    ComputeDevice::open(DeviceChoice::Cpu).or_else(|_| ComputeDevice::open(DeviceChoice::Auto))
 }
 
 #[cfg(test)]

@@ -44,15 +44,22 @@ pub(super) fn read(path: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> a
     Ok(Initial { parameters: Arc::new(parameters), sha256 })
 }
 
+/// Model and tokenizer of the run, checkpoint or Hugging Face folder at `path`, without its parameters.
+fn described(path: &Path) -> anyhow::Result<(ModelConfig, Option<Tokenizer>)> {
+    if interchange::is_folder(path) {
+        let (model, tokenizer) = interchange::describe_folder(path)?;
+        return Ok((model, Some(tokenizer)));
+    }
+    let manifest = checkpoint::read_manifest(&inspect::locate(path)?)?;
+    Ok((manifest.model, manifest.tokenizer))
+}
+
 /// The tokenizer of the run, checkpoint or Hugging Face folder at `path`.
 ///
 /// # Errors
 /// If there is none.
 pub(super) fn tokenizer(path: &Path) -> anyhow::Result<Tokenizer> {
-    if interchange::is_folder(path) {
-        return Ok(interchange::read_folder(path)?.tokenizer);
-    }
-    let tokenizer = checkpoint::read_parameters(&inspect::locate(path)?)?.0.tokenizer;
+    let (_, tokenizer) = described(path)?;
     tokenizer.with_context(|| format!("init = \"{}\": the run's model reads no text", path.display()))
 }
 
@@ -61,11 +68,7 @@ pub(super) fn tokenizer(path: &Path) -> anyhow::Result<Tokenizer> {
 /// # Errors
 /// If there is none.
 pub(super) fn model_overrides(path: &Path) -> anyhow::Result<Vec<String>> {
-    let model = if interchange::is_folder(path) {
-        interchange::read_folder(path)?.model
-    } else {
-        checkpoint::read_parameters(&inspect::locate(path)?)?.0.model
-    };
+    let (model, _) = described(path)?;
     Ok(model_keys(&model)?.into_iter().map(|(key, value)| format!("model.{key}={value}")).collect())
 }
 

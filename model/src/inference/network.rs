@@ -13,9 +13,10 @@ use rayon::prelude::*;
 
 use super::cache::HeadCache;
 use super::matrix::{Matrix, Part};
-use super::rows::{Activation, Norm, turn};
+use super::rows::{Activation, Norm};
 use crate::config::{GptConfig, LlamaConfig, ModelConfig, RopeScaling};
 use crate::kernels::rotary_tables;
+use crate::kernels::rows::turn;
 use crate::layout::Layout;
 
 /// Queries of a sequence that one thread attends to at a time.
@@ -258,7 +259,7 @@ impl Network {
             if let Some(rotation) = &self.rotation {
                 let (cos, sin) = rotation.at(position, head_width / 2);
                 let heads = queries.chunks_exact_mut(head_width).chain(keys.chunks_exact_mut(head_width));
-                heads.for_each(|head| turn(head, cos, sin));
+                heads.for_each(|head| turn(head, cos, sin, 1.0));
             }
         }
         // Each head of a run, with its cache.

@@ -1,11 +1,11 @@
-//! What happens to each row by itself: norms, activations, rotation.
+//! What happens to each row by itself: norms and activations.
 
 use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::config::Gelu;
-use crate::kernels::elementary::{gelu, gelu_by_tanh, logistic};
-use crate::kernels::lanes::sum;
+use crate::kernels::elementary::{gelu, gelu_by_tanh};
+use crate::kernels::rows::{gate, mean_and_scale};
 
 /// Elements below which threads cost more than they bring.
 const WORTH_THREADS: usize = 1 << 14;
@@ -63,11 +63,8 @@ impl WithSimd for Normalise<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self) {
         let Norm { weight, bias, centred, epsilon } = self.norm;
-        let share = 1.0 / weight.len() as f32;
         for row in self.rows.chunks_exact_mut(weight.len()) {
-            let mean = if *centred { sum(row, row, |x, _| x) * share } else { 0.0 };
-            let variance = sum(row, row, |x, _| (x - mean) * (x - mean)) * share;
-            let scale = 1.0 / (variance + epsilon).sqrt();
+            let [mean, scale] = mean_and_scale(row, *centred, *epsilon);
             match bias {
                 Some(bias) => {
                     for ((x, weight), bias) in row.iter_mut().zip(weight).zip(bias) {
@@ -128,20 +125,7 @@ impl WithSimd for Gate<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self) {
-        for ((y, gate), up) in self.y.iter_mut().zip(self.gate).zip(self.up) {
-            *y = gate * logistic(*gate) * up;
-        }
-    }
-}
-
-/// Turns element i of a head's first half and element i of its second, as a point of the plane, by the angle of these
-/// cosines and sines `[D/2]`.
-pub(super) fn turn(head: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let (first, second) = head.split_at_mut(cos.len());
-    for ((first, second), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
-        let (x, y) = (*first, *second);
-        *first = x * cos - y * sin;
-        *second = y * cos + x * sin;
+        gate(self.y, self.gate, self.up);
     }
 }
 

@@ -44,6 +44,16 @@ pub fn is_folder(path: &Path) -> bool {
 /// # Errors
 /// Names the file, and the key or tensor, that is missing, or that no model here has.
 pub fn read_folder(folder: &Path) -> Result<Imported, InterchangeError> {
+    let (model, tokenizer) = describe_folder(folder)?;
+    let parameters = read_parameters(folder, &model)?;
+    Ok(Imported { model, parameters, tokenizer })
+}
+
+/// Reads what model such a folder holds, and its tokenizer, without the parameters.
+///
+/// # Errors
+/// As [`read_folder`]'s, but for tensors.
+pub fn describe_folder(folder: &Path) -> Result<(ModelConfig, Tokenizer), InterchangeError> {
     let path = folder.join(CONFIG);
     let Some(text) = hf_tokenizer_files::read_text(&path)? else {
         let problem = "is not there; give the folder of a model as transformers saves it";
@@ -52,14 +62,8 @@ pub fn read_folder(folder: &Path) -> Result<Imported, InterchangeError> {
     let refused = |problem| InterchangeError::refused(&path, problem);
     let config = HfConfig::parse(&text).map_err(refused)?;
     let model = config.model().map_err(refused)?;
-    let vocab_size = match &model {
-        ModelConfig::Gpt(gpt) => gpt.vocab_size,
-        ModelConfig::Llama(llama) => llama.vocab_size,
-        ModelConfig::Line(_) => 0,
-    };
-    let tokenizer = hf_tokenizer_files::read(folder, &config, vocab_size)?;
-    let parameters = read_parameters(folder, &model)?;
-    Ok(Imported { model, parameters, tokenizer })
+    let tokenizer = hf_tokenizer_files::read(folder, &config, model.vocab_size())?;
+    Ok((model, tokenizer))
 }
 
 /// A file of tensors in memory, as it is looked at.

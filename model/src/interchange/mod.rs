@@ -21,7 +21,7 @@ mod weights;
 use std::path::{Path, PathBuf};
 
 pub use self::element::ElementType;
-pub use self::folder::{Imported, is_folder, read_folder, write_folder};
+pub use self::folder::{Imported, describe_folder, is_folder, read_folder, write_folder};
 pub use self::gguf_model::write_gguf;
 pub use self::staged::StagedDir;
 use crate::config::{GptConfig, ModelConfig};

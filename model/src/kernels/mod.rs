@@ -9,6 +9,7 @@ mod key_cache;
 pub(crate) mod lanes;
 pub mod plain;
 mod positions;
+pub(crate) mod rows;
 #[cfg(all(test, feature = "cpu"))]
 mod tests;
 

@@ -67,7 +67,7 @@ impl Shape {
             "llama" => Self::of(llama([6, 6, 2, 384, 1024, 256, 65], true), 4),
             "stories" => Self::of(llama([2, 8, 4, 128, 384, 512, 2048], false), 4),
             run if Path::new(run).is_dir() => {
-                let model = checkpoint::read_parameters(&inspect::locate(Path::new(run))?)?.0.model;
+                let model = checkpoint::read_manifest(&inspect::locate(Path::new(run))?)?.model;
                 if let ModelConfig::Line(_) = model {
                     return Err(Usage(format!("{run}: its model is no Transformer")).into());
                 }

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::{CpuTensor, Operation, row_major, shape, tensor};
 use crate::kernels::lanes::sum;
+use crate::kernels::rows::mean_and_scale;
 
 /// Rows that one thread works on at a time, and whose share of the parameters' gradients is added up at once.
 const ROWS: usize = 64;
@@ -111,12 +112,9 @@ impl WithSimd for Forward<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self) {
         let width = self.weights.len();
-        let share = 1.0 / width as f32;
         let rows = self.x.chunks_exact(width).zip(self.y.chunks_exact_mut(width));
         for ((x, y), statistics) in rows.zip(self.statistics) {
-            let mean = if self.norm.centred { sum(x, x, |x, _| x) * share } else { 0.0 };
-            let variance = sum(x, x, |x, _| (x - mean) * (x - mean)) * share;
-            let scale = 1.0 / (variance + self.norm.epsilon).sqrt();
+            let [mean, scale] = mean_and_scale(x, self.norm.centred, self.norm.epsilon);
             *statistics = [mean, scale];
             match self.biases {
                 Some(biases) => {

@@ -7,6 +7,7 @@ use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{CpuTensor, Operation, row_major, shape};
+use crate::kernels::rows::turn;
 
 /// Turns `[B, H, T, D]`.
 #[derive(Clone, Debug)]
@@ -64,12 +65,7 @@ impl WithSimd for Turn<'_> {
         for (token, row) in self.head.chunks_exact_mut(self.width).enumerate() {
             let position = token - self.starts.map_or(0, |starts| starts[token] as usize);
             let (cos, sin) = (&self.cos[position * half..][..half], &self.sin[position * half..][..half]);
-            let (first, second) = row.split_at_mut(half);
-            for ((first, second), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
-                let (x, y, sin) = (*first, *second, sin * self.direction);
-                *first = x * cos - y * sin;
-                *second = y * cos + x * sin;
-            }
+            turn(row, cos, sin, self.direction);
         }
     }
 }

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::{CpuTensor, Operation, row_major, shape, tensor};
 use crate::kernels::elementary::logistic;
+use crate::kernels::rows::gate;
 
 /// Elements that one thread works on at a time.
 const BLOCK: usize = 1 << 14;
@@ -53,9 +54,7 @@ impl WithSimd for Forward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self) {
-        for ((value, gate), up) in self.value.iter_mut().zip(self.gate).zip(self.up) {
-            *value = gate * logistic(*gate) * up;
-        }
+        gate(self.value, self.gate, self.up);
     }
 }
 
