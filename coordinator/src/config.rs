@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lockstep_model::config::{BatchConfig, ModelConfig, OptimizerConfig, ScheduleConfig};
+use lockstep_model::config::{BatchConfig, ModelConfig, Objective, OptimizerConfig, ScheduleConfig};
 use lockstep_model::sampler::Source;
 use lockstep_model::step_filter::SkipConfig;
 use lockstep_model::tokenizer::Tokenizer;
@@ -22,6 +22,8 @@ pub struct RunConfig {
     pub seed: u64,
     /// The model.
     pub model: ModelConfig,
+    /// What it is trained for.
+    pub objective: Objective,
     /// Where it begins; `None`: drawn from the seed.
     pub initial: Option<Initial>,
     /// How text becomes tokens; `None` where the model reads no text.
@@ -141,6 +143,7 @@ impl RunConfig {
             recipe_toml: String::new(),
             seed: 1,
             model: ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }),
+            objective: Objective::NextToken,
             initial: None,
             tokenizer: None,
             source: Arc::new(Source::Line(LineSource { batch })),

@@ -241,7 +241,7 @@ mod tests {
     }
 
     fn apply(plane: &DataPlane, step: u64) {
-        plane.apply(step, 0.5, Sums { loss: 1.0, weight: 4.0 }, &Span::none());
+        plane.apply(step, 0.5, Sums { loss: 1.0, weight: 4.0, ..Sums::default() }, &Span::none());
     }
 
     const LEFT: Block = Block { level: 1, index: 0 };

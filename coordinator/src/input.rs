@@ -53,8 +53,10 @@ pub(crate) struct Finished {
     pub(crate) block: Block,
     pub(crate) sums: Sums,
     pub(crate) slot_sums: Vec<Sums>,
-    /// Digest of the gradient, as the worker says; `None` for an evaluation.
+    /// Digest of the gradient, as the worker says; `None` where there is none.
     pub(crate) digest: Option<[u8; 32]>,
+    /// Numbers of rows, for a reference.
+    pub(crate) row_values: Vec<f32>,
     /// L2 norm of the vector that was pushed for it; `None` if there is no such vector.
     pub(crate) norm: Option<f64>,
     /// Digest of the rows that were computed.

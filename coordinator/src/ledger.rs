@@ -141,7 +141,7 @@ impl LedgerFile {
         let sent = self.sent.remove(&(worker, lease));
         let Sent { task, name, slots, digests } =
             sent.with_context(|| format!("lease {lease} of worker {worker} counts, and was never sent"))?;
-        if task == Task::Evaluate {
+        if task != Task::Gradient {
             return Ok(());
         }
         for (slot, digest) in slots.zip(digests) {

@@ -15,7 +15,9 @@ pub mod journal;
 pub mod ledger;
 pub mod metrics;
 pub mod observe;
+mod pair_means;
 mod plot;
+pub mod references;
 mod report;
 mod run;
 pub mod run_dir;
@@ -28,5 +30,6 @@ mod trace;
 mod translate;
 
 pub use config::RunConfig;
+pub use pair_means::PairMeans;
 pub use run::{Summary, run};
 pub use trace::trace_id;

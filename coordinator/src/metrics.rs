@@ -7,6 +7,7 @@ use lockstep_model::number::or_nan;
 use serde::{Deserialize, Serialize};
 
 use crate::journal::{self, Entry, Journal};
+use crate::pair_means::PairMeans;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,6 +27,9 @@ pub struct StepLine {
     /// Mean loss over the step's batch, before the update; `null` in the file where it is NaN.
     #[serde(deserialize_with = "or_nan")]
     pub loss: f64,
+    /// Where pairs are learned from, what they are given.
+    #[serde(flatten)]
+    pub pairs: Option<PairMeans>,
     /// Tokens (or rows) trained on so far.
     pub tokens: u64,
     /// Learning rate.
@@ -63,6 +67,9 @@ pub struct ValidationLine {
     /// The same in bits for each byte of text; left out where that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub val_bits_per_byte: Option<f64>,
+    /// Where pairs are learned from, what they are given.
+    #[serde(flatten)]
+    pub pairs: Option<PairMeans>,
 }
 
 impl ValidationLine {
@@ -163,6 +170,7 @@ mod tests {
         Line::Step(StepLine {
             step,
             loss: 1.0,
+            pairs: None,
             tokens: step * 10,
             lr: 0.1,
             grad_norm: 1.0,
@@ -178,11 +186,11 @@ mod tests {
     }
 
     fn validation(step: u64) -> Line {
-        Line::Validation(ValidationLine { step, val_loss: 2.0, val_bits_per_byte: Some(1.5) })
+        Line::Validation(ValidationLine { step, val_loss: 2.0, val_bits_per_byte: Some(1.5), pairs: None })
     }
 
     fn validation_of(val_loss: f64) -> Line {
-        Line::Validation(ValidationLine { step: 1, val_loss, val_bits_per_byte: None })
+        Line::Validation(ValidationLine { step: 1, val_loss, val_bits_per_byte: None, pairs: None })
     }
 
     #[test]

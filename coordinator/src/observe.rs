@@ -6,6 +6,8 @@ use std::sync::Arc;
 use lockstep_model::checkpoint::Validation;
 use lockstep_proto::v1::SpanTiming;
 
+use crate::pair_means::PairMeans;
+
 /// Receives the run's events, in order, on the run's own task: it must not block.
 pub type Observer = Arc<dyn Fn(&RunEvent) + Send + Sync>;
 
@@ -54,6 +56,8 @@ pub enum RunEvent {
         step: u64,
         /// Mean loss.
         loss: f64,
+        /// Where pairs are learned from, what they are given.
+        pairs: Option<PairMeans>,
         /// Tokens (or rows) a second.
         tokens_per_sec: f64,
     },
@@ -65,7 +69,12 @@ pub enum RunEvent {
         step: u64,
     },
     /// A validation was measured.
-    Validation(Validation),
+    Validation {
+        /// What was measured.
+        validation: Validation,
+        /// Where pairs are learned from, what they are given.
+        pairs: Option<PairMeans>,
+    },
     /// A text was sampled.
     Sample(Sample),
     /// A checkpoint was written.

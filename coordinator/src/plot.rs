@@ -92,7 +92,8 @@ mod tests {
     fn a_curve_is_drawn_and_a_single_point_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("loss.svg");
-        let validation = |step, val_loss| Line::Validation(ValidationLine { step, val_loss, val_bits_per_byte: None });
+        let validation =
+            |step, val_loss| Line::Validation(ValidationLine { step, val_loss, val_bits_per_byte: None, pairs: None });
         loss_curve(&path, "run", &[validation(0, 4.0)]).unwrap();
         assert!(!path.exists());
         loss_curve(&path, "run", &[validation(0, 4.0), validation(10, f64::NAN), validation(20, 2.0)]).unwrap();

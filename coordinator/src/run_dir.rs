@@ -6,6 +6,7 @@
 //! RUN/recipe.toml      the recipe in full
 //! RUN/checkpoints/     step-000000123/ and so on
 //! RUN/metrics.jsonl    one line a step
+//! RUN/references.json  what the first version says of the rows that later ones are compared with
 //! RUN/ledger.jsonl     what each step was trained on
 //! RUN/loss.svg         the same as a picture
 //! RUN/samples.txt      text sampled while training
@@ -145,6 +146,11 @@ impl RunDir {
         ledger(&self.root)
     }
 
+    /// What the first version says of rows.
+    pub fn references(&self) -> PathBuf {
+        references(&self.root)
+    }
+
     /// The picture of the losses.
     pub fn loss_svg(&self) -> PathBuf {
         self.root.join("loss.svg")
@@ -232,6 +238,11 @@ pub fn metrics(root: &Path) -> PathBuf {
 /// Where the ledger of the run in `root` lies.
 pub fn ledger(root: &Path) -> PathBuf {
     root.join("ledger.jsonl")
+}
+
+/// Where that lies which the first version of the run in `root` says of rows.
+pub fn references(root: &Path) -> PathBuf {
+    root.join("references.json")
 }
 
 /// Where the checkpoints of the run in `root` lie.

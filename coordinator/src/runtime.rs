@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use lockstep_model::batch::Sums;
 use lockstep_model::checkpoint::{Manifest, Validation};
-use lockstep_model::digest::hex;
+use lockstep_model::digest::{hex, vector_sha256};
 use lockstep_model::layout::Layout;
 use lockstep_model::ledger::slot_sha256;
 use lockstep_model::schedule::learning_rate;
@@ -30,7 +30,9 @@ use crate::input::{Finished, Input};
 use crate::ledger::LedgerFile;
 use crate::metrics::{Line, Metrics, ValidationLine};
 use crate::observe::{Observer, RunEvent, Sample};
+use crate::pair_means::PairMeans;
 use crate::plot;
+use crate::references::{self, Collected};
 use crate::report;
 use crate::run::Summary;
 use crate::run_dir::RunDir;
@@ -76,7 +78,8 @@ pub(crate) struct Runtime {
     next_ticket: u64,
     /// What the next checkpoint will say, kept up to date.
     manifest: Manifest,
-    tokens_per_step: u64,
+    /// What the first version says of rows, as it comes in.
+    references: Collected,
     step: StepTimes,
     /// Loss and weight of the step that the data plane is applying.
     applying: Option<(Sums, f64)>,
@@ -88,13 +91,13 @@ pub(crate) struct Runtime {
 impl Runtime {
     /// A runtime where `start` says, whose threads report to `inputs`.
     pub(crate) fn new(
-        config: RunConfig,
+        mut config: RunConfig,
         start: Start,
         staging: Arc<Staging>,
         inputs: mpsc::UnboundedSender<Input>,
         observer: Observer,
     ) -> anyhow::Result<Self> {
-        let Start { run_dir, state, manifest, metrics, ledger, resumed } = start;
+        let Start { run_dir, state, manifest, metrics, ledger, references, resumed } = start;
         let rules = Rules {
             layout: Layout::of(&config.model),
             optimizer: config.optimizer.clone(),
@@ -122,11 +125,13 @@ impl Runtime {
                 move |sample| drop(inputs.send(Input::Sampled(sample))),
             )?),
         };
-        let tokens_per_slot = config.source.training_slot(1, 0).positions() as u64;
+        let engine = start::engine_config(&config, run_dir.identity(), &manifest, resumed);
+        if let Some(references) = references {
+            config.source = Arc::new(config.source.with_references(references));
+        }
         Ok(Self {
-            engine: Engine::new(start::engine_config(&config, run_dir.identity(), &manifest, resumed), Time::default()),
+            engine: Engine::new(engine, Time::default()),
             origin: Instant::now(),
-            tokens_per_step: tokens_per_slot * u64::from(config.batch.slots),
             config,
             run_dir,
             staging,
@@ -140,6 +145,7 @@ impl Runtime {
             joining: HashMap::new(),
             next_ticket: 0,
             manifest,
+            references: Collected::default(),
             step: StepTimes::none(),
             applying: None,
             judging: None,
@@ -305,6 +311,7 @@ impl Runtime {
             }
             Command::Accept { worker, lease, block, .. } => {
                 self.ledger.accept(worker, lease)?;
+                self.references.accept(worker, lease, block, &self.config.source)?;
                 if let Some(result) = self.judging.take() {
                     self.step.compute += result.compute;
                     self.step.upload += result.upload;
@@ -315,6 +322,7 @@ impl Runtime {
             }
             Command::Discard { worker, lease, reason } => {
                 self.ledger.discard(worker, lease);
+                self.references.discard(worker, lease);
                 if let Some(vector) = self.staging.take(worker, lease) {
                     self.staging.spare.give_back(vector);
                 }
@@ -344,8 +352,17 @@ impl Runtime {
                 let validation = Validation::new(step, sums.mean(), self.config.bytes_per_token);
                 self.manifest.validation = Some(validation);
                 let Validation { loss: val_loss, bits_per_byte: val_bits_per_byte, .. } = validation;
-                self.metrics.append(Line::Validation(ValidationLine { step, val_loss, val_bits_per_byte }))?;
-                self.tell(&RunEvent::Validation(validation));
+                let pairs = PairMeans::of(self.config.objective, sums);
+                self.metrics.append(Line::Validation(ValidationLine { step, val_loss, val_bits_per_byte, pairs }))?;
+                self.tell(&RunEvent::Validation { validation, pairs });
+            }
+            Command::RecordReferences => {
+                self.run_dir.fence().check()?;
+                let path = self.run_dir.references();
+                let collected = std::mem::take(&mut self.references);
+                let (references, sha256) = collected.finish(&start::reference_file(&path, &self.manifest))?;
+                self.config.source = Arc::new(self.config.source.with_references(references));
+                self.manifest.references_sha256 = Some(sha256);
             }
             Command::Sample { step } => {
                 if let Some(sampler) = self.sampler.as_ref().and_then(Background::sender) {
@@ -412,10 +429,12 @@ impl Runtime {
         let (slots, task) = match lease.task {
             Task::Gradient => (self.config.batch.slots, v1::lease::Task::Gradient(v1::GradientTask {})),
             Task::Evaluate => (self.config.evaluation.slots, v1::lease::Task::Evaluate(v1::EvaluateTask {})),
+            Task::Reference => (source.reference_slots(), v1::lease::Task::Reference(v1::ReferenceTask {})),
         };
         let batch = |slot| match lease.task {
             Task::Gradient => source.training_slot(lease.step, slot),
             Task::Evaluate => source.validation_slot(slot),
+            Task::Reference => source.reference_slot(slot),
         };
         let numbers = lease.block.slots(slots);
         let rows: Vec<_> = numbers.clone().map(|slot| (slot, batch(slot))).collect();
@@ -449,14 +468,27 @@ impl Runtime {
             tracing::warn!(worker = worker.0, "{reason}");
             return self.decide(Event::Declined { worker, lease: result.lease, reason });
         }
+        let row_values = std::mem::take(&mut result.row_values);
+        let (task, digest) = match row_values.is_empty() {
+            false => (Task::Reference, Some(vector_sha256(&row_values))),
+            true if result.digest.is_some() => (Task::Gradient, result.digest),
+            true => (Task::Evaluate, None),
+        };
+        if task == Task::Reference && self.engine.holds(worker, result.lease) {
+            if !references::fits(&self.config.source, result.block, row_values.len()) {
+                let reason = format!("its result for lease {} has {} rows", result.lease, row_values.len());
+                return self.decide(Event::Declined { worker, lease: result.lease, reason });
+            }
+            self.references.offer(worker, result.lease, row_values);
+        }
         let done = BlockDone {
             worker,
             lease: result.lease,
             step: result.step,
             version: result.version,
-            task: if result.digest.is_some() { Task::Gradient } else { Task::Evaluate },
+            task,
             block: result.block,
-            digest: result.digest,
+            digest,
             norm: result.norm,
             sums: result.sums,
             slot_sums: std::mem::take(&mut result.slot_sums),

@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use lockstep_model::batch::Sums;
+use lockstep_model::batch::{PairSums, Sums};
 use lockstep_model::tree::Block;
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::{self, push_message, worker_message};
@@ -275,13 +275,23 @@ impl Listener {
         let staged = self.staging.look(self.worker, lease);
         let norm = staged.filter(|(staged, _)| Some(*staged) == vector_digest).map(|(_, norm)| norm);
         let slot_sums = result.slot_loss_sums.iter().zip(&result.slot_weight_sums);
+        let of_slots = result.slot_pairs.iter().map(translate::pair_sums);
+        let slot_pairs = of_slots.chain(std::iter::repeat(PairSums::default()));
         Ok(Finished {
             lease,
             step: result.step,
             version: result.version,
             block: Block { level: block.level, index: block.index },
-            sums: Sums { loss: result.loss_sum, weight: result.weight_sum },
-            slot_sums: slot_sums.map(|(&loss, &weight)| Sums { loss, weight }).collect(),
+            sums: Sums {
+                loss: result.loss_sum,
+                weight: result.weight_sum,
+                pairs: result.pairs.as_ref().map(translate::pair_sums).unwrap_or_default(),
+            },
+            slot_sums: slot_sums
+                .zip(slot_pairs)
+                .map(|((&loss, &weight), pairs)| Sums { loss, weight, pairs })
+                .collect(),
+            row_values: result.row_values,
             digest: vector_digest,
             norm,
             batch_sha256,

@@ -1,6 +1,8 @@
 //! How a run starts, or goes on: from its configuration and what lies in its directory.
 
 use std::hash::BuildHasher as _;
+use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use lockstep_model::checkpoint::{self, Checkpoint, CheckpointError, Manifest};
@@ -17,6 +19,7 @@ use crate::dataplane::State;
 use crate::engine::{self, DeviceClass, EngineConfig};
 use crate::ledger::LedgerFile;
 use crate::metrics::Metrics;
+use crate::references::ReferenceFile;
 use crate::report;
 use crate::run_dir::{Identity, RunDir};
 use crate::service::unix_nanos;
@@ -30,6 +33,8 @@ pub(crate) struct Start {
     pub(crate) manifest: Manifest,
     pub(crate) metrics: Metrics,
     pub(crate) ledger: LedgerFile,
+    /// What the first version says of rows, if it was asked already.
+    pub(crate) references: Option<Arc<[f32]>>,
     /// Whether all this comes from a checkpoint.
     pub(crate) resumed: bool,
 }
@@ -97,6 +102,7 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
             config.schedule.steps
         );
     }
+    let references = known_references(config, &run_dir, &mut manifest)?;
     run_dir.write_recipe(&config.recipe_toml)?;
     let metrics = Metrics::open(&run_dir.metrics(), manifest.step, manifest.is_validated(), &manifest.metrics_seal)
         .context("the metrics of the run cannot be opened")?;
@@ -113,7 +119,37 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
         LedgerFile::open(&run_dir.ledger(), manifest.ledger, &manifest.ledger_seal, config.batch.slots, rows_per_step);
     let ledger = ledger.context("the ledger of the run cannot be opened")?;
     report::remove_after(&run_dir.reports(), manifest.step)?;
-    Ok(Start { run_dir, state, manifest, metrics, ledger, resumed })
+    Ok(Start { run_dir, state, manifest, metrics, ledger, references, resumed })
+}
+
+/// What the first version says of rows, if that is wanted and known; it must be what the run was trained with so far.
+fn known_references(
+    config: &RunConfig,
+    run_dir: &RunDir,
+    manifest: &mut Manifest,
+) -> anyhow::Result<Option<Arc<[f32]>>> {
+    if config.source.reference_slots() == 0 {
+        return Ok(None);
+    }
+    let path = run_dir.references();
+    let known = reference_file(&path, manifest).read(&config.source)?;
+    let sha256 = known.as_ref().map(|(_, sha256)| sha256);
+    if manifest.references_sha256.as_ref().is_some_and(|saved| Some(saved) != sha256) {
+        bail!(
+            "{}: is not there, or is not what the run was trained with; put its own file back, or start a new run",
+            path.display()
+        );
+    }
+    Ok(known.map(|(references, sha256)| {
+        manifest.references_sha256 = Some(sha256);
+        references
+    }))
+}
+
+/// Where it is kept.
+pub(crate) fn reference_file<'a>(path: &'a Path, manifest: &'a Manifest) -> ReferenceFile<'a> {
+    let params_sha256 = manifest.initial_sha256.as_deref().unwrap_or_default();
+    ReferenceFile { path, params_sha256, corpus_sha256: &manifest.corpus_sha256 }
 }
 
 /// Where a run goes on from a checkpoint: with the present recipe, which may differ in what no parameter depends on.
@@ -159,7 +195,7 @@ pub(crate) fn engine_config(
     manifest: &Manifest,
     resumed: bool,
 ) -> EngineConfig {
-    let slot_bytes = config.source.training_slot(1, 0).bytes();
+    let slot_bytes = config.source.slot_bytes();
     let fitting = (MAX_LEASE_BYTES / slot_bytes.max(1)).max(1) as u32;
     let start = match resumed {
         false => engine::Start::Fresh,
@@ -175,6 +211,7 @@ pub(crate) fn engine_config(
         total_steps: config.schedule.steps,
         slots: config.batch.slots,
         eval_slots: config.evaluation.slots,
+        reference_slots: if manifest.references_sha256.is_some() { 0 } else { config.source.reference_slots() },
         evaluate_every_steps: config.evaluation.every_steps,
         sample_every_steps: config.sampling.every_steps,
         checkpoint_every_steps: config.checkpoint.every_steps,
@@ -226,6 +263,7 @@ pub(crate) fn invitation(config: &RunConfig, identity: &Identity) -> v1::Invitat
         probe: probes,
         heartbeat_interval_ms: config.cluster.heartbeat_interval.as_millis() as u32,
         liveness_timeout_ms: config.cluster.liveness_timeout.as_millis() as u32,
+        objective: Some(translate::objective(config.objective)),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Domain to wire: what the coordinator says, in the contract's types.
 
-use lockstep_model::batch::{Batch, Column, Values};
-use lockstep_model::config::{Gelu, ModelConfig};
+use lockstep_model::batch::{Batch, Column, PairSums, Values};
+use lockstep_model::config::{DpoConfig, Gelu, ModelConfig, Objective};
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
 use lockstep_proto::v1;
@@ -22,6 +22,7 @@ pub(crate) fn model(model: &ModelConfig) -> v1::Model {
             gelu_tanh: gpt.gelu == Gelu::Tanh,
             norm_epsilon: gpt.norm_epsilon,
             dropout: gpt.dropout,
+            score_head: gpt.score_head,
         }),
         ModelConfig::Llama(llama) => v1::model::Kind::Llama(v1::Llama {
             vocab_size: llama.vocab_size as u32,
@@ -43,10 +44,29 @@ pub(crate) fn model(model: &ModelConfig) -> v1::Model {
                 high_freq_factor: scaling.high_freq_factor,
                 original_context: scaling.original_context,
             }),
+            score_head: llama.score_head,
         }),
         ModelConfig::Line(_) => v1::model::Kind::Line(v1::Line {}),
     };
     v1::Model { kind: Some(kind) }
+}
+
+/// What it is trained for.
+pub(crate) fn objective(objective: Objective) -> v1::Objective {
+    let kind = match objective {
+        Objective::NextToken => v1::objective::Kind::NextToken(v1::NextToken {}),
+        Objective::Reward => v1::objective::Kind::Reward(v1::Reward {}),
+        Objective::Dpo(DpoConfig { beta, label_smoothing }) => {
+            v1::objective::Kind::Dpo(v1::Dpo { beta, label_smoothing })
+        }
+    };
+    v1::Objective { kind: Some(kind) }
+}
+
+/// What a worker sums up of pairs.
+pub(crate) fn pair_sums(sums: &v1::PairSums) -> PairSums {
+    let v1::PairSums { accurate, chosen_reward, rejected_reward, chosen_log_prob, rejected_log_prob } = *sums;
+    PairSums { accurate, chosen_reward, rejected_reward, chosen_log_prob, rejected_log_prob }
 }
 
 /// The parameters' names and places.

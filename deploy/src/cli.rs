@@ -10,6 +10,7 @@ use lockstep_model::inference::Sampling;
 
 use crate::chaos::Fault;
 use crate::commands::{Usage, threads_each};
+use crate::examples::{Kind, Part};
 
 /// Train language models on whatever machines there are: every run is the same run.
 #[derive(Debug, Parser)]
@@ -43,6 +44,8 @@ pub(crate) enum Command {
     Check(Check),
     /// Show what a run or a checkpoint holds.
     Inspect(Inspect),
+    /// Make up stories, problems and preferences for a first run through all stages.
+    Examples(Examples),
     /// Turn texts into token shards that recipes train on.
     Prepare(Prepare),
     /// Make a run of a model in a Hugging Face folder.
@@ -66,8 +69,8 @@ pub(crate) enum Command {
 /// A recipe and what is changed in it.
 #[derive(Args, Debug)]
 pub(crate) struct RecipeArgs {
-    /// An embedded recipe (quickstart, quickstart-llama, shakespeare-char-cpu, shakespeare-char, line) or the path of a TOML file
-    /// [default: quickstart; with --resume, the run's own].
+    /// An embedded recipe (quickstart, quickstart-llama, sft, reward, dpo, shakespeare-char-cpu, shakespeare-char, line) or the
+    /// path of a TOML file [default: quickstart; with --resume, the run's own].
     pub(crate) recipe: Option<String>,
     /// Override a key of the recipe; may be given several times.
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -324,17 +327,35 @@ tokens after the question's: acc takes the highest sum, acc_norm the highest sum
 
 Examples:
   lockstep eval runs/quickstart-1 --data held-out.txt
-  lockstep eval runs/smollm --data held-out.jsonl --stride 512 --choices questions.jsonl --json"
+  lockstep eval runs/smollm --data held-out.jsonl --stride 512 --choices questions.jsonl --json
+  lockstep eval runs/dpo-1 --preferences held-out-pairs.jsonl --reference runs/sft-1"
 )]
 pub(crate) struct Eval {
     /// Directory of a run (its newest checkpoint is taken) or of a checkpoint.
     pub(crate) run: PathBuf,
     /// Texts to score, all of them as one.
-    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "choices")]
+    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present_any = ["choices", "problems", "preferences"])]
     pub(crate) data: Vec<PathBuf>,
     /// Questions to answer, each file by itself.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub(crate) choices: Vec<PathBuf>,
+    /// Conversations that end with an answer to compare with, each file by itself: whether the model's own answer has the same
+    /// last number, and ends by itself.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) problems: Vec<PathBuf>,
+    /// Tokens after which an answer to a problem is cut.
+    #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) answer_tokens: u32,
+    /// Pairs of answers to compare, each file by itself: by their scores, or by their log-probabilities.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) preferences: Vec<PathBuf>,
+    /// The run or checkpoint with which log-probabilities of answers are compared: that which a run of stage dpo began with
+    /// [default: none, so that the likelier answer is the better one].
+    #[arg(long, value_name = "RUN", requires = "preferences")]
+    pub(crate) reference: Option<PathBuf>,
+    /// By what a log-probability, compared so, is multiplied to be a reward.
+    #[arg(long, default_value_t = 0.1, value_parser = positive, requires = "preferences")]
+    pub(crate) beta: f64,
     /// How far each window of a long document begins after the one before, in tokens; what they share is read again and scored
     /// once [default: the model's context, so that they share nothing].
     #[arg(long, value_name = "TOKENS")]
@@ -420,6 +441,32 @@ pub(crate) struct Inspect {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Lines are a function of kind, part, seed and number. What is in the test part of problems and manners is in no training part,
+whatever the seeds.
+
+Examples:
+  lockstep examples stories --count 3000 --out stories.jsonl
+  lockstep examples problems --part test --count 500 --out problems-test.jsonl"
+)]
+pub(crate) struct Examples {
+    /// What to make up.
+    pub(crate) kind: Kind,
+    /// Lines.
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) count: u32,
+    /// What it is for.
+    #[arg(long, default_value = "train")]
+    pub(crate) part: Part,
+    /// Seed of all that is drawn.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// The file to write [default: standard output].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]

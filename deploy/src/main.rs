@@ -7,6 +7,7 @@ mod child;
 mod cli;
 mod commands;
 mod data;
+mod examples;
 mod interrupt;
 mod launcher;
 mod lifeline;

@@ -28,7 +28,7 @@ pub(crate) struct Plan {
     pub(crate) slots: u32,
     /// Sequences (rows) in each slot.
     pub(crate) sequences_per_slot: u32,
-    /// Tokens of a sequence; 1 for a row of the straight line.
+    /// Tokens of a sequence, of both answers where it is a pair; 1 for a row of the straight line.
     pub(crate) tokens_per_sequence: u64,
     /// Of a token in a batch.
     pub(crate) bytes_per_token: u64,
@@ -86,14 +86,14 @@ pub(crate) struct Step {
 }
 
 impl WorkerMemory {
-    /// Of a worker that computes all slots of a step.
-    pub(crate) fn of(model: &ModelConfig, batch: BatchConfig) -> Self {
+    /// Of a worker that computes all slots of a step, with so many rows for each sequence.
+    pub(crate) fn of(model: &ModelConfig, batch: BatchConfig, rows_per_sequence: usize) -> Self {
         let vector = Layout::of(model).len() as u64 * FLOAT_BYTES;
         let waiting_sums = u64::from(batch.slots.next_power_of_two().ilog2());
         Self {
             parameters: 2 * vector,
             gradients: (2 + waiting_sums) * vector,
-            activations: activation_bytes(model, u64::from(batch.sequences_per_slot)),
+            activations: activation_bytes(model, u64::from(batch.sequences_per_slot) * rows_per_sequence as u64),
         }
     }
 
@@ -134,9 +134,9 @@ impl Plan {
             steps: recipe.schedule.steps,
             slots: recipe.batch.slots,
             sequences_per_slot: recipe.batch.sequences_per_slot,
-            tokens_per_sequence: recipe.model.tokens_per_sequence() as u64,
+            tokens_per_sequence: (recipe.rows_per_sequence() * recipe.model.tokens_per_sequence()) as u64,
             bytes_per_token: recipe.bytes_per_token(),
-            worker: WorkerMemory::of(&model, recipe.batch),
+            worker: WorkerMemory::of(&model, recipe.batch, recipe.rows_per_sequence()),
             coordinator: CoordinatorMemory {
                 parameters: 2 * vector,
                 moments,

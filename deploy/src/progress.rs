@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use lockstep_coordinator::PairMeans;
 use lockstep_coordinator::observe::{RunEvent, Sample};
 use lockstep_model::checkpoint::Validation;
 
@@ -81,10 +82,10 @@ impl Shown {
                 self.print(&format!("worker {worker} left: {reason}"));
             }
             RunEvent::WorkerRefused { name, reason } => self.print(&format!("{name} was refused: {reason}")),
-            RunEvent::Step { step, loss, tokens_per_sec } => self.step(*step, *loss, *tokens_per_sec),
-            RunEvent::Validation(Validation { step, loss, bits_per_byte }) => {
+            RunEvent::Step { step, loss, pairs, tokens_per_sec } => self.step(*step, *loss, *pairs, *tokens_per_sec),
+            RunEvent::Validation { validation: Validation { step, loss, bits_per_byte }, pairs } => {
                 let bits = bits_per_byte.map_or(String::new(), |bits| format!(" · {bits:.4} bits per byte"));
-                self.print(&format!("step {step}: validation loss {loss:.4}{bits}"));
+                self.print(&format!("step {step}: validation loss {loss:.4}{bits}{}", pair_words(*pairs)));
                 if *step == self.first_step {
                     self.began = Instant::now();
                 }
@@ -103,15 +104,16 @@ impl Shown {
         }
     }
 
-    fn step(&mut self, step: u64, loss: f64, tokens_per_sec: f64) {
+    fn step(&mut self, step: u64, loss: f64, pairs: Option<PairMeans>, tokens_per_sec: f64) {
         let smooth = |mean: Option<f64>, new: f64| Some(mean.map_or(new, |mean| mean + SMOOTHING * (new - mean)));
         self.smoothed_loss = smooth(self.smoothed_loss, loss);
         self.tokens_per_sec = smooth(self.tokens_per_sec, tokens_per_sec);
         let done = (step - self.first_step).max(1);
         let left = self.began.elapsed().as_secs_f64() / done as f64 * self.total_steps.saturating_sub(step) as f64;
         let message = format!(
-            "loss {loss:.4} · smoothed {:.4} · {:.0} tokens/s · {} left · {} {}",
+            "loss {loss:.4} · smoothed {:.4}{} · {:.0} tokens/s · {} left · {} {}",
             self.smoothed_loss.unwrap_or(loss),
+            pair_words(pairs),
             self.tokens_per_sec.unwrap_or(tokens_per_sec),
             HumanDuration(Duration::from_secs_f64(left)),
             self.workers,
@@ -137,6 +139,11 @@ impl Shown {
             None => eprintln!("{text}"),
         }
     }
+}
+
+/// What to add to a loss of pairs.
+fn pair_words(pairs: Option<PairMeans>) -> String {
+    pairs.map_or(String::new(), |pairs| format!(" · {}", pairs.in_words()))
 }
 
 /// Prints a line on a terminal where another process may be drawing a bar: it takes the bar's place, and the bar comes back

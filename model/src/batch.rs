@@ -7,8 +7,10 @@ use serde::{Deserialize, Serialize};
 pub struct Sums {
     /// Sum of weighted losses: nats, or squared error.
     pub loss: f64,
-    /// Sum of the weights: how many tokens or rows count.
+    /// Sum of the weights: how many tokens, rows or pairs count.
     pub weight: f64,
+    /// Where pairs of answers are learned from: what is logged of them.
+    pub pairs: PairSums,
 }
 
 impl Sums {
@@ -22,7 +24,49 @@ impl std::ops::Add for Sums {
     type Output = Self;
 
     fn add(self, right: Self) -> Self {
-        Self { loss: self.loss + right.loss, weight: self.weight + right.weight }
+        Self { loss: self.loss + right.loss, weight: self.weight + right.weight, pairs: self.pairs + right.pairs }
+    }
+}
+
+/// Sums over pairs of answers, of which people prefer one: what is logged besides the loss.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PairSums {
+    /// Pairs whose preferred answer has the higher reward; half of one where both are equal.
+    pub accurate: f64,
+    /// Rewards of preferred answers.
+    pub chosen_reward: f64,
+    /// Rewards of the others.
+    pub rejected_reward: f64,
+    /// Log-probabilities of preferred answers, in nats; 0 where there is only a score.
+    pub chosen_log_prob: f64,
+    /// Log-probabilities of the others.
+    pub rejected_log_prob: f64,
+}
+
+impl PairSums {
+    /// How many numbers there are.
+    pub const COUNT: usize = 5;
+
+    /// All of them, in order.
+    pub fn to_array(self) -> [f64; Self::COUNT] {
+        let Self { accurate, chosen_reward, rejected_reward, chosen_log_prob, rejected_log_prob } = self;
+        [accurate, chosen_reward, rejected_reward, chosen_log_prob, rejected_log_prob]
+    }
+}
+
+impl From<[f64; Self::COUNT]> for PairSums {
+    fn from(numbers: [f64; Self::COUNT]) -> Self {
+        let [accurate, chosen_reward, rejected_reward, chosen_log_prob, rejected_log_prob] = numbers;
+        Self { accurate, chosen_reward, rejected_reward, chosen_log_prob, rejected_log_prob }
+    }
+}
+
+impl std::ops::Add for PairSums {
+    type Output = Self;
+
+    fn add(self, right: Self) -> Self {
+        let (left, right) = (self.to_array(), right.to_array());
+        Self::from(std::array::from_fn(|i| left[i] + right[i]))
     }
 }
 
@@ -30,8 +74,11 @@ impl std::ops::Add for Sums {
 ///
 /// A Transformer reads `tokens` and `targets`, u32 `[rows, length]`, and where present `weights`, f32 `[rows, length]`,
 /// by which each position's loss counts (1 where absent), and `segments`, u32 `[rows, length]`: consecutive positions of a
-/// row with one number are a document, or a conversation, of its own (a row is one where absent). The straight line reads
-/// `x` and `y`, f32 `[rows, 1]`.
+/// row with one number are a document, or a conversation, of its own (a row is one where absent). Where it learns from
+/// [pairs](crate::preference), row 2i is the preferred answer of pair i and row 2i + 1 the other one: `weights` are 1 at
+/// the answer's tokens, or, for a score, at the one position of each row where it is read; and `references`, f32
+/// `[rows, 1]`, where present, are log-probabilities by the reference (0 where absent). The straight line reads `x` and `y`,
+/// f32 `[rows, 1]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// The columns, in a fixed order.
@@ -43,7 +90,7 @@ pub struct Batch {
 pub struct Column {
     /// What it holds, e.g. `tokens`.
     pub name: String,
-    /// `[rows, length]`.
+    /// `[rows, length]`, or `[rows, 1]` for what belongs to rows.
     pub shape: [usize; 2],
     /// The elements.
     pub values: Values,
@@ -134,7 +181,7 @@ impl Batch {
 
     /// Bytes of all elements.
     pub fn bytes(&self) -> usize {
-        4 * self.positions() * self.columns.len()
+        self.columns.iter().map(|column| 4 * column.shape.iter().product::<usize>()).sum()
     }
 
     fn column(&self, name: &'static str) -> Result<Option<(&Values, [usize; 2])>, BatchError> {
@@ -143,7 +190,10 @@ impl Batch {
             Values::U32(values) => values.len(),
             Values::F32(values) => values.len(),
         };
-        if column.shape[0].checked_mul(column.shape[1]) != Some(found) || column.shape != self.columns[0].shape {
+        let [rows, length] = column.shape;
+        let [all_rows, full_length] = self.columns[0].shape;
+        let fits = rows == all_rows && (length == full_length || length == 1);
+        if rows.checked_mul(length) != Some(found) || !fits {
             return Err(BatchError::Shape { name: column.name.clone(), shape: column.shape, found });
         }
         Ok(Some((&column.values, column.shape)))

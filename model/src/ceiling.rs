@@ -35,7 +35,7 @@ pub fn layers(model: &ModelConfig, rows: usize, length: usize) -> Vec<Layers> {
     let layout = Layout::of(model);
     let multiplies = |name: &str| match name {
         "wpe.weight" => false,
-        "wte.weight" | "embed_tokens.weight" => tied_head,
+        "wte.weight" | "embed_tokens.weight" => tied_head && !model.has_score_head(),
         _ => true,
     };
     let attention = Layers { rows: length, inputs: head_width, outputs: length.div_ceil(2), count: 2 };
@@ -140,6 +140,7 @@ mod tests {
             width: 128,
             bias: true,
             tied_head: false,
+            score_head: false,
             gelu: Gelu::Exact,
             norm_epsilon: 1e-5,
             dropout: 0.0,

@@ -8,13 +8,13 @@ use std::sync::{Mutex, PoisonError};
 use burn::tensor::{Device, Tensor, TensorData, Transaction};
 
 use crate::batch::{Batch, BatchError, Sums};
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, Objective};
 use crate::device::ComputeDevice;
 use crate::dropout::Dropout;
 use crate::kernels::{self, KeyCache, Positions, logits};
 use crate::layout::{Layout, TensorSpec};
 use crate::leaves::{Leaf, add_on_device};
-use crate::network::{KeptPositions, Network};
+use crate::network::{KeptPositions, Network, PendingSums};
 use crate::traffic::{self, upload};
 use crate::tree::{add_vectors, sum_leaves};
 
@@ -73,6 +73,7 @@ pub struct BlockGradient {
 #[derive(Debug)]
 pub struct Computer {
     model: ModelConfig,
+    objective: Objective,
     layout: Layout,
     device: Device,
     /// Whether sums may be made on the device, to the bits that they have here.
@@ -85,12 +86,6 @@ pub struct Computer {
     spare: Mutex<Vec<f32>>,
 }
 
-/// A slot's loss, still on the device: `[1]`, and the weight it is to be divided by.
-struct PendingLoss {
-    loss: Tensor<1>,
-    weight: f64,
-}
-
 impl Computer {
     /// A computer for `model`, with all parameters 0 until [`Self::load`].
     pub fn new(model: &ModelConfig, device: &ComputeDevice) -> Self {
@@ -99,6 +94,7 @@ impl Computer {
         tracing::debug!("{}: gradients of a block's slots are added {place}", device.description);
         Self {
             model: model.clone(),
+            objective: Objective::NextToken,
             layout: Layout::of(model),
             device: device.handle().clone().autodiff(),
             adds_exactly,
@@ -107,6 +103,11 @@ impl Computer {
             kept: Default::default(),
             spare: Mutex::default(),
         }
+    }
+
+    /// The same, to compute the losses of `objective`; else of the next token.
+    pub fn with_objective(self, objective: Objective) -> Self {
+        Self { objective, ..self }
     }
 
     /// The flat vector's layout.
@@ -208,7 +209,7 @@ impl Computer {
     /// Starts forward and backward of one slot: its loss, and the gradient of each trainable tensor, on the device. On the
     /// CPU backend it runs as one of the threads that operations are split among, so that none of these has to wake
     /// another; a GPU is better asked by one thread, as each has memory of its own there.
-    fn backward(&self, slot: (&Batch, SlotKey)) -> Result<(PendingLoss, Vec<Leaf>), ComputeError> {
+    fn backward(&self, slot: (&Batch, SlotKey)) -> Result<(PendingSums, Vec<Leaf>), ComputeError> {
         if !self.on_cpu {
             return self.backward_here(slot);
         }
@@ -216,15 +217,16 @@ impl Computer {
         rayon::scope(|_| span.in_scope(|| self.backward_here(slot)))
     }
 
-    fn backward_here(&self, (batch, key): (&Batch, SlotKey)) -> Result<(PendingLoss, Vec<Leaf>), ComputeError> {
+    fn backward_here(&self, (batch, key): (&Batch, SlotKey)) -> Result<(PendingSums, Vec<Leaf>), ComputeError> {
         let forward = tracing::info_span!(target: "lockstep", "forward", step = key.step, slot = key.slot).entered();
-        let (loss, weight) = self.network(&self.leaves, &self.kept[0]).loss(batch, Some(key), &self.device)?;
+        let network = self.network(&self.leaves, &self.kept[0]);
+        let (loss, sums) = network.loss(batch, key, self.objective, &self.device)?;
         drop(forward);
         let _backward = tracing::info_span!(target: "lockstep", "backward", step = key.step, slot = key.slot).entered();
         let mut gradients = loss.backward();
         let trainable = self.leaves.iter().filter(|leaf| leaf.is_trainable());
         let gradient = trainable.map(|leaf| leaf.gradient(&mut gradients)).collect();
-        Ok((PendingLoss { loss: loss.inner(), weight }, gradient))
+        Ok((sums, gradient))
     }
 
     /// The flat vector of the trainable tensors' gradients. Frozen tensors have gradient 0.
@@ -260,8 +262,7 @@ impl Computer {
         let network = self.network(&leaves, &self.kept[1]);
         let loss = |batch: Result<&Batch, ComputeError>| {
             let _forward = tracing::info_span!(target: "lockstep", "forward").entered();
-            let (loss, weight) = network.loss(batch?, None, &device)?;
-            Ok(PendingLoss { loss, weight })
+            network.sums(batch?, self.objective, &device)
         };
         let losses = batches.map(loss).collect::<Result<_, ComputeError>>()?;
         Ok(read(losses, Vec::new())?.0)
@@ -285,8 +286,21 @@ impl Computer {
             return Err(ComputeError::Input("the straight line reads no text; choose a Transformer's run".into()));
         };
         let losses = text.row_losses(batch, &device)?;
-        let losses = losses.into_iter().map(|(loss, weight)| PendingLoss { loss, weight }).collect();
+        let losses = losses.into_iter().map(|(loss, weight)| PendingSums::Device(loss, weight)).collect();
         Ok(read(losses, Vec::new())?.0)
+    }
+
+    /// Of each row of a slot of text the log-probability of what counts in it, or its score if the model gives such; dropout
+    /// inactive.
+    ///
+    /// # Errors
+    /// If the model is no Transformer, the batch does not fit it, or the device fails.
+    pub fn row_values(&self, batch: &Batch) -> Result<Vec<f32>, ComputeError> {
+        let (device, leaves) = self.inference();
+        let Network::Text(text) = self.network(&leaves, &self.kept[1]) else {
+            return Err(ComputeError::Input("the straight line reads no text; choose a Transformer's run".into()));
+        };
+        text.row_values(batch, &device)
     }
 
     /// The logits after the last of `tokens` (1 to `context` of them), one for each vocabulary entry.
@@ -356,26 +370,32 @@ impl Computer {
 }
 
 /// Reads losses and tensors back, in one go, after all work before it is done.
-fn read(losses: Vec<PendingLoss>, tensors: Vec<Leaf>) -> Result<(Vec<Sums>, Vec<TensorData>), ComputeError> {
+fn read(pending: Vec<PendingSums>, tensors: Vec<Leaf>) -> Result<(Vec<Sums>, Vec<TensorData>), ComputeError> {
     let _read = tracing::info_span!(target: "lockstep", "read back").entered();
-    let weights: Vec<f64> = losses.iter().map(|pending| pending.weight).collect();
-    let read = losses.into_iter().fold(Transaction::default(), |read, pending| read.register(pending.loss));
+    let losses = pending.iter().filter_map(|pending| match pending {
+        PendingSums::Device(loss, _) => Some(loss.clone()),
+        PendingSums::Known(_) => None,
+    });
+    let read = losses.fold(Transaction::default(), Transaction::register);
     let read = tensors.into_iter().fold(read, |read, tensor| tensor.register(read));
     let data = read.try_execute().map_err(|error| ComputeError::Device(error.to_string()))?;
     data.iter().for_each(traffic::read);
     let mut data = data.into_iter();
-    let sums = weights.into_iter().map(|weight| {
-        let loss = data.next();
-        let loss = loss.as_ref().map_or(Ok(&[][..]), floats)?.first();
-        let loss = *loss.ok_or_else(|| ComputeError::Device("no loss came back".into()))?;
-        Ok(Sums { loss: f64::from(loss), weight })
+    let sums = pending.into_iter().map(|pending| match pending {
+        PendingSums::Known(sums) => Ok(sums),
+        PendingSums::Device(_, weight) => {
+            let loss = data.next();
+            let loss = loss.as_ref().map_or(Ok(&[][..]), floats)?.first();
+            let loss = *loss.ok_or_else(|| ComputeError::Device("no loss came back".into()))?;
+            Ok(Sums { loss: f64::from(loss), weight, ..Sums::default() })
+        }
     });
     let sums = sums.collect::<Result<_, ComputeError>>()?;
     Ok((sums, data.collect()))
 }
 
 /// Read-back data as f32.
-fn floats(data: &TensorData) -> Result<&[f32], ComputeError> {
+pub(crate) fn floats(data: &TensorData) -> Result<&[f32], ComputeError> {
     data.as_slice().map_err(|error| ComputeError::Device(format!("data came back in another type: {error:?}")))
 }
 
@@ -383,7 +403,9 @@ fn floats(data: &TensorData) -> Result<&[f32], ComputeError> {
 mod tests {
     use super::*;
     use crate::batch::{Column, Values};
-    use crate::config::{AdamwConfig, Gelu, GptConfig, LineConfig, LlamaConfig, OptimizerConfig, UpdateRule};
+    use crate::config::{
+        AdamwConfig, DpoConfig, Gelu, GptConfig, LineConfig, LlamaConfig, OptimizerConfig, UpdateRule,
+    };
     use crate::device::DeviceChoice;
     use crate::layout::initial_parameters;
     use crate::optimizer::{self, OptimizerState};
@@ -400,6 +422,7 @@ mod tests {
             width: 16,
             bias: true,
             tied_head: false,
+            score_head: false,
             gelu: Gelu::Exact,
             norm_epsilon: 1e-5,
             dropout,
@@ -418,6 +441,7 @@ mod tests {
             ffn_width: 24,
             qk_norm: true,
             tied_head: true,
+            score_head: false,
             rope_theta: 100.0,
             rope_scaling: None,
             norm_epsilon: 1e-5,
@@ -433,6 +457,28 @@ mod tests {
         let mut columns = vec![column("tokens", Values::U32(tokens)), column("targets", Values::U32(targets))];
         columns.extend(weights.map(|weights| column("weights", Values::F32(weights))));
         Batch { columns }
+    }
+
+    fn scoring(model: ModelConfig) -> ModelConfig {
+        match model {
+            ModelConfig::Gpt(gpt) => ModelConfig::Gpt(GptConfig { score_head: true, ..gpt }),
+            ModelConfig::Llama(llama) => ModelConfig::Llama(LlamaConfig { score_head: true, ..llama }),
+            line => line,
+        }
+    }
+
+    /// Two pairs, of which positions count, or one of each row where a score is read.
+    fn pairs(scores: bool) -> Batch {
+        let answers = [2..7, 4..6, 0..8, 7..8].into_iter().enumerate();
+        let mut weights = vec![0.0; 32];
+        for (row, answer) in answers {
+            let answer = if scores { answer.end - 1..answer.end } else { answer };
+            weights[row * 8..][answer].fill(1.0);
+        }
+        let mut batch = batch(4, Some(weights));
+        let references = Values::F32(vec![-15.0, -5.0, -20.0, -1.0]);
+        batch.columns.push(Column { name: "references".into(), shape: [4, 1], values: references });
+        batch
     }
 
     fn computer(model: &ModelConfig, parameters: &[f32]) -> Computer {
@@ -462,13 +508,20 @@ mod tests {
     /// Central differences along a random direction within each tensor, against the gradient.
     #[test]
     fn gradients_are_finite_differences() {
-        for (model, batch) in [
-            (gpt(0.0), batch(3, Some((0..24).map(|i| [1.0, 0.5, 0.0, 2.0][i % 4]).collect()))),
-            (gpt(0.3), batch(3, None)),
-            (llama(0.0), batch(3, Some((0..24).map(|i| [1.0, 0.5, 0.0, 2.0][i % 4]).collect()))),
-            (llama(0.3), batch(3, None)),
+        let weighted = || batch(3, Some((0..24).map(|i| [1.0, 0.5, 0.0, 2.0][i % 4]).collect()));
+        let dpo = Objective::Dpo(DpoConfig { beta: 0.7, label_smoothing: 0.1 });
+        for (model, objective, batch) in [
+            (gpt(0.0), Objective::NextToken, weighted()),
+            (gpt(0.3), Objective::NextToken, batch(3, None)),
+            (llama(0.0), Objective::NextToken, weighted()),
+            (llama(0.3), Objective::NextToken, batch(3, None)),
+            (scoring(gpt(0.3)), Objective::Reward, pairs(true)),
+            (scoring(llama(0.0)), Objective::Reward, pairs(true)),
+            (gpt(0.3), dpo, pairs(false)),
+            (llama(0.0), dpo, pairs(false)),
         ] {
             let parameters = lively_parameters(&model);
+            let computer = |model: &_, parameters: &_| computer(model, parameters).with_objective(objective);
             let gradient = computer(&model, &parameters).gradient(&batch, KEY).unwrap().gradient;
             for (index, tensor) in Layout::of(&model).tensors.iter().enumerate() {
                 let mut direction = vec![0.0; tensor.elements()];
@@ -516,6 +569,34 @@ mod tests {
             assert!((loss / whole.sums.loss - 1.0).abs() < 1e-6);
             assert!(crate::pieces::l2_norm(&difference) < 1e-5 * crate::pieces::l2_norm(&whole.gradient));
         }
+    }
+
+    #[test]
+    fn a_row_is_worth_what_its_positions_are() {
+        for model in [gpt(0.3), llama(0.3)] {
+            let computer = computer(&model, &lively_parameters(&model));
+            let values = computer.row_values(&pairs(false)).unwrap();
+            let losses = computer.row_losses(&pairs(false)).unwrap();
+            assert!(
+                values.iter().zip(&losses).all(|(value, sums)| f64::from(-value) == sums.loss),
+                "{values:?} {losses:?}"
+            );
+            let dpo = DpoConfig { beta: 0.7, label_smoothing: 0.0 };
+            let computer = computer.with_objective(Objective::Dpo(dpo));
+            let sums = computer.loss(&pairs(false)).unwrap();
+            assert_eq!(sums, crate::preference::dpo_loss(&values, &[-15.0, -5.0, -20.0, -1.0], dpo).sums);
+        }
+    }
+
+    #[test]
+    fn an_objective_needs_the_head_that_it_is_about() {
+        let refused = |model: ModelConfig, objective| {
+            let parameters = lively_parameters(&model);
+            let computer = computer(&model, &parameters).with_objective(objective);
+            computer.gradient(&pairs(objective == Objective::Reward), KEY).unwrap_err().to_string()
+        };
+        assert!(refused(scoring(gpt(0.0)), Objective::NextToken).contains("scores texts"));
+        assert!(refused(gpt(0.0), Objective::Reward).contains("predicts tokens"));
     }
 
     #[test]
@@ -616,7 +697,7 @@ mod tests {
             bias += error + error;
         }
         assert_eq!(slot.gradient, [weight, bias]);
-        assert_eq!(slot.sums, Sums { loss: f64::from(loss), weight: 5.0 });
+        assert_eq!(slot.sums, Sums { loss: f64::from(loss), weight: 5.0, ..Sums::default() });
     }
 
     #[test]

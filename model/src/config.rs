@@ -33,6 +33,9 @@ pub struct GptConfig {
     pub bias: bool,
     /// Whether the output head shares the token embedding's weights.
     pub tied_head: bool,
+    /// Whether a score takes the place of logits: the head is one row of its own, whatever `tied_head` says.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub score_head: bool,
     /// Which GELU.
     pub gelu: Gelu,
     /// Added to the variance in layer norms.
@@ -65,6 +68,9 @@ pub struct LlamaConfig {
     pub qk_norm: bool,
     /// Whether the output head shares the token embedding's weights.
     pub tied_head: bool,
+    /// Whether a score takes the place of logits: the head is one row of its own, whatever `tied_head` says.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub score_head: bool,
     /// Base of the rotation's wave lengths.
     pub rope_theta: f64,
     /// How the rotation is slowed down for longer contexts; `None`: not at all.
@@ -123,6 +129,15 @@ impl ModelConfig {
         }
     }
 
+    /// Whether it scores texts, and gives no logits.
+    pub fn has_score_head(&self) -> bool {
+        match self {
+            Self::Gpt(gpt) => gpt.score_head,
+            Self::Llama(llama) => llama.score_head,
+            Self::Line(_) => false,
+        }
+    }
+
     /// Distinct tokens; 0 of a model that reads none.
     pub fn vocab_size(&self) -> usize {
         match self {
@@ -131,6 +146,28 @@ impl ModelConfig {
             Self::Line(_) => 0,
         }
     }
+}
+
+/// What a model is trained for: which loss is made of what its network gives.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Objective {
+    /// Each next token: the weighted sum of cross-entropies (or, of the straight line, of squared errors).
+    #[default]
+    NextToken,
+    /// That a score tells the better of two answers ([`reward_loss`](crate::preference::reward_loss)).
+    Reward,
+    /// That the better of two answers becomes likelier than the other
+    /// ([`dpo_loss`](crate::preference::dpo_loss)).
+    Dpo(DpoConfig),
+}
+
+/// Settings of direct preference optimisation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DpoConfig {
+    /// How dear it is to move away from the reference; positive.
+    pub beta: f64,
+    /// The probability that a preference is the wrong way round, in `[0, 0.5)`.
+    pub label_smoothing: f64,
 }
 
 /// The activation of GPT-2's feed-forward layers (Hendrycks and Gimpel, arXiv:1606.08415).

@@ -24,6 +24,12 @@ pub struct Malformed {
     expected: &'static str,
 }
 
+impl Malformed {
+    pub(crate) fn new(found: String, expected: &'static str) -> Self {
+        Self { found, expected }
+    }
+}
+
 /// All forms, for an object that has none of them.
 const FORMS: &str = "an object with messages, conversations, instruction and output, prompt and completion, or question \
                      and answer";
@@ -71,12 +77,17 @@ pub fn conversations(object: &Value) -> Result<Vec<Vec<Message>>, Malformed> {
     Ok(all)
 }
 
-fn message(role: &str, content: &str) -> Message {
+/// A message of so and so.
+pub(crate) fn message(role: &str, content: &str) -> Message {
     Message { role: role.into(), content: content.into() }
 }
 
 /// Turns in a list of objects, in which `keys` name speaker and text.
-fn turns(list: &Value, expected: &'static str, [speaker, said]: [&str; 2]) -> Result<Vec<Message>, Malformed> {
+pub(crate) fn turns(
+    list: &Value,
+    expected: &'static str,
+    [speaker, said]: [&str; 2],
+) -> Result<Vec<Message>, Malformed> {
     let Value::Array(turns) = list else {
         return Err(Malformed { found: format!("the turns are {}", kind(list)), expected });
     };
@@ -120,14 +131,19 @@ fn instructions(fields: &Map<String, Value>) -> Result<Vec<Vec<Message>>, Malfor
 }
 
 /// The message of a `system` text, if there is one.
-fn system(fields: &Map<String, Value>, expected: &'static str) -> Result<Vec<Message>, Malformed> {
+pub(crate) fn system(fields: &Map<String, Value>, expected: &'static str) -> Result<Vec<Message>, Malformed> {
     match fields.get("system") {
         None | Some(Value::Null) => Ok(Vec::new()),
         Some(_) => Ok(vec![message("system", text(fields, "system", expected)?)]),
     }
 }
 
-fn required<'a>(fields: &'a Map<String, Value>, key: &str, expected: &'static str) -> Result<&'a Value, Malformed> {
+/// What a key holds.
+pub(crate) fn required<'a>(
+    fields: &'a Map<String, Value>,
+    key: &str,
+    expected: &'static str,
+) -> Result<&'a Value, Malformed> {
     fields.get(key).ok_or_else(|| Malformed { found: format!("there is no {key}"), expected })
 }
 
@@ -137,7 +153,7 @@ fn text<'a>(fields: &'a Map<String, Value>, key: &str, expected: &'static str) -
 }
 
 /// What a value is, in words.
-fn kind(value: &Value) -> &'static str {
+pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "true or false",

@@ -18,7 +18,7 @@ pub(crate) struct Gpt {
     wpe: Tensor<2>, // [T, C]
     blocks: Vec<Block>,
     ln_f: Norm,
-    lm_head: Tensor<2>, // [V, C]
+    head: Tensor<2>, // [V, C]; of a score [1, C]
 }
 
 #[derive(Clone, Debug)]
@@ -59,8 +59,8 @@ impl Gpt {
         });
         let blocks = blocks.collect();
         let ln_f = Norm::assemble(leaves, bias);
-        let lm_head = if config.tied_head { wte.clone() } else { leaves.matrix() };
-        Self { config: config.clone(), wte, wpe, blocks, ln_f, lm_head }
+        let head = if config.tied_head && !config.score_head { wte.clone() } else { leaves.matrix() };
+        Self { config: config.clone(), wte, wpe, blocks, ln_f, head }
     }
 
     /// The last layer's normalised output, `[B·T, C]`, for `tokens` `[B, T]`.
@@ -82,9 +82,9 @@ impl Gpt {
         self.ln_f.forward(x, &self.config).reshape([tokens.len(), self.config.width])
     }
 
-    /// What makes logits of it, `[V, C]`.
+    /// What makes logits of it, `[V, C]`, or a score, `[1, C]`.
     pub(crate) fn head(&self) -> Tensor<2> {
-        self.lm_head.clone()
+        self.head.clone()
     }
 }
 

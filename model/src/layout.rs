@@ -10,6 +10,9 @@ use crate::random::{Stream, normal};
 /// Standard deviation of the initial weights of matrices and embeddings (GPT-2).
 const INIT_STD: f64 = 0.02;
 
+/// The head of a model that scores texts, `[1, C]`.
+pub const SCORE_HEAD: &str = "score.weight";
+
 /// Names, shapes and places of all tensors in the flat vector, in order and without gaps.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
@@ -45,7 +48,8 @@ impl TensorSpec {
 
     /// Whether it is a matrix that turns activations into activations: no vector, no embedding and no head.
     pub fn is_hidden_matrix(&self) -> bool {
-        const EMBEDDINGS_AND_HEADS: [&str; 4] = ["wte.weight", "wpe.weight", "embed_tokens.weight", "lm_head.weight"];
+        const EMBEDDINGS_AND_HEADS: [&str; 5] =
+            ["wte.weight", "wpe.weight", "embed_tokens.weight", "lm_head.weight", SCORE_HEAD];
         self.shape.len() == 2 && !EMBEDDINGS_AND_HEADS.contains(&self.name.as_str())
     }
 }
@@ -88,9 +92,7 @@ impl Layout {
             self.push_affine(&format!("h.{i}.mlp.c_proj"), &[4 * c, c], gpt.bias);
         }
         self.push_affine("ln_f", &[c], gpt.bias);
-        if !gpt.tied_head {
-            self.push("lm_head.weight".into(), &[v, c]);
-        }
+        self.push_head(gpt.score_head, gpt.tied_head, v, c);
     }
 
     fn push_llama(&mut self, llama: &LlamaConfig) {
@@ -114,7 +116,14 @@ impl Layout {
             self.push(format!("layers.{i}.mlp.down_proj.weight"), &[ffn_width, width]);
         }
         self.push("norm.weight".into(), &[width]);
-        if !llama.tied_head {
+        self.push_head(llama.score_head, llama.tied_head, vocab_size, width);
+    }
+
+    /// A head of its own, if the model has one.
+    fn push_head(&mut self, scores: bool, tied: bool, vocab_size: usize, width: usize) {
+        if scores {
+            self.push(SCORE_HEAD.into(), &[1, width]);
+        } else if !tied {
             self.push("lm_head.weight".into(), &[vocab_size, width]);
         }
     }
@@ -136,7 +145,8 @@ impl Layout {
 /// The parameters a run starts from: a pure function of model and seed.
 ///
 /// Transformers: matrices and embeddings from N(0, 0.02²), those that write to the residual stream (`c_proj`, `o_proj`,
-/// `down_proj`) from N(0, (0.02 / √(2·layers))²) (Radford et al. 2019); norms at 1, biases at 0. Line: as configured.
+/// `down_proj`) from N(0, (0.02 / √(2·layers))²) (Radford et al. 2019); norms at 1, biases and a score's head at 0. Line: as
+/// configured.
 pub fn initial_parameters(model: &ModelConfig, seed: u64) -> Vec<f32> {
     let layout = Layout::of(model);
     let layers = match model {
@@ -152,6 +162,7 @@ pub fn initial_parameters(model: &ModelConfig, seed: u64) -> Vec<f32> {
         match tensor.shape.len() {
             1 if tensor.name.ends_with(".bias") => {}
             1 => values.fill(1.0),
+            _ if tensor.name == SCORE_HEAD => {}
             _ => {
                 let residual = writes_residual.iter().any(|name| tensor.name.ends_with(name));
                 let std = if residual { residual_std } else { INIT_STD };
@@ -176,6 +187,7 @@ mod tests {
             width: 128,
             bias: false,
             tied_head: true,
+            score_head: false,
             gelu: Gelu::Exact,
             norm_epsilon: 1e-5,
             dropout: 0.0,
@@ -194,6 +206,7 @@ mod tests {
             ffn_width: 320,
             qk_norm: true,
             tied_head: true,
+            score_head: false,
             rope_theta: 10_000.0,
             rope_scaling: None,
             norm_epsilon: 1e-5,

@@ -17,8 +17,8 @@ pub(crate) struct Llama {
     config: LlamaConfig,
     embed_tokens: Tensor<2>, // [V, C]
     blocks: Vec<Block>,
-    norm: Tensor<1>,    // [C]
-    lm_head: Tensor<2>, // [V, C]
+    norm: Tensor<1>, // [C]
+    head: Tensor<2>, // [V, C]; of a score [1, C]
 }
 
 #[derive(Clone, Debug)]
@@ -53,8 +53,8 @@ impl Llama {
         });
         let blocks = blocks.collect();
         let norm = leaves.vector();
-        let lm_head = if config.tied_head { embed_tokens.clone() } else { leaves.matrix() };
-        Self { config: config.clone(), embed_tokens, blocks, norm, lm_head }
+        let head = if config.tied_head && !config.score_head { embed_tokens.clone() } else { leaves.matrix() };
+        Self { config: config.clone(), embed_tokens, blocks, norm, head }
     }
 
     /// The last layer's normalised output, `[B·T, C]`, for `tokens` `[B, T]`.
@@ -70,9 +70,9 @@ impl Llama {
         self.norm(x, &self.norm).reshape([tokens.len(), self.config.width])
     }
 
-    /// What makes logits of it, `[V, C]`.
+    /// What makes logits of it, `[V, C]`, or a score, `[1, C]`.
     pub(crate) fn head(&self) -> Tensor<2> {
-        self.lm_head.clone()
+        self.head.clone()
     }
 
     /// These positions, so that they turn this model's heads.

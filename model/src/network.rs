@@ -1,18 +1,22 @@
 //! A model of any kind, assembled from its tensors: from a batch to its loss.
 
+mod pairs;
+
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Sums};
 use crate::compute::{ComputeError, SlotKey};
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, Objective};
 use crate::dropout::Dropout;
 use crate::gpt::Gpt;
 use crate::kernels::{Positions, cross_entropy};
 use crate::leaves::{Leaf, Leaves};
 use crate::line::Line;
 use crate::llama::Llama;
+use crate::preference::PairLoss;
 use crate::traffic::upload;
 use crate::transformer::Transformer;
 
@@ -25,9 +29,18 @@ pub(crate) enum Network<'a> {
     Line(Box<Line>),
 }
 
+/// The sums of a slot, of which the loss may still be on the device.
+pub(crate) enum PendingSums {
+    /// The loss `[1]`, and the sum of weights.
+    Device(Tensor<1>, f64),
+    Known(Sums),
+}
+
 /// A Transformer and what it takes.
 pub(crate) struct Text<'a> {
     pub(crate) transformer: Transformer,
+    /// Whether it gives a score, and no logits.
+    scores: bool,
     vocab_size: usize,
     context: usize,
     dropout: f64,
@@ -41,6 +54,26 @@ struct TextColumns<'a> {
     weights: Option<&'a [f32]>,
     segments: Option<&'a [u32]>,
     shape: [usize; 2],
+}
+
+impl TextColumns<'_> {
+    /// Of each row, from the first position that counts to the last; empty where none does.
+    fn counted(&self) -> impl Iterator<Item = Range<usize>> {
+        let [rows, length] = self.shape;
+        let counts = |position: &usize| self.weights.is_none_or(|weights| weights[*position] != 0.0);
+        (0..rows).map(move |row| {
+            let start = row * length;
+            let mut counting = (start..start + length).filter(counts);
+            match counting.next() {
+                Some(first) => first..counting.next_back().unwrap_or(first) + 1,
+                None => start..start,
+            }
+        })
+    }
+
+    fn weights(&self, positions: Range<usize>) -> Option<&[f32]> {
+        self.weights.map(|weights| &weights[positions])
+    }
 }
 
 impl Text<'_> {
@@ -66,7 +99,7 @@ impl Text<'_> {
     /// The columns of a slot, checked.
     fn columns<'b>(&self, batch: &'b Batch) -> Result<TextColumns<'b>, ComputeError> {
         let (tokens, shape) = batch.u32("tokens")?;
-        let (targets, _) = batch.u32("targets")?;
+        let targets = if self.scores { &[] } else { batch.u32("targets")?.0 };
         let weights = batch.optional_f32("weights")?.map(|(weights, _)| weights);
         let segments = batch.optional_u32("segments")?.map(|(segments, _)| segments);
         self.check(tokens, shape, "tokens")?;
@@ -80,23 +113,38 @@ impl Text<'_> {
         self.transformer.hidden(columns.tokens, &positions, dropout)
     }
 
-    /// The weighted loss sum `[1]` and the weight sum of each row, dropout inactive. The head sees no more of a row than
-    /// lies between the first and the last position that count.
+    /// The weighted loss sum `[1]` and the weight sum of each row, dropout inactive.
     pub(crate) fn row_losses(&self, batch: &Batch, device: &Device) -> Result<Vec<(Tensor<1>, f64)>, ComputeError> {
+        self.gives_logits()?;
         let columns = self.columns(batch)?;
         let hidden = self.hidden(&columns, Dropout::inactive(), device);
-        let [rows, length] = columns.shape;
-        let counts = |position: &usize| columns.weights.is_none_or(|weights| weights[*position] != 0.0);
-        let of_row = |row: usize| {
-            let mut counting = (row * length..(row + 1) * length).filter(counts);
-            let Some(first) = counting.next() else { return (Tensor::zeros([1], device), 0.0) };
-            let counted = first..counting.next_back().unwrap_or(first) + 1;
-            let weights = columns.weights.map(|weights| &weights[counted.clone()]);
-            let hidden = hidden.clone().slice(counted.clone());
-            let loss = cross_entropy(hidden, self.transformer.head(), &columns.targets[counted.clone()], weights);
-            (loss, total(weights, counted.len()))
-        };
-        Ok((0..rows).map(of_row).collect())
+        let weights = columns.counted().map(|counted| total(columns.weights(counted.clone()), counted.len()));
+        Ok(self.losses(&columns, &hidden, self.transformer.head(), device).zip(weights).collect())
+    }
+
+    /// The weighted loss sum `[1]` of each row. The head sees no more of it than lies between the first and the last position
+    /// that count.
+    fn losses(
+        &self,
+        columns: &TextColumns<'_>,
+        hidden: &Tensor<2>,
+        head: Tensor<2>,
+        device: &Device,
+    ) -> impl Iterator<Item = Tensor<1>> {
+        columns.counted().map(move |counted| {
+            if counted.is_empty() {
+                return Tensor::zeros([1], device);
+            }
+            let (targets, weights) = (&columns.targets[counted.clone()], columns.weights(counted.clone()));
+            cross_entropy(hidden.clone().slice(counted), head.clone(), targets, weights)
+        })
+    }
+
+    fn gives_logits(&self) -> Result<(), ComputeError> {
+        match self.scores {
+            true => Err(ComputeError::Input("the model scores texts, and says nothing of tokens".into())),
+            false => Ok(()),
+        }
     }
 
     /// Where the tokens of a slot stand: as those of the last one, or kept for the next, if they have no segments.
@@ -127,34 +175,76 @@ impl<'a> Network<'a> {
             }
             ModelConfig::Line(_) => return Self::Line(Box::new(Line::assemble(&mut leaves))),
         };
-        Self::Text(Text { transformer, vocab_size, context, dropout, kept })
+        Self::Text(Text { transformer, scores: model.has_score_head(), vocab_size, context, dropout, kept })
     }
 
-    /// The weighted loss sum `[1]` and the weight sum; dropout is active where there is a key.
+    /// A slot's sums, and a tensor `[1]` whose gradient is the loss's; dropout is active.
     pub(crate) fn loss(
+        &self,
+        batch: &Batch,
+        key: SlotKey,
+        objective: Objective,
+        device: &Device,
+    ) -> Result<(Tensor<1>, PendingSums), ComputeError> {
+        let on_device = |(loss, weight): (Tensor<1>, f64)| (loss.clone(), PendingSums::Device(loss.inner(), weight));
+        match self {
+            Self::Text(text) if objective == Objective::NextToken => {
+                text.next_token_loss(batch, Some(key), device).map(on_device)
+            }
+            Self::Text(text) => {
+                let rows = text.read_rows(batch, Some(key), device)?;
+                let PairLoss { sums, slopes } = rows.pair_loss(batch, objective, text.scores)?;
+                Ok((text.along(&rows, &slopes, device)?, PendingSums::Known(sums)))
+            }
+            Self::Line(line) => line_loss(line, batch, device).map(on_device),
+        }
+    }
+
+    /// A slot's sums, dropout inactive.
+    pub(crate) fn sums(
+        &self,
+        batch: &Batch,
+        objective: Objective,
+        device: &Device,
+    ) -> Result<PendingSums, ComputeError> {
+        let on_device = |(loss, weight)| PendingSums::Device(loss, weight);
+        match self {
+            Self::Text(text) if objective == Objective::NextToken => {
+                text.next_token_loss(batch, None, device).map(on_device)
+            }
+            Self::Text(text) => {
+                let rows = text.read_rows(batch, None, device)?;
+                Ok(PendingSums::Known(rows.pair_loss(batch, objective, text.scores)?.sums))
+            }
+            Self::Line(line) => line_loss(line, batch, device).map(on_device),
+        }
+    }
+}
+
+impl Text<'_> {
+    /// The weighted loss sum `[1]` and the weight sum; dropout is active where there is a key.
+    fn next_token_loss(
         &self,
         batch: &Batch,
         key: Option<SlotKey>,
         device: &Device,
     ) -> Result<(Tensor<1>, f64), ComputeError> {
-        match self {
-            Self::Text(text) => {
-                let columns = text.columns(batch)?;
-                let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(text.dropout, key));
-                let hidden = text.hidden(&columns, dropout, device);
-                let loss = cross_entropy(hidden, text.transformer.head(), columns.targets, columns.weights);
-                Ok((loss, total(columns.weights, columns.tokens.len())))
-            }
-            Self::Line(line) => {
-                let ((x, shape), (y, _)) = (batch.f32("x")?, batch.f32("y")?);
-                let column =
-                    |values: &[f32]| Tensor::from_data(upload(TensorData::new(values.to_vec(), shape)), device);
-                let (x, y) = (column(x), column(y)); // [rows, 1]
-                let error = line.predict(x) - y;
-                Ok(((error.clone() * error).sum(), shape[0] as f64))
-            }
-        }
+        self.gives_logits()?;
+        let columns = self.columns(batch)?;
+        let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(self.dropout, key));
+        let hidden = self.hidden(&columns, dropout, device);
+        let loss = cross_entropy(hidden, self.transformer.head(), columns.targets, columns.weights);
+        Ok((loss, total(columns.weights, columns.tokens.len())))
     }
+}
+
+/// The sum of squared errors `[1]`, and the number of rows.
+fn line_loss(line: &Line, batch: &Batch, device: &Device) -> Result<(Tensor<1>, f64), ComputeError> {
+    let ((x, shape), (y, _)) = (batch.f32("x")?, batch.f32("y")?);
+    let column = |values: &[f32]| Tensor::from_data(upload(TensorData::new(values.to_vec(), shape)), device);
+    let (x, y) = (column(x), column(y)); // [rows, 1]
+    let error = line.predict(x) - y;
+    Ok(((error.clone() * error).sum(), shape[0] as f64))
 }
 
 /// The sum of the weights of so many positions, 1 each where none are given.

@@ -4,8 +4,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::batch::{Batch, Column, Values};
 use crate::config::{BatchConfig, WindowOrder};
-use crate::random::{Draws, Stream};
-use crate::sampler::Permutation;
+use crate::sampler::drawn;
 
 /// A conversation beside what is to be predicted after each of its tokens, all of one length.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -76,6 +75,11 @@ impl PackedRows {
             packed.segments.resize(end, row.examples.len() as u32);
         }
         packed
+    }
+
+    /// Tokens of a row.
+    pub fn context(&self) -> usize {
+        self.context
     }
 
     /// How many rows there are.
@@ -152,14 +156,7 @@ pub struct PackedSource {
 impl PackedSource {
     /// The numbers of the rows of training slot `slot` of step `step` (from 1).
     pub(crate) fn training_rows(&self, step: u64, slot: u32) -> Vec<usize> {
-        let (slots, rows) = (u64::from(self.batch.slots), u64::from(self.batch.sequences_per_slot));
-        let first = ((step - 1) * slots + u64::from(slot)) * rows;
-        let there_are = self.training.rows() as u64;
-        let row = |draw: u64| match self.order {
-            WindowOrder::Random => Draws::new(self.seed, Stream::TrainingWindows).below(step, draw, there_are),
-            WindowOrder::Epoch => Permutation::new(self.seed, draw / there_are, there_are).at(draw % there_are),
-        };
-        (first..first + rows).map(|draw| row(draw) as usize).collect()
+        drawn(self.order, self.seed, self.batch, self.training.rows(), step, slot)
     }
 
     pub(crate) fn training_slot(&self, step: u64, slot: u32) -> Batch {

@@ -28,6 +28,8 @@ pub enum Stream {
     Faults = 9,
     /// The order in which conversations are split and packed.
     Conversations = 10,
+    /// Examples that are made up, on which no parameter depends but through what is learned from them.
+    Examples = 12,
 }
 
 /// Draws whose words are computed side by side by [`Draws::some_words`].

@@ -1,10 +1,13 @@
 //! Which rows a slot holds: a pure function of (seed, step, slot), whoever asks and however often.
 
+use std::sync::Arc;
+
 use sha2::{Digest as _, Sha256};
 
 use crate::batch::{Batch, Column, Values};
 use crate::config::{BatchConfig, WindowOrder};
 use crate::packing::PackedSource;
+use crate::pairs::PairSource;
 use crate::random::{Draws, Stream};
 use crate::tokens::Tokens;
 
@@ -15,6 +18,8 @@ pub enum Source {
     Tokens(TokenSource),
     /// Conversations, packed into rows.
     Packed(PackedSource),
+    /// Pairs of answers, of which one is preferred.
+    Pairs(PairSource),
     /// The straight line's ten points, `x` = 0..9 and `y` = `x` + 1.
     Line(LineSource),
 }
@@ -60,6 +65,7 @@ impl Source {
         match self {
             Self::Tokens(tokens) => tokens.batch(|row| tokens.training_window(step, slot, row)),
             Self::Packed(packed) => packed.training_slot(step, slot),
+            Self::Pairs(pairs) => pairs.training_slot(step, slot),
             Self::Line(line) => line.rows(slot),
         }
     }
@@ -69,19 +75,77 @@ impl Source {
         match self {
             Self::Tokens(tokens) => tokens.batch(|row| tokens.validation_window(slot, row)),
             Self::Packed(packed) => packed.validation_slot(slot),
+            Self::Pairs(pairs) => pairs.validation_slot(slot),
             Self::Line(line) => line.rows(slot),
+        }
+    }
+
+    /// How many slots hold all that the model which the run begins with is asked of, before it is trained; 0 where there is no
+    /// such.
+    pub fn reference_slots(&self) -> u32 {
+        match self {
+            Self::Pairs(pairs) => pairs.reference_slots(),
+            _ => 0,
+        }
+    }
+
+    /// How many rows slot `slot` of these has.
+    pub fn reference_rows(&self, slot: u32) -> usize {
+        match self {
+            Self::Pairs(pairs) => 2 * pairs.reference_pairs(slot).len(),
+            _ => 0,
+        }
+    }
+
+    /// The rows of slot `slot` of these.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn reference_slot(&self, slot: u32) -> Batch {
+        match self {
+            Self::Pairs(pairs) => pairs.reference_slot(slot),
+            _ => unreachable!("there are no such slots"),
+        }
+    }
+
+    /// The same with what was answered, one number for each row of these slots, in order.
+    pub fn with_references(&self, references: Arc<[f32]>) -> Self {
+        match self {
+            Self::Pairs(pairs) => Self::Pairs(PairSource { references: Some(references), ..pairs.clone() }),
+            other => other.clone(),
+        }
+    }
+
+    /// Tokens (or rows of the line) of step `step`, weighted or not.
+    pub fn positions(&self, step: u64) -> u64 {
+        let (batch, length) = match self {
+            Self::Pairs(pairs) => return pairs.positions(step),
+            Self::Tokens(tokens) => (tokens.batch, tokens.context),
+            Self::Packed(packed) => (packed.batch, packed.training.context()),
+            Self::Line(line) => (line.batch, 1),
+        };
+        u64::from(batch.slots) * u64::from(batch.sequences_per_slot) * length as u64
+    }
+
+    /// Bytes of the largest slot.
+    pub fn slot_bytes(&self) -> usize {
+        match self {
+            // Three columns of its longest rows, and a reference for each.
+            Self::Pairs(pairs) => 4 * 2 * pairs.batch.sequences_per_slot as usize * (3 * pairs.longest() + 1),
+            _ => self.training_slot(1, 0).bytes(),
         }
     }
 }
 
 impl Source {
-    /// How many windows (or packed rows) an epoch has; `None` unless they are drawn in epoch order.
+    /// How many windows (packed rows, pairs) an epoch has; `None` unless they are drawn in epoch order.
     pub fn windows_per_epoch(&self) -> Option<u64> {
         match self {
             Self::Tokens(tokens) if tokens.order == WindowOrder::Epoch => {
                 Some(tokens.windows(&tokens.corpora[0].training))
             }
             Self::Packed(packed) if packed.order == WindowOrder::Epoch => Some(packed.training.rows() as u64),
+            Self::Pairs(pairs) if pairs.order == WindowOrder::Epoch => Some(pairs.training.len() as u64),
             _ => None,
         }
     }
@@ -97,12 +161,16 @@ impl Source {
             Self::Packed(packed) if packed.order == WindowOrder::Epoch => {
                 packed.training_rows(step, slot).into_iter().map(|row| row as u64).collect()
             }
+            Self::Pairs(pairs) if pairs.order == WindowOrder::Epoch => {
+                pairs.training_pairs(step, slot).into_iter().map(|pair| pair as u64).collect()
+            }
             _ => Vec::new(),
         }
     }
 
     /// SHA-256 of all that is drawn from: of each corpus training tokens, then validation tokens, as little-endian u32; of
-    /// packed rows the columns of each, in order, those to train on first; nothing for the line.
+    /// packed rows the columns of each, in order, those to train on first; of pairs the rows' length (u64), tokens, targets and
+    /// whether each is learned (a byte); nothing for the line.
     pub fn sha256(&self) -> [u8; 32] {
         let mut hasher = Sha256::new();
         match self {
@@ -120,10 +188,30 @@ impl Source {
                 packed.training.digest(&mut hasher);
                 packed.validation.digest(&mut hasher);
             }
+            Self::Pairs(pairs) => pairs.digest(&mut hasher),
             Self::Line(_) => {}
         }
         hasher.finalize().into()
     }
+}
+
+/// The numbers of the rows of training slot `slot` of step `step` (from 1), out of `there_are`.
+pub(crate) fn drawn(
+    order: WindowOrder,
+    seed: u64,
+    batch: BatchConfig,
+    there_are: usize,
+    step: u64,
+    slot: u32,
+) -> Vec<usize> {
+    let there_are = there_are as u64;
+    let (slots, rows) = (u64::from(batch.slots), u64::from(batch.sequences_per_slot));
+    let first = ((step - 1) * slots + u64::from(slot)) * rows;
+    let row = |draw: u64| match order {
+        WindowOrder::Random => Draws::new(seed, Stream::TrainingWindows).below(step, draw, there_are),
+        WindowOrder::Epoch => Permutation::new(seed, draw / there_are, there_are).at(draw % there_are),
+    };
+    (first..first + rows).map(|draw| row(draw) as usize).collect()
 }
 
 /// `context + 1` tokens of a corpus.

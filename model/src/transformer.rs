@@ -27,7 +27,7 @@ impl Transformer {
         }
     }
 
-    /// The head, `[V, C]`: a product of the output with each row is a logit.
+    /// The head, `[V, C]`: a product of the output with each row is a logit; or `[1, C]`: it is a score.
     pub(crate) fn head(&self) -> Tensor<2> {
         match self {
             Self::Gpt(gpt) => gpt.head(),

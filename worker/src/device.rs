@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use lockstep_model::batch::Sums;
 use lockstep_model::compute::{BlockGradient, ComputeError, Computer, SlotKey};
-use lockstep_model::config::ModelConfig;
+use lockstep_model::config::{ModelConfig, Objective};
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::layout::Layout;
 use lockstep_model::ledger::{block_sha256, slot_sha256};
@@ -32,6 +32,8 @@ pub(crate) struct Outcome {
     pub(crate) slot_sums: Vec<Sums>,
     /// The block's gradient, for a gradient task.
     pub(crate) gradient: Option<Gradient>,
+    /// The number of each row, for a reference task.
+    pub(crate) row_values: Vec<f32>,
     /// SHA-256 of the rows that were computed, see [`block_sha256`].
     pub(crate) batch_sha256: [u8; 32],
     /// How long it took.
@@ -96,7 +98,7 @@ type Reply<T> = oneshot::Sender<Result<T, DeviceFailure>>;
 
 #[derive(Debug)]
 enum Job {
-    Probe { model: ModelConfig, leases: Vec<Work>, reply: Reply<[u8; 32]> },
+    Probe { model: ModelConfig, objective: Objective, leases: Vec<Work>, reply: Reply<[u8; 32]> },
     Enter { run_id: String, reply: Reply<Vec<KeptGradient>> },
     Load { parameters: Vec<f32>, reply: Reply<Vec<f32>> },
     LoadShared { version: SharedVersion, reply: Reply<bool> },
@@ -121,10 +123,15 @@ impl DeviceThread {
         Ok(Self { jobs, _handle: handle })
     }
 
-    /// Sets the model to compute from now on, computes `leases` with the probe's parameters and gives the digest of the
+    /// Sets the model and its loss to compute from now on, computes `leases` with the probe's parameters and gives the digest of the
     /// results. Parameters must be loaded before anything else is computed.
-    pub(crate) async fn probe(&self, model: ModelConfig, leases: Vec<Work>) -> Result<[u8; 32], DeviceFailure> {
-        self.ask(|reply| Job::Probe { model, leases, reply }).await
+    pub(crate) async fn probe(
+        &self,
+        model: ModelConfig,
+        objective: Objective,
+        leases: Vec<Work>,
+    ) -> Result<[u8; 32], DeviceFailure> {
+        self.ask(|reply| Job::Probe { model, objective, leases, reply }).await
     }
 
     /// Says which run is computed for from now on, and gives the gradients of it that were computed before. Those of another
@@ -178,7 +185,7 @@ struct DeviceWorker {
     device: ComputeDevice,
     /// Counts the handles to this thread.
     handles: Weak<()>,
-    model: Option<ModelConfig>,
+    model: Option<(ModelConfig, Objective)>,
     /// `None` until something is loaded, and after a failure: what a panic leaves behind is not used again.
     computer: Option<Computer>,
     kept: Kept,
@@ -188,9 +195,9 @@ impl DeviceWorker {
     /// Does one job and answers. A receiver that is gone wanted no answer.
     fn do_job(&mut self, job: Job) {
         match job {
-            Job::Probe { model, leases, reply } => {
+            Job::Probe { model, objective, leases, reply } => {
                 self.computer = None;
-                self.model = Some(model);
+                self.model = Some((model, objective));
                 let _ = reply.send(self.guarded(|this| this.probe(&leases)));
             }
             Job::Enter { run_id, reply } => {
@@ -250,13 +257,15 @@ impl DeviceWorker {
     fn computer(&mut self) -> Result<&mut Computer, ComputeError> {
         match (&mut self.computer, &self.model) {
             (Some(computer), _) => Ok(computer),
-            (none, Some(model)) => Ok(none.insert(Computer::new(model, &self.device))),
+            (none, Some((model, objective))) => {
+                Ok(none.insert(Computer::new(model, &self.device).with_objective(*objective)))
+            }
             (_, None) => Err(ComputeError::Input("parameters came before the model".into())),
         }
     }
 
     fn probe(&mut self, leases: &[Work]) -> Result<[u8; 32], ComputeError> {
-        let elements = self.model.as_ref().map_or(0, |model| Layout::of(model).len());
+        let elements = self.model.as_ref().map_or(0, |(model, _)| Layout::of(model).len());
         self.load(&probe::parameters(elements))?;
         let mut digest = probe::Digest::new();
         for work in leases {
@@ -277,14 +286,14 @@ impl DeviceWorker {
             cut_short.set(abandoned());
             cut_short.get()
         };
-        let BlockSum { sums, slot_sums, gradient } = match self.sum(work, abandoned) {
+        let BlockSum { sums, slot_sums, gradient, row_values } = match self.sum(work, abandoned) {
             Err(_) if cut_short.get() => return Ok(None),
             summed => summed?,
         };
         let compute_time = started.elapsed();
         let gradient = gradient.map(Gradient::from);
         let batch_sha256 = block_sha256(work.slots.iter().map(|slot| slot_sha256(slot.number, &slot.batch)));
-        Ok(Some(Outcome { sums, slot_sums, gradient, batch_sha256, compute_time }))
+        Ok(Some(Outcome { sums, slot_sums, gradient, row_values, batch_sha256, compute_time }))
     }
 
     fn sum(&self, work: &Work, abandoned: impl Fn() -> bool) -> Result<BlockSum, ComputeError> {
@@ -300,6 +309,7 @@ struct BlockSum {
     sums: Sums,
     slot_sums: Vec<Sums>,
     gradient: Option<Vec<f32>>,
+    row_values: Vec<f32>,
 }
 
 /// Computes a lease's slots one by one and adds them up, in tree order.
@@ -308,6 +318,7 @@ fn sum_block(computer: &Computer, work: &Work, abandoned: impl Fn() -> bool) -> 
         true => Err(ComputeError::Input("the lease is no longer wanted".into())),
         false => Ok(()),
     };
+    let mut row_values = Vec::new();
     let (slot_sums, gradient) = match work.lease.task {
         Task::Gradient => {
             let key = |slot: &Slot| SlotKey { seed: work.lease.seed, step: work.lease.step, slot: slot.number };
@@ -316,9 +327,20 @@ fn sum_block(computer: &Computer, work: &Work, abandoned: impl Fn() -> bool) -> 
             (slot_sums, Some(gradient))
         }
         Task::Evaluate => (computer.losses(work.slots.iter().map(|slot| check().map(|()| &slot.batch)))?, None),
+        Task::Reference => {
+            let of_slot = |slot: &Slot| -> Result<Sums, ComputeError> {
+                check()?;
+                let values = computer.row_values(&slot.batch)?;
+                let loss = -values.iter().copied().map(f64::from).sum::<f64>();
+                let weight = values.len() as f64;
+                row_values.extend(values);
+                Ok(Sums { loss, weight, ..Sums::default() })
+            };
+            (work.slots.iter().map(of_slot).collect::<Result<_, _>>()?, None)
+        }
     };
     let sums = sum_leaves(slot_sums.iter().copied().map(Ok::<Sums, ComputeError>), |left, right| left + right)?;
-    Ok(BlockSum { sums: sums.unwrap_or_default(), slot_sums, gradient })
+    Ok(BlockSum { sums: sums.unwrap_or_default(), slot_sums, gradient, row_values })
 }
 
 /// Runs `job` and puts its error or panic into words. Backends panic where memory runs out or a kernel does not compile.

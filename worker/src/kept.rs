@@ -74,7 +74,14 @@ mod tests {
         let compute_time = Duration::ZERO;
         KeptGradient {
             name,
-            outcome: Outcome { sums, slot_sums: Vec::new(), gradient: Some(gradient), batch_sha256, compute_time },
+            outcome: Outcome {
+                sums,
+                slot_sums: Vec::new(),
+                gradient: Some(gradient),
+                row_values: Vec::new(),
+                batch_sha256,
+                compute_time,
+            },
         }
     }
 

@@ -21,7 +21,7 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// What names the gradient that the lease asks for. `None` for an evaluation, and where parameters are named by number
+    /// What names the gradient that the lease asks for. `None` where it asks for none, and where parameters are named by number
     /// alone.
     pub fn gradient_name(&self) -> Option<GradientName> {
         let &Self { step, parameters: Parameters { version, digest }, block, seed, task, .. } = self;
@@ -29,7 +29,7 @@ impl Lease {
             Task::Gradient => {
                 digest.map(|parameters_blake3| GradientName { step, version, parameters_blake3, block, seed })
             }
-            Task::Evaluate => None,
+            Task::Evaluate | Task::Reference => None,
         }
     }
 }
@@ -66,6 +66,8 @@ pub enum Task {
     Gradient,
     /// Loss alone, dropout inactive.
     Evaluate,
+    /// The log-probability of each row, dropout inactive.
+    Reference,
 }
 
 /// A lease with everything needed to compute it.

@@ -172,7 +172,8 @@ impl Worker {
         let no_use = |failure: DeviceFailure| {
             Setback::Final(WorkerError::Probe { address: self.address.clone(), reason: failure.to_string() })
         };
-        let probe = self.device.probe(invitation.model, invitation.probe).await.map_err(no_use)?;
+        let probe =
+            self.device.probe(invitation.model, invitation.objective, invitation.probe).await.map_err(no_use)?;
         let kept = self.device.enter(run.id.clone()).await.map_err(no_use)?;
         let admitted = client.admit(&run, &self.identity, probe).await.map_err(|error| self.setback(error))?;
         let (worker_id, offer) = admitted;

@@ -339,7 +339,7 @@ impl Session {
     fn computed(&mut self, id: u64) -> Vec<Command> {
         match self.finish_computing(id) {
             None => Vec::new(),
-            Some(Task::Evaluate) => vec![Command::SendResult { lease: id }],
+            Some(Task::Evaluate | Task::Reference) => vec![Command::SendResult { lease: id }],
             Some(Task::Gradient) => {
                 self.uploads.insert(id, 1);
                 vec![Command::Push { lease: id }]

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use lockstep_model::batch::{Batch, Column, Values};
-use lockstep_model::config::{Gelu, GptConfig, LineConfig, LlamaConfig, ModelConfig, RopeScaling};
+use lockstep_model::batch::{Batch, Column, PairSums, Sums, Values};
+use lockstep_model::config::{
+    DpoConfig, Gelu, GptConfig, LineConfig, LlamaConfig, ModelConfig, Objective, RopeScaling,
+};
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
 use lockstep_proto::v1;
@@ -30,6 +32,7 @@ pub(crate) struct Run {
 pub(crate) struct Invitation {
     pub(crate) run: Run,
     pub(crate) model: ModelConfig,
+    pub(crate) objective: Objective,
     /// Elements of a vector.
     pub(crate) elements: usize,
     pub(crate) probe: Vec<Work>,
@@ -70,6 +73,7 @@ pub(crate) fn invitation(invitation: v1::Invitation) -> Result<Invitation, WireE
     Ok(Invitation {
         run: Run { id: invitation.run_id, incarnation: invitation.incarnation },
         elements: expected.len(),
+        objective: objective(invitation.objective.as_ref(), &model)?,
         model,
         probe: invitation.probe.into_iter().map(work).collect::<Result<_, _>>()?,
         timing: Timing {
@@ -109,8 +113,11 @@ pub(crate) fn block_result(
 ) -> v1::BlockResult {
     let slot_sums = match lease.task {
         Task::Gradient => &[],
-        Task::Evaluate => outcome.slot_sums.as_slice(),
+        Task::Evaluate | Task::Reference => outcome.slot_sums.as_slice(),
     };
+    let of_pairs = |sums: &Sums| (sums.pairs != PairSums::default()).then(|| pair_sums(sums.pairs));
+    let has_pairs = slot_sums.iter().any(|sums| of_pairs(sums).is_some());
+    let slot_pairs = slot_sums.iter().filter(|_| has_pairs).map(|sums| pair_sums(sums.pairs)).collect();
     v1::BlockResult {
         run_id: run.id.clone(),
         incarnation: run.incarnation,
@@ -127,7 +134,15 @@ pub(crate) fn block_result(
         compute_nanos: nanos(outcome.compute_time),
         upload_nanos: nanos(upload_time),
         batch_sha256: outcome.batch_sha256.to_vec(),
+        row_values: outcome.row_values.clone(),
+        pairs: of_pairs(&outcome.sums),
+        slot_pairs,
     }
+}
+
+fn pair_sums(sums: PairSums) -> v1::PairSums {
+    let PairSums { accurate, chosen_reward, rejected_reward, chosen_log_prob, rejected_log_prob } = sums;
+    v1::PairSums { accurate, chosen_reward, rejected_reward, chosen_log_prob, rejected_log_prob }
 }
 
 /// Writes what is offered from memory.
@@ -166,8 +181,29 @@ fn model(model: &v1::Model) -> Result<ModelConfig, WireError> {
     }
 }
 
+/// What the model is trained for, which must be something that it can be.
+fn objective(objective: Option<&v1::Objective>, model: &ModelConfig) -> Result<Objective, WireError> {
+    let Some(objective) = objective else { return Ok(Objective::NextToken) };
+    let objective = match *required(objective.kind.as_ref(), || "the kind of objective".into())? {
+        v1::objective::Kind::NextToken(v1::NextToken {}) => Objective::NextToken,
+        v1::objective::Kind::Reward(v1::Reward {}) => Objective::Reward,
+        v1::objective::Kind::Dpo(v1::Dpo { beta, label_smoothing }) => {
+            if !(beta > 0.0 && (0.0..0.5).contains(&label_smoothing)) {
+                let text = format!("beta {beta} is not above 0, or label_smoothing {label_smoothing} not in [0, 0.5)");
+                return Err(WireError(text));
+            }
+            Objective::Dpo(DpoConfig { beta, label_smoothing })
+        }
+    };
+    match (objective == Objective::Reward) == model.has_score_head() {
+        true => Ok(objective),
+        false => Err(WireError(format!("a model cannot be trained for {objective:?} with the head that it has"))),
+    }
+}
+
 fn gpt(gpt: &v1::Gpt) -> Result<GptConfig, WireError> {
-    let &v1::Gpt { vocab_size, context, layers, heads, width, bias, tied_head, gelu_tanh, norm_epsilon, dropout } = gpt;
+    let &v1::Gpt { vocab_size, context, layers, heads, width, bias, tied_head, gelu_tanh, .. } = gpt;
+    let &v1::Gpt { norm_epsilon, dropout, score_head, .. } = gpt;
     check_sizes(&[
         ("vocab_size", vocab_size),
         ("context", context),
@@ -185,6 +221,7 @@ fn gpt(gpt: &v1::Gpt) -> Result<GptConfig, WireError> {
         width: width as usize,
         bias,
         tied_head,
+        score_head,
         gelu: if gelu_tanh { Gelu::Tanh } else { Gelu::Exact },
         norm_epsilon,
         dropout,
@@ -231,6 +268,7 @@ fn llama(llama: &v1::Llama) -> Result<LlamaConfig, WireError> {
         ffn_width: ffn_width as usize,
         qk_norm: llama.qk_norm,
         tied_head: llama.tied_head,
+        score_head: llama.score_head,
         rope_theta: llama.rope_theta,
         rope_scaling: llama.rope_scaling.as_ref().map(scaling),
         norm_epsilon: llama.norm_epsilon,
@@ -294,6 +332,7 @@ pub(crate) fn work(lease: v1::Lease) -> Result<Work, WireError> {
     let task = match required(lease.task, || format!("lease {id}: its task"))? {
         v1::lease::Task::Gradient(v1::GradientTask {}) => Task::Gradient,
         v1::lease::Task::Evaluate(v1::EvaluateTask {}) => Task::Evaluate,
+        v1::lease::Task::Reference(v1::ReferenceTask {}) => Task::Reference,
     };
     let block = Block { level, index };
     let slots: Vec<Slot> = lease.slots.into_iter().map(slot).collect::<Result<_, _>>().map_err(in_lease)?;

@@ -91,7 +91,7 @@ async fn a_worker_joins_computes_and_is_released() {
     let [of_gradient, of_evaluation] = results.try_into().unwrap();
     assert_eq!(of_gradient.vector_blake3, vector_blake3(&gradient));
     assert_eq!(header.vector_blake3, of_gradient.vector_blake3);
-    assert_eq!(Sums { loss: of_gradient.loss_sum, weight: of_gradient.weight_sum }, gradient_sums);
+    assert_eq!(Sums { loss: of_gradient.loss_sum, weight: of_gradient.weight_sum, ..Sums::default() }, gradient_sums);
     assert_eq!((of_gradient.step, of_gradient.version), (8, 7));
     assert_eq!(of_gradient.block, Some(v1::Block { level: 2, index: 0 }));
     assert_eq!(of_gradient.batch_sha256, block_sha256([0, 1, 2].map(|slot| slot_sha256(slot, &batch(slot)))));
@@ -200,7 +200,7 @@ async fn a_gradient_whose_upload_was_cut_off_is_offered_and_pushed_without_compu
     assert_eq!(vector, add_vectors(left.gradient, &right.gradient));
     let Seen::Result(result) = coordinator.sees().await else { panic!("a result follows the push") };
     assert_eq!((result.lease_id, result.vector_blake3), (5, lost.vector_blake3));
-    assert_eq!(Sums { loss: result.loss_sum, weight: result.weight_sum }, left.sums + right.sums);
+    assert_eq!(Sums { loss: result.loss_sum, weight: result.weight_sum, ..Sums::default() }, left.sums + right.sums);
     assert_eq!(result.batch_sha256, block_sha256([0, 1].map(|slot| slot_sha256(slot, &batch(slot)))));
 
     // Asked for the same once more, the worker computes it.

@@ -91,6 +91,8 @@ pub enum Command {
         /// Loss and weight over all evaluation slots, added in slot order.
         sums: Sums,
     },
+    /// What the model that the run begins with says of every row is here: step 1 is computed with it.
+    RecordReferences,
     /// Sample from the fixed prompts with version `step`, while training goes on.
     Sample {
         /// The boundary.
@@ -131,6 +133,8 @@ pub enum Task {
     Gradient,
     /// Loss alone, of evaluation slots.
     Evaluate,
+    /// What the model that the run begins with says of each row.
+    Reference,
 }
 
 /// One block of work, lent to one worker.
@@ -138,9 +142,9 @@ pub enum Task {
 pub struct Lease {
     /// Unique within the incarnation.
     pub id: LeaseId,
-    /// The optimizer step, counted from 1; of an evaluation, the boundary it belongs to.
+    /// The optimizer step, counted from 1; else the boundary it belongs to.
     pub step: u64,
-    /// The parameter version to compute with: `step - 1` for a gradient, `step` for an evaluation.
+    /// The parameter version to compute with: `step - 1` for a gradient, else `step`.
     pub version: u64,
     /// What to compute.
     pub task: Task,
@@ -332,6 +336,7 @@ impl fmt::Display for Command {
             Self::RecordValidation { step, sums } => {
                 write!(f, "validation at step {step}, loss {} over {}", sums.loss, sums.weight)
             }
+            Self::RecordReferences => f.write_str("every reference is here"),
             Self::Sample { step } => write!(f, "sample at step {step}"),
             Self::Checkpoint { step } => write!(f, "checkpoint step {step}"),
             Self::Release { worker, reason } => write!(f, "release worker {worker}: {reason}"),
@@ -346,6 +351,7 @@ impl fmt::Display for Task {
         f.write_str(match self {
             Self::Gradient => "gradient",
             Self::Evaluate => "evaluation",
+            Self::Reference => "reference",
         })
     }
 }

@@ -14,6 +14,8 @@ pub struct EngineConfig {
     pub slots: u32,
     /// Slots of an evaluation; 0: there is none.
     pub eval_slots: u32,
+    /// Slots of which the model that the run begins with is to say something before anything else; 0: none, or it is known.
+    pub reference_slots: u32,
     /// Evaluate every so many steps, besides step 0 and the last; 0: never.
     pub evaluate_every_steps: u64,
     /// Sample every so many steps, besides step 0 and the last; 0: never.

@@ -121,13 +121,13 @@ pub struct BlockDone {
     pub task: Task,
     /// As in the lease.
     pub block: Block,
-    /// SHA-256 of the staged vector; `None` for an evaluation.
+    /// Digest of the staged vector, or of what a reference says of rows; `None` for an evaluation.
     pub digest: Option<[u8; 32]>,
-    /// L2 norm of the staged vector, not finite if an element is not; `None` for an evaluation.
+    /// L2 norm of the staged vector, not finite if an element is not; `None` but for a gradient.
     pub norm: Option<f64>,
     /// Sums over the block, in tree order.
     pub sums: Sums,
-    /// Evaluation: the sums of each existing slot of the block, in order. Empty for a gradient.
+    /// Evaluation and reference: the sums of each existing slot of the block, in order. Empty for a gradient.
     pub slot_sums: Vec<Sums>,
     /// Time spent computing, by the worker's clock.
     pub compute: Duration,

@@ -65,6 +65,8 @@ pub struct Engine {
     saved_at: Time,
     /// The boundary at which this coordinator began, or to which the run went back last, if that is not the beginning.
     returned: Option<Returned>,
+    /// Whether the model that the run begins with has said what is asked of it.
+    referenced: bool,
     /// Set once somebody asks for a clean stop.
     stop: Option<StopReason>,
     /// Whether too few workers are here, and that was said.
@@ -149,6 +151,7 @@ impl Engine {
             saving: None,
             saved_at: now,
             returned,
+            referenced: config.reference_slots == 0,
             stop: None,
             paused: false,
             gate: Gate::default(),

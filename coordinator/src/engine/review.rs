@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use lockstep_model::batch::Sums;
 use lockstep_model::random::{Draws, Stream};
 use lockstep_model::step_filter::{STEPS_REMEMBERED, usual};
 use lockstep_model::tree::Block;
@@ -156,16 +157,19 @@ impl Review {
 fn same(one: &BlockDone, other: &BlockDone) -> bool {
     let bits = |done: &BlockDone| -> Vec<u64> {
         let all = std::iter::once(&done.sums).chain(&done.slot_sums);
-        all.flat_map(|sums| [sums.loss.to_bits(), sums.weight.to_bits()]).collect()
+        let numbers = |sums: &Sums| [[sums.loss, sums.weight].as_slice(), &sums.pairs.to_array()].concat();
+        all.flat_map(numbers).map(f64::to_bits).collect()
     };
     one.digest == other.digest && bits(one) == bits(other)
 }
 
-/// Whether a block is among the share `audit` of all blocks that is audited.
+/// Whether a block is among the share `audit` of all blocks that is audited. Where there is any, references all are: they are
+/// computed once, and every step depends on them.
 pub(super) fn is_audited(audit: f64, seed: u64, step: u64, task: Task, block: Block) -> bool {
     let task = match task {
         Task::Gradient => 0,
         Task::Evaluate => 1 << 63,
+        Task::Reference => return audit > 0.0,
     };
     let node = u64::from(block.level) << 32 | u64::from(block.index) | task;
     audit > 0.0 && Draws::new(seed, Stream::Audit).unit(step, node) < audit

@@ -77,7 +77,7 @@ impl Engine {
             step: self.version,
             total_steps: self.config.total_steps,
             waiting_for: self.waiting_for(),
-            evaluating: matches!(&self.phase, Phase::Work(work) if work.task() == Task::Evaluate),
+            evaluating: matches!(&self.phase, Phase::Work(work) if work.task() != Task::Gradient),
             members: members.collect(),
             classes: self.classes.iter().copied().collect(),
             counts: self.counts,
@@ -102,6 +102,7 @@ impl Engine {
         let of = match work.task() {
             Task::Gradient => format!("step {}", work.step),
             Task::Evaluate => format!("the evaluation at step {}", work.step),
+            Task::Reference => "the reference".into(),
         };
         let leases: Vec<(WorkerId, Range<u32>)> =
             work.leases().map(|(worker, _, holding)| (worker, work.range(holding.block))).collect();

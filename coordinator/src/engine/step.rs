@@ -12,9 +12,11 @@ use super::{Engine, Gradients, Phase};
 const FIRST_INTERVALS: u32 = 3;
 
 impl Engine {
-    /// Version `version` is there: evaluates it if that is due.
+    /// Version `version` is there: evaluates it if that is due. The first one is asked first what later ones are compared with.
     pub(super) fn enter_boundary(&mut self) {
-        if self.config.evaluation_due(self.version) && !self.is_validated_here() {
+        if self.version == 0 && !self.referenced {
+            self.phase = Phase::Work(Work::reference(self.config.reference_slots));
+        } else if self.config.evaluation_due(self.version) && !self.is_validated_here() {
             self.phase = Phase::Work(Work::evaluation(self.version, self.config.eval_slots));
         } else {
             self.leave_boundary();
@@ -115,6 +117,11 @@ impl Engine {
             Task::Evaluate => {
                 self.command(Command::RecordValidation { step, sums });
                 self.leave_boundary();
+            }
+            Task::Reference => {
+                self.referenced = true;
+                self.command(Command::RecordReferences);
+                self.enter_boundary();
             }
         }
     }

@@ -30,6 +30,7 @@ pub(super) struct Work {
     reviews: BTreeMap<Block, Review>,
     /// Who declined what.
     declined: Vec<(WorkerId, Block)>,
+    task: Task,
     tally: Tally,
     /// Norms of the gradients that count.
     norms: Vec<Norm>,
@@ -72,21 +73,26 @@ enum Tally {
     /// Of blocks, in tree order.
     Gradient(TreeSum<Sums>),
     /// Of single slots, in slot order.
-    Evaluate(Vec<Sums>),
+    Slots(Vec<Sums>),
 }
 
 impl Work {
     /// The gradient of step `step` over `slots` slots.
     pub(super) fn gradient(step: u64, slots: u32) -> Self {
-        Self::new(step, slots, Tally::Gradient(TreeSum::new(slots)))
+        Self::new(step, slots, Task::Gradient, Tally::Gradient(TreeSum::new(slots)))
     }
 
     /// The evaluation at boundary `step` over `slots` slots.
     pub(super) fn evaluation(step: u64, slots: u32) -> Self {
-        Self::new(step, slots, Tally::Evaluate(vec![Sums::default(); slots as usize]))
+        Self::new(step, slots, Task::Evaluate, Tally::Slots(vec![Sums::default(); slots as usize]))
     }
 
-    fn new(step: u64, slots: u32, tally: Tally) -> Self {
+    /// What the model that the run begins with says of `slots` slots.
+    pub(super) fn reference(slots: u32) -> Self {
+        Self::new(0, slots, Task::Reference, Tally::Slots(vec![Sums::default(); slots as usize]))
+    }
+
+    fn new(step: u64, slots: u32, task: Task, tally: Tally) -> Self {
         Self {
             step,
             slots: vec![Slot::Free; slots as usize],
@@ -95,6 +101,7 @@ impl Work {
             holders: BTreeMap::new(),
             reviews: BTreeMap::new(),
             declined: Vec::new(),
+            task,
             tally,
             norms: Vec::new(),
         }
@@ -102,17 +109,14 @@ impl Work {
 
     /// What is computed.
     pub(super) fn task(&self) -> Task {
-        match self.tally {
-            Tally::Gradient(_) => Task::Gradient,
-            Tally::Evaluate(_) => Task::Evaluate,
-        }
+        self.task
     }
 
     /// The parameter version to compute with.
     pub(super) fn version(&self) -> u64 {
-        match self.task() {
+        match self.task {
             Task::Gradient => self.step - 1,
-            Task::Evaluate => self.step,
+            Task::Evaluate | Task::Reference => self.step,
         }
     }
 
@@ -216,9 +220,11 @@ impl Work {
             let all_counted = done.block.exists(slots) && self.range(done.block).all(counted);
             return Err(if all_counted { DiscardReason::AlreadyCounted } else { DiscardReason::LeaseNotHeld });
         };
-        let fits = match self.task() {
+        let of_each_slot = done.slot_sums.len() == self.range(block).len();
+        let fits = match self.task {
             Task::Gradient => done.digest.is_some() && done.norm.is_some() && done.slot_sums.is_empty(),
-            Task::Evaluate => done.digest.is_none() && done.slot_sums.len() == self.range(block).len(),
+            Task::Evaluate => done.digest.is_none() && of_each_slot,
+            Task::Reference => done.digest.is_some() && of_each_slot,
         };
         if done.block == block && fits { Ok(()) } else { Err(DiscardReason::Malformed) }
     }
@@ -254,7 +260,7 @@ impl Work {
                     .expect("taken blocks do not overlap, and each counts once");
                 self.norms.extend(done.norm.map(|norm| Norm { slots: slots.len(), norm }));
             }
-            Tally::Evaluate(sums) => {
+            Tally::Slots(sums) => {
                 sums[slots.start as usize..slots.end as usize].copy_from_slice(&done.slot_sums);
             }
         }
@@ -304,7 +310,7 @@ impl Work {
         }
         match &self.tally {
             Tally::Gradient(tree) => tree.clone().into_root(),
-            Tally::Evaluate(sums) => sums.iter().copied().reduce(Add::add),
+            Tally::Slots(sums) => sums.iter().copied().reduce(Add::add),
         }
     }
 

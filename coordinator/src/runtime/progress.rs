@@ -9,6 +9,7 @@ use crate::engine::Event;
 use crate::engine::command::Finding;
 use crate::metrics::{Line, StepLine};
 use crate::observe::RunEvent;
+use crate::pair_means::PairMeans;
 use crate::step_times::StepTimes;
 use crate::{report, start};
 
@@ -20,13 +21,16 @@ impl Runtime {
         self.ledger.commit(step)?;
         let (sums, lr) = self.applying.take().context("the data plane applied a step that nobody asked for")?;
         let (loss, step_secs) = (sums.mean(), self.step.since.elapsed().as_secs_f64());
-        let tokens_per_sec = self.tokens_per_step as f64 / step_secs;
+        let tokens = self.config.source.positions(step);
+        let tokens_per_sec = tokens as f64 / step_secs;
+        let pairs = PairMeans::of(self.config.objective, sums);
         self.manifest.step = step;
         self.manifest.train_loss = Some(loss);
-        self.manifest.tokens += self.tokens_per_step;
+        self.manifest.tokens += tokens;
         self.metrics.append(Line::Step(StepLine {
             step,
             loss,
+            pairs,
             tokens: self.manifest.tokens,
             lr,
             grad_norm: applied.grad_norm,
@@ -39,7 +43,7 @@ impl Runtime {
             optimizer_secs: applied.optimize.as_secs_f64(),
             publish_secs: applied.publish.as_secs_f64(),
         }))?;
-        self.tell(&RunEvent::Step { step, loss, tokens_per_sec });
+        self.tell(&RunEvent::Step { step, loss, pairs, tokens_per_sec });
         self.step = StepTimes::none();
         self.decide(Event::StepApplied { step, skipped: applied.skipped })
     }
@@ -62,7 +66,8 @@ impl Runtime {
         let (step, validated) = (manifest.step, manifest.is_validated());
         let skipped_in_a_row = manifest.filter.skipped_in_a_row;
         let device_classes = std::mem::take(&mut self.manifest.device_classes);
-        self.manifest = Manifest { device_classes, ..manifest };
+        let references_sha256 = self.manifest.references_sha256.take();
+        self.manifest = Manifest { device_classes, references_sha256, ..manifest };
         self.metrics.truncate_after(step, validated)?;
         self.ledger.truncate(self.manifest.ledger)?;
         report::remove_after(&self.run_dir.reports(), step)?;

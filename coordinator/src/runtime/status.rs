@@ -13,7 +13,8 @@ impl Runtime {
             Line::Step(line) => Some(line),
             Line::Validation(_) => None,
         });
-        let tokens_per_slot = self.tokens_per_step as f64 / f64::from(self.config.batch.slots);
+        let tokens = self.config.source.positions(self.manifest.step + 1);
+        let tokens_per_slot = tokens as f64 / f64::from(self.config.batch.slots);
         let workers = status.members.iter().map(|member| v1::WorkerStatus {
             worker_id: member.worker.0,
             name: member.name.clone(),

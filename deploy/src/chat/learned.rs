@@ -42,9 +42,17 @@ pub(crate) enum LearnError {
 /// # Errors
 /// If it cannot be written down for the model.
 pub(crate) fn example(template: &Template, messages: &[Message]) -> Result<Example, LearnError> {
+    example_after(template, messages, 0)
+}
+
+/// The same, of which no answer among the first `read` messages is learned: they are read as a prompt.
+///
+/// # Errors
+/// If it cannot be written down for the model.
+pub(crate) fn example_after(template: &Template, messages: &[Message], read: usize) -> Result<Example, LearnError> {
     let mut script =
         Script { template, text: String::new(), tokens: Vec::new(), learned: Vec::new(), ends: Vec::new() };
-    let answers: Vec<usize> = (0..messages.len()).filter(|&turn| messages[turn].role == "assistant").collect();
+    let answers: Vec<usize> = (read..messages.len()).filter(|&turn| messages[turn].role == "assistant").collect();
     for &turn in &answers {
         let no_prefix = LearnError::NoPrefix { turn: turn + 1 };
         let prompt = template.render(&messages[..turn], true, DAY)?;

@@ -8,13 +8,15 @@ use lockstep_coordinator::config::Turns;
 use lockstep_coordinator::{RunConfig, run_dir};
 use lockstep_model::checkpoint;
 use lockstep_model::corpus::Corpus;
+use lockstep_model::pairs::Reading;
 use lockstep_model::sampler::{LineSource, Source, TokenSource, WeightedCorpus};
 use lockstep_model::tokenizer::Tokenizer;
 
 use super::{Usage, initial};
 use crate::cli::RecipeArgs;
 use crate::data::corpus;
-use crate::data::supervised::{self, Report, Supervised};
+use crate::data::preferences::{self, Preferences};
+use crate::data::supervised::{self, Supervised};
 use crate::recipe::{self, Recipe, Stage};
 
 /// The recipe of a newcomer.
@@ -55,8 +57,8 @@ pub(crate) struct Data {
     pub(crate) bytes_per_token: Option<f64>,
     /// How a model that learns to answer is asked; `None` of others.
     pub(crate) turns: Option<Turns>,
-    /// What was found where conversations are learned.
-    pub(crate) report: Option<Report>,
+    /// What was found where conversations are learned, for people.
+    pub(crate) report: Option<String>,
 }
 
 impl Data {
@@ -72,12 +74,24 @@ pub(crate) fn data(recipe: &Recipe) -> anyhow::Result<Data> {
         let source = Source::Line(LineSource { batch: recipe.batch });
         return Ok(Data { source, tokenizer: None, bytes_per_token: None, turns: None, report: None });
     };
-    if data.stage == Stage::Sft {
-        let known = recipe.init.as_deref().map(initial::tokenizer).transpose()?;
-        let Supervised { source, tokenizer, turns, report } = supervised::load(recipe, data, context, known)?;
+    let known = || recipe.init.as_deref().map(initial::tokenizer).transpose();
+    let lessons = match data.stage {
+        Stage::Pretrain => None,
+        Stage::Sft => {
+            let Supervised { source, tokenizer, turns, report } = supervised::load(recipe, data, context, known()?)?;
+            Some((Source::Packed(source), tokenizer, turns, report.in_full()))
+        }
+        stage @ (Stage::Reward | Stage::Dpo) => {
+            let reading = if stage == Stage::Reward { Reading::Score } else { Reading::LogProbability };
+            let Preferences { source, tokenizer, turns, report } =
+                preferences::load(recipe, data, context, known()?, reading)?;
+            Some((Source::Pairs(source), tokenizer, turns, report.in_full()))
+        }
+    };
+    if let Some((source, tokenizer, turns, report)) = lessons {
         recipe.check_vocabulary(tokenizer.vocab_size())?;
-        let (source, tokenizer) = (Source::Packed(source), Some(tokenizer));
-        return Ok(Data { source, tokenizer, bytes_per_token: None, turns: Some(turns), report: Some(report) });
+        let (turns, report) = (Some(turns), Some(report));
+        return Ok(Data { source, tokenizer: Some(tokenizer), bytes_per_token: None, turns, report });
     }
     let corpora = corpus::load(data)?;
     for corpus in &corpora {
@@ -110,7 +124,7 @@ fn bytes_per_token<'a>(mixture: impl Iterator<Item = (&'a Corpus, f64)>) -> Opti
 }
 
 /// Everything a coordinator must know, and what to say of conversations that are learned. A resumed run's recipe may differ only where that does not change the run.
-pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow::Result<(RunConfig, Option<Report>)> {
+pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow::Result<(RunConfig, Option<String>)> {
     if resume {
         check_resume(recipe, &run)?;
     }
@@ -125,6 +139,7 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
         recipe_toml: recipe.to_toml(),
         seed: recipe.seed,
         model,
+        objective: recipe.objective,
         initial,
         tokenizer: data.tokenizer,
         bytes_per_token: data.bytes_per_token,

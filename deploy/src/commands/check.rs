@@ -35,7 +35,7 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<()> {
         }
     };
     if let Some(report) = &data.report {
-        report.print();
+        eprintln!("{report}");
     }
     println!("{}", Plan::of(&recipe, data.vocab_size(), args.bandwidth_mbit * 1e6, rate));
     println!("worker speed      {rate:.0} tokens/s, {origin}");

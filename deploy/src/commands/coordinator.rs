@@ -40,7 +40,7 @@ pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
         let recipe = assemble::recipe(&args.recipe, args.outputs.resume.then_some(args.run.as_path()))?;
         let (config, report) = assemble::run_config(&recipe, args.run.clone(), args.outputs.resume)?;
         if let Some(report) = report {
-            report.print();
+            eprintln!("{report}");
         }
         let listener = bind(args.listen).await?;
         let address = listener.local_addr()?;

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use anyhow::{Context as _, bail};
 use lockstep_coordinator::config::Initial;
 use lockstep_model::checkpoint;
-use lockstep_model::config::{Gelu, LlamaConfig, ModelConfig};
+use lockstep_model::config::{Gelu, GptConfig, LlamaConfig, ModelConfig};
 use lockstep_model::digest::{hex, vector_sha256};
 use lockstep_model::interchange::{self, Imported};
+use lockstep_model::layout::Layout;
 use lockstep_model::tokenizer::Tokenizer;
 use toml::Value;
 
@@ -29,6 +30,7 @@ pub(super) fn read(path: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> a
         (manifest.model, parameters, manifest.tokenizer, manifest.params_sha256)
     };
     let shown = path.display();
+    let found_layout = Layout::of(&found);
     if let Some((key, theirs, ours)) = first_difference(&found, model)? {
         bail!(
             "init = \"{shown}\": its model has {key} = {theirs}, and the one that the recipe describes has {ours}; change [model] \
@@ -41,7 +43,25 @@ pub(super) fn read(path: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> a
              prepare corpora with that"
         );
     }
+    if found.has_score_head() == model.has_score_head() {
+        return Ok(Initial { parameters: Arc::new(parameters), sha256 });
+    }
+    let parameters = with_score_head(&found_layout, &parameters, model);
+    let sha256 = hex(&vector_sha256(&parameters));
     Ok(Initial { parameters: Arc::new(parameters), sha256 })
+}
+
+/// The parameters of a model that scores texts, out of those of one that predicts tokens: as these, where they have the same
+/// names. The new head knows nothing: it is 0.
+fn with_score_head(found: &Layout, parameters: &[f32], model: &ModelConfig) -> Vec<f32> {
+    let layout = Layout::of(model);
+    let mut scoring = vec![0.0; layout.len()];
+    for tensor in &layout.tensors {
+        if let Some(same) = found.tensors.iter().find(|found| found.name == tensor.name) {
+            scoring[tensor.range()].copy_from_slice(&parameters[same.range()]);
+        }
+    }
+    scoring
 }
 
 /// Model and tokenizer of the run, checkpoint or Hugging Face folder at `path`, without its parameters.
@@ -128,15 +148,23 @@ pub(super) fn size(size: usize) -> Value {
 }
 
 /// The first setting in which two models differ, dropout and the length of what a Llama reads excepted, on which no
-/// parameter depends.
+/// parameter depends; and the head, where a score takes its place.
 fn first_difference(found: &ModelConfig, asked: &ModelConfig) -> anyhow::Result<Option<(String, String, String)>> {
+    let scores = asked.has_score_head();
     let settings = |model: &ModelConfig| {
         let model = match model.clone() {
-            ModelConfig::Gpt(gpt) => ModelConfig::Gpt(lockstep_model::config::GptConfig { dropout: 0.0, ..gpt }),
+            ModelConfig::Gpt(gpt) => ModelConfig::Gpt(GptConfig {
+                dropout: 0.0,
+                tied_head: gpt.tied_head || scores,
+                score_head: gpt.score_head || scores,
+                ..gpt
+            }),
             ModelConfig::Llama(llama) => ModelConfig::Llama(LlamaConfig {
                 dropout: 0.0,
                 context: 0,
                 head_width: Some(llama.head_width()),
+                tied_head: llama.tied_head || scores,
+                score_head: llama.score_head || scores,
                 ..llama
             }),
             line => line,
@@ -177,6 +205,7 @@ mod tests {
             ffn_width: 320,
             qk_norm: true,
             tied_head: true,
+            score_head: false,
             rope_theta: 1e4,
             rope_scaling: None,
             norm_epsilon: 1e-5,

@@ -32,6 +32,8 @@ pub(crate) fn run(args: &Inspect) -> anyhow::Result<()> {
             "params_sha256": manifest.params_sha256,
             "optimizer_sha256": manifest.optimizer_sha256,
             "corpus_sha256": manifest.corpus_sha256,
+            "initial_sha256": manifest.initial_sha256,
+            "references_sha256": manifest.references_sha256,
             "device_classes": manifest.device_classes,
             "recipe_name": manifest.recipe_name,
             "recipe": manifest.recipe,
@@ -51,6 +53,11 @@ pub(crate) fn run(args: &Inspect) -> anyhow::Result<()> {
     println!("parameters       {}", Layout::of(&manifest.model).len());
     println!("params_sha256    {}", manifest.params_sha256);
     println!("optimizer_sha256 {}", manifest.optimizer_sha256);
+    for (name, digest) in [("began with", &manifest.initial_sha256), ("references", &manifest.references_sha256)] {
+        if let Some(digest) = digest {
+            println!("{name:<16} {digest}");
+        }
+    }
     println!("device classes   {}", manifest.device_classes.join(", "));
     println!("\n{}", manifest.recipe.trim_end());
     Ok(())

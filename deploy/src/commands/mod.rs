@@ -8,6 +8,7 @@ mod compare;
 mod coordinator;
 mod devices;
 mod eval;
+mod examples;
 mod export;
 mod generate;
 mod import;
@@ -53,6 +54,7 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Examples(args) => examples::run(&args),
         Command::Prepare(args) => prepare::run(&args),
         Command::Import(args) => import::run(&args),
         Command::Export(args) => export::run(&args),

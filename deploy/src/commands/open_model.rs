@@ -32,6 +32,13 @@ impl OpenModel {
         let Some(tokenizer) = manifest.tokenizer.clone() else {
             bail!("{}: the run's model reads no text, so it writes none", path.display());
         };
+        if manifest.model.has_score_head() {
+            bail!(
+                "{}: the run's model scores answers, and writes none; name the run that it began with, or compare answers with \
+                 `lockstep eval RUN --preferences FILE`",
+                path.display()
+            );
+        }
         let device = ComputeDevice::open(args.device)?;
         let engine = Engine::new(&manifest.model, &parameters, &device, limits)?;
         Ok(Self { engine, tokenizer, manifest, device: device.description })
@@ -44,7 +51,8 @@ impl OpenModel {
     pub(super) fn template(&self) -> anyhow::Result<Template> {
         let template = Template::of(&self.tokenizer)?;
         let recipe = Recipe::from_toml(&self.manifest.recipe_name, &self.manifest.recipe, &[]);
-        let has_learned = recipe.is_ok_and(|recipe| recipe.data.is_some_and(|data| data.stage == Stage::Sft));
+        let has_learned =
+            recipe.is_ok_and(|recipe| recipe.data.is_some_and(|data| matches!(data.stage, Stage::Sft | Stage::Dpo)));
         Ok(if has_learned { template.learned() } else { template })
     }
 }

@@ -11,6 +11,7 @@ use super::{Usage, assemble, block_on, threads_each};
 use crate::chaos::{Chaos, Targets};
 use crate::child::Watched;
 use crate::cli::Train;
+use crate::recipe::Stage;
 use crate::{launcher, progress, supervisor, telemetry};
 
 /// Where runs go by default.
@@ -89,8 +90,14 @@ pub(crate) fn run(args: Train) -> anyhow::Result<()> {
     list_losses(&run)?;
     if let Some(tally) = chaos.map(Chaos::into_tally) {
         println!("\n{}", tally.report(&run)?);
-    } else if recipe.model.context().is_some() {
-        println!("\nTry it:\n  lockstep generate --run {} --prompt \"The \"", run.display());
+    } else if let Some(data) = &recipe.data {
+        let run = run.display();
+        let hint = match data.stage {
+            Stage::Pretrain => format!("generate --run {run} --prompt \"The \""),
+            Stage::Sft | Stage::Dpo => format!("chat --run {run}"),
+            Stage::Reward => format!("eval {run} --preferences FILE"),
+        };
+        println!("\nTry it:\n  lockstep {hint}");
     }
     Ok(())
 }

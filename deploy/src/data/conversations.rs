@@ -1,4 +1,4 @@
-//! Conversations from files: a JSON object a line, or one JSON array of them.
+//! Conversations, or comparisons of answers, from files: a JSON object a line, or one JSON array of them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use lockstep_model::chat_template::Message;
-use lockstep_model::conversation;
+use lockstep_model::comparison::{self, Judgement};
+use lockstep_model::conversation::{self, Malformed};
 use serde_json::Value;
 
 use super::documents::{Place, Position};
@@ -14,24 +15,39 @@ use super::documents::{Place, Position};
 /// Characters of a bad line that are shown.
 const SHOWN: usize = 60;
 
-/// A conversation as it was found.
+/// Something as it was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Found {
-    pub(crate) messages: Vec<Message>,
+pub(crate) struct Found<T> {
+    pub(crate) what: T,
     /// Where its object begins.
     pub(crate) place: Place,
 }
+
+/// What an object is read as: one thing or several.
+type Parse<T> = fn(&Value) -> Result<Vec<T>, Malformed>;
 
 /// The conversations of files, in order; of a directory those of its `.jsonl` and `.json` files, by their paths.
 ///
 /// # Errors
 /// If one cannot be read, or an object in it holds no conversation: with file, line, what was expected, and how it begins.
-pub(crate) fn read(inputs: &[PathBuf]) -> anyhow::Result<Vec<Found>> {
+pub(crate) fn read(inputs: &[PathBuf]) -> anyhow::Result<Vec<Found<Vec<Message>>>> {
+    read_objects(inputs, conversation::conversations)
+}
+
+/// What the objects of such files say of answers.
+///
+/// # Errors
+/// As [`read`]'s.
+pub(crate) fn read_judgements(inputs: &[PathBuf]) -> anyhow::Result<Vec<Found<Judgement>>> {
+    read_objects(inputs, |object| Ok(vec![comparison::judgement(object)?]))
+}
+
+fn read_objects<T>(inputs: &[PathBuf], parse: Parse<T>) -> anyhow::Result<Vec<Found<T>>> {
     let mut found = Vec::new();
     for input in inputs {
         for path in files(input)? {
             let bytes = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
-            Reader { path: path.into(), bytes: &bytes, at: 0, line: 1 }.read(&mut found)?;
+            Reader { path: path.into(), bytes: &bytes, at: 0, line: 1, parse }.read(&mut found)?;
         }
     }
     Ok(found)
@@ -55,7 +71,8 @@ fn files(input: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 /// Goes through a file.
-struct Reader<'a> {
+struct Reader<'a, T> {
+    parse: Parse<T>,
     path: Arc<Path>,
     bytes: &'a [u8],
     /// How far it is, and in which line that is.
@@ -63,8 +80,8 @@ struct Reader<'a> {
     line: u64,
 }
 
-impl Reader<'_> {
-    fn read(mut self, found: &mut Vec<Found>) -> anyhow::Result<()> {
+impl<T> Reader<'_, T> {
+    fn read(mut self, found: &mut Vec<Found<T>>) -> anyhow::Result<()> {
         self.skip_space();
         let is_array = self.peek() == Some(b'[');
         if is_array {
@@ -90,7 +107,7 @@ impl Reader<'_> {
     }
 
     /// The object that begins here: of an array as long as it is, else a line.
-    fn object(&mut self, is_array: bool, found: &mut Vec<Found>) -> anyhow::Result<()> {
+    fn object(&mut self, is_array: bool, found: &mut Vec<Found<T>>) -> anyhow::Result<()> {
         let (start, line) = (self.at, self.line);
         let rest = &self.bytes[start..];
         let length = rest.iter().position(|byte| *byte == b'\n').unwrap_or(rest.len());
@@ -107,10 +124,9 @@ impl Reader<'_> {
             let column = if error.line() == 1 { format!(" at byte {} of it", error.column()) } else { String::new() };
             self.refuse(start, &format!("is no JSON: {problem}{column}; expected an object"))
         })?;
-        let conversations =
-            conversation::conversations(&value).map_err(|error| self.refuse(start, &error.to_string()))?;
+        let things = (self.parse)(&value).map_err(|error| self.refuse(start, &error.to_string()))?;
         let place = Place { path: self.path.clone(), position: Position::Line(line) };
-        found.extend(conversations.into_iter().map(|messages| Found { messages, place: place.clone() }));
+        found.extend(things.into_iter().map(|what| Found { what, place: place.clone() }));
         self.advance(length);
         Ok(())
     }
@@ -151,8 +167,8 @@ mod tests {
         fs::write(&path, text).unwrap();
         let inside = |said: String| said.replace(&format!("{}/", dir.path().display()), "");
         let found = read(&[path]).map_err(|error| inside(format!("{error:#}")))?;
-        let shown = |found: Found| {
-            let said: Vec<String> = found.messages.into_iter().map(|message| message.content).collect();
+        let shown = |found: Found<Vec<Message>>| {
+            let said: Vec<String> = found.what.into_iter().map(|message| message.content).collect();
             (inside(found.place.to_string()), said.join("|"))
         };
         Ok(found.into_iter().map(shown).collect())
@@ -208,7 +224,7 @@ mod tests {
             fs::write(dir.path().join(name), format!("{{\"question\":\"q\",\"answer\":\"{answer}\"}}")).unwrap();
         }
         let found = read(&[dir.path().into()]).unwrap();
-        assert_eq!(found.iter().map(|found| &*found.messages[1].content).collect::<Vec<_>>(), ["1", "2"]);
+        assert_eq!(found.iter().map(|found| &*found.what[1].content).collect::<Vec<_>>(), ["1", "2"]);
         fs::remove_file(dir.path().join("a.jsonl")).unwrap();
         fs::remove_file(dir.path().join("b.json")).unwrap();
         assert!(read(&[dir.path().into()]).unwrap_err().to_string().contains("holds no .jsonl"));

@@ -1,25 +1,19 @@
 //! What a recipe of stage `sft` learns from: conversations, what of them is learned, and the rows that they are packed into.
 
 use std::fmt;
-use std::io::IsTerminal as _;
-use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use indicatif::HumanCount;
 use lockstep_coordinator::config::Turns;
-use lockstep_model::chat_template::Message;
 use lockstep_model::packing::{Example, PackedRows, PackedSource};
 use lockstep_model::sampler::Permutation;
-use lockstep_model::tokenizer::{self, Tokenizer};
+use lockstep_model::tokenizer::Tokenizer;
 
 use super::conversations::{self, Found};
-use super::corpus;
-use super::documents::Piece;
-use super::progress::Progress;
-use super::tokenize;
-use crate::chat::learned::{self, DAY};
+use super::lessons;
+use crate::chat::learned;
 use crate::chat::template::Template;
-use crate::recipe::{DataRecipe, Input, Recipe, TokenizerKind};
+use crate::recipe::{DataRecipe, Recipe};
 
 /// All that a run of this stage needs to know of its data.
 pub(crate) struct Supervised {
@@ -69,23 +63,11 @@ pub(crate) fn load(
     context: usize,
     known: Option<Tokenizer>,
 ) -> anyhow::Result<Supervised> {
-    let paths = data.inputs.iter().map(|weighted| match &weighted.input {
-        Input::Path(path) => Ok(path.clone()),
-        Input::KingJames => bail!("data.input: the built-in text holds no conversations; name a .jsonl or .json file"),
-    });
-    let paths = paths.collect::<anyhow::Result<Vec<PathBuf>>>()?;
-    let found = conversations::read(&paths)?;
-    let known = match known {
-        Some(tokenizer) => Some(tokenizer),
-        None => corpus::known_tokenizer(&data.tokenizer)?,
-    };
-    let tokenizer = match known {
-        Some(tokenizer) => tokenizer,
-        None => learn_tokenizer(&found, data)?,
-    };
+    let found = conversations::read(&lessons::files(data)?)?;
+    let tokenizer = lessons::tokenizer(data, known, || &found)?;
     let template = Template::of(&tokenizer)?;
     let (mut counts, mut examples) = (Counts { found: found.len(), ..Counts::default() }, Vec::new());
-    for Found { messages, place } in &found {
+    for Found { what: messages, place } in &found {
         if messages.iter().any(|message| message.content.trim().is_empty()) {
             counts.empty += 1;
             continue;
@@ -105,17 +87,7 @@ pub(crate) fn load(
         let counts = counts.in_words();
         bail!("data.input: no token of any conversation is learned, with a context of {context} tokens: {counts}");
     }
-    let without = match (training.len(), validation.len()) {
-        (0, _) => Some("train"),
-        (_, 0) if recipe.evaluation.slots > 0 => Some("validate"),
-        _ => None,
-    };
-    if let Some(purpose) = without {
-        let (share, count) = (data.train_fraction, examples.len());
-        bail!(
-            "data.train_fraction = {share:?}: of {count} conversations none is left to {purpose} on; give more of them"
-        );
-    }
+    lessons::check_split(recipe, data, [training.len(), validation.len()], "conversations")?;
     let source = PackedSource {
         training: PackedRows::pack(training.iter().copied(), context),
         validation: PackedRows::pack(validation.iter().copied(), context),
@@ -134,41 +106,8 @@ pub(crate) fn load(
         form: template.form().name(),
         example: shown,
     };
-    let prompt = |prompt: &String| {
-        let asked = Message { role: "user".into(), content: prompt.clone() };
-        template.prompt(&[asked], DAY).with_context(|| format!("sampling.prompts: {prompt:?}"))
-    };
-    let prompts = match recipe.sampling.every_steps {
-        0 => Vec::new(),
-        _ => recipe.sampling.prompts.iter().map(prompt).collect::<anyhow::Result<_>>()?,
-    };
-    let turns = Turns { prompts, ends: template.ends().to_vec(), stops: template.stops().to_vec() };
+    let turns = lessons::turns(recipe, &template)?;
     Ok(Supervised { source, tokenizer, turns, report })
-}
-
-/// A tokenizer for conversations as they are written without one: as a dialogue.
-fn learn_tokenizer(found: &[Found], data: &DataRecipe) -> anyhow::Result<Tokenizer> {
-    let template = Template::of(&Tokenizer::Bytes)?;
-    let piece = |found: &Found| {
-        let text = template.render(&found.messages, false, DAY)?;
-        let read_bytes = text.len() as u64;
-        Ok(Piece { text, starts_document: true, ends_document: true, place: found.place.clone(), read_bytes })
-    };
-    let pieces = found.iter().map(piece).collect::<anyhow::Result<Vec<Piece>>>()?;
-    match data.tokenizer.kind {
-        TokenizerKind::Bpe => {
-            let mut progress = Progress::new();
-            progress.begin("counting words", pieces.iter().map(|piece| piece.read_bytes).sum());
-            let learned =
-                tokenize::learn_bpe(Box::new(pieces.into_iter().map(Ok)), data.tokenizer.vocab_size, &mut progress);
-            progress.finish();
-            Ok(Tokenizer::Bpe(learned?))
-        }
-        _ => {
-            let text: String = pieces.into_iter().map(|piece| piece.text).collect();
-            Ok(Tokenizer::for_text(tokenizer::TokenizerKind::Chars, &text))
-        }
-    }
 }
 
 impl Counts {
@@ -187,19 +126,9 @@ impl Counts {
 }
 
 impl Report {
-    /// Says what was found, and shows an example: what is learned of it in green on a terminal, else in brackets.
-    pub(crate) fn print(&self) {
-        let marks = if std::io::stderr().is_terminal() { ["\u{1b}[32m", "\u{1b}[0m"] } else { ["⟦", "⟧"] };
-        eprintln!("{self}\n{}", self.marked(marks));
-    }
-
-    fn marked(&self, [begin, end]: [&str; 2]) -> String {
-        let runs = self.example.iter().map(|(learned, text)| match learned {
-            // Colour does not go on in the next line's margin.
-            true => format!("{begin}{}{end}", text.replace('\n', &format!("{end}\n{begin}"))),
-            false => text.clone(),
-        });
-        runs.collect::<String>().lines().map(|line| format!("  │ {line}\n")).collect()
+    /// What was found, and an example.
+    pub(crate) fn in_full(&self) -> String {
+        format!("{self}\n{}", lessons::marked(&self.example, lessons::marks()))
     }
 }
 
@@ -263,7 +192,8 @@ mod tests {
             19 rows of 48 tokens: once through them in 3 steps
             the first of them, with what is learned marked:"#]]
         .assert_eq(&report.to_string());
-        assert_eq!(report.marked(["⟦", "⟧"]), "  │ User: 0?\n  │ \n  │ Assistant:⟦ a⟧\n  │ ⟦⟧\n  │ ⟦User:⟧\n");
+        let marked = lessons::marked(&report.example, ["⟦", "⟧"]);
+        assert_eq!(marked, "  │ User: 0?\n  │ \n  │ Assistant:⟦ a⟧\n  │ ⟦⟧\n  │ ⟦User:⟧\n");
     }
 
     #[test]

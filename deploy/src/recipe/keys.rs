@@ -39,6 +39,8 @@ pub(super) enum Reader {
     Llama,
     /// Those of the straight line.
     Line,
+    /// Those that learn to give the better of two answers.
+    Dpo,
     /// Those that use AdamW, for some tensors at least.
     Adamw,
     /// Those that use Muon.
@@ -69,7 +71,7 @@ pub(super) struct Kinds {
     pub(super) decay: DecayKind,
 }
 
-/// `stage`: what a run learns from.
+/// `stage`: what a run learns, and from what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Stage {
@@ -77,6 +79,10 @@ pub(crate) enum Stage {
     Pretrain,
     /// Conversations, of which the answers are learned.
     Sft,
+    /// Pairs of answers: which of them is better.
+    Reward,
+    /// The same: to give the better one.
+    Dpo,
 }
 
 /// `model.kind`.
@@ -131,7 +137,7 @@ pub(super) enum DisputeKind {
 
 use Fallback::{Default, Required};
 use OnResume::{Fixed, Free};
-use Reader::{Adamw, Bpe, Every, FallingRate, Gpt, Line, Llama, Muon, Pretraining, Text};
+use Reader::{Adamw, Bpe, Dpo, Every, FallingRate, Gpt, Line, Llama, Muon, Pretraining, Text};
 
 /// All keys, in the order in which a recipe is written. `recipes/quickstart.toml` says what each means and in which unit.
 /// The optimizer's defaults are PyTorch's.
@@ -166,6 +172,9 @@ pub(super) const KEYS: &[Key] = &[
     key("data.order",                    Default("\"random\""),       Text,        Fixed),
     key("data.separate_documents",       Default("false"),            Pretraining, Fixed),
     key("data.train_fraction",           Default("0.9"),              Text,        Fixed),
+
+    key("dpo.beta",                      Default("0.1"),              Dpo,         Fixed),
+    key("dpo.label_smoothing",           Default("0.0"),              Dpo,         Fixed),
 
     key("tokenizer.kind",                Default("\"auto\""),         Text,        Fixed),
     key("tokenizer.file",                Default("\"\""),             Text,        Fixed),
@@ -252,6 +261,7 @@ impl Reader {
             Every => true,
             Text => kinds.model != ModelKind::Line,
             Pretraining => kinds.model != ModelKind::Line && kinds.stage == Stage::Pretrain,
+            Dpo => kinds.model != ModelKind::Line && kinds.stage == Stage::Dpo,
             Gpt => kinds.model == ModelKind::Gpt,
             Llama => kinds.model == ModelKind::Llama,
             Line => kinds.model == ModelKind::Line,
@@ -267,6 +277,7 @@ impl Reader {
         match self {
             Every | Text | Gpt => "model.kind = \"gpt\"",
             Pretraining => "stage = \"pretrain\"",
+            Dpo => "stage = \"dpo\"",
             Llama => "model.kind = \"llama\"",
             Line => "model.kind = \"line\"",
             Bpe => "tokenizer.kind = \"bpe\"",

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
 use lockstep_model::config::{
-    BatchConfig, GptConfig, LlamaConfig, ModelConfig, OptimizerConfig, ScheduleConfig, WindowOrder,
+    BatchConfig, GptConfig, LlamaConfig, ModelConfig, Objective, OptimizerConfig, ScheduleConfig, WindowOrder,
 };
 use lockstep_model::step_filter::SkipConfig;
 
@@ -25,10 +25,12 @@ use self::values::Values;
 use crate::builtin;
 
 /// The recipes that come with the program, by name.
-const EMBEDDED: [(&str, &str); 6] = [
+const EMBEDDED: [(&str, &str); 8] = [
     ("quickstart", include_str!("../../recipes/quickstart.toml")),
     ("quickstart-llama", include_str!("../../recipes/quickstart-llama.toml")),
     ("sft", include_str!("../../recipes/sft.toml")),
+    ("reward", include_str!("../../recipes/reward.toml")),
+    ("dpo", include_str!("../../recipes/dpo.toml")),
     ("shakespeare-char-cpu", include_str!("../../recipes/shakespeare-char-cpu.toml")),
     ("shakespeare-char", include_str!("../../recipes/shakespeare-char.toml")),
     ("line", include_str!("../../recipes/line.toml")),
@@ -40,6 +42,8 @@ const BYTES_PER_TOKEN: u64 = 8;
 const BYTES_PER_SEGMENT: u64 = 4;
 /// And in rows of conversations: the number of its conversation, and whether it is learned.
 const BYTES_PER_LEARNED: u64 = 8;
+/// And in rows of answers: whether it is compared.
+const BYTES_PER_COMPARED: u64 = 4;
 
 /// A whole recipe, validated. To change one, load it with overrides.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +56,8 @@ pub(crate) struct Recipe {
     pub(crate) init: Option<PathBuf>,
     /// The model, as far as it is known without its corpus.
     pub(crate) model: ModelRecipe,
+    /// What it is trained for.
+    pub(crate) objective: Objective,
     /// The corpus; `None` where the model reads no text.
     pub(crate) data: Option<DataRecipe>,
     /// The update rule.
@@ -225,6 +231,11 @@ impl Recipe {
         bytes_per_token(self.data.as_ref())
     }
 
+    /// Rows that a sequence stands for: a pair of answers has two.
+    pub(crate) fn rows_per_sequence(&self) -> usize {
+        rows_per_sequence(self.data.as_ref())
+    }
+
     /// What keeps documents apart, where they are to be, in a corpus whose documents end with `end_of_text`.
     ///
     /// # Errors
@@ -244,8 +255,17 @@ impl Recipe {
 fn bytes_per_token(data: Option<&DataRecipe>) -> u64 {
     match data {
         Some(DataRecipe { stage: Stage::Sft, .. }) => BYTES_PER_TOKEN + BYTES_PER_LEARNED,
+        Some(DataRecipe { stage: Stage::Reward | Stage::Dpo, .. }) => BYTES_PER_TOKEN + BYTES_PER_COMPARED,
         Some(DataRecipe { separate_documents: true, .. }) => BYTES_PER_TOKEN + BYTES_PER_SEGMENT,
         _ => BYTES_PER_TOKEN,
+    }
+}
+
+/// Rows that a sequence of `batch.sequences_per_slot` stands for: a pair of answers has two.
+fn rows_per_sequence(data: Option<&DataRecipe>) -> usize {
+    match data {
+        Some(DataRecipe { stage: Stage::Reward | Stage::Dpo, .. }) => 2,
+        _ => 1,
     }
 }
 

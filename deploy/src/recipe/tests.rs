@@ -1,7 +1,7 @@
 //! Recipes from text to types and back, and what they refuse.
 
 use expect_test::expect;
-use lockstep_model::config::{AdamwConfig, Decay, LineConfig, UpdateRule};
+use lockstep_model::config::{AdamwConfig, Decay, DpoConfig, LineConfig, UpdateRule};
 use lockstep_model::layout::Layout;
 
 use super::keys::{KEYS, Key};
@@ -14,13 +14,26 @@ fn load(name: &str, overrides: &[&str]) -> Result<Recipe, RecipeError> {
 
 /// An embedded recipe, with a small model where it leaves that to `init`.
 fn embedded(name: &str) -> Recipe {
-    if name == "sft" { sft(&[]) } else { load(name, &[]).unwrap() }
+    match name {
+        "sft" | "reward" | "dpo" => small(name, &["init=elsewhere"]),
+        name => load(name, &[]).unwrap(),
+    }
+}
+
+/// A recipe that leaves its model to `init`, with a small one.
+fn small(name: &str, overrides: &[&str]) -> Recipe {
+    const MODEL: [&str; 4] = ["model.layers=1", "model.heads=2", "model.width=16", "model.context=64"];
+    load(name, &[&MODEL, overrides].concat()).unwrap()
 }
 
 /// The recipe that learns from conversations, with a small model.
 pub(crate) fn sft(overrides: &[&str]) -> Recipe {
-    const MODEL: [&str; 4] = ["model.layers=1", "model.heads=2", "model.width=16", "model.context=64"];
-    load("sft", &[&MODEL, overrides].concat()).unwrap()
+    small("sft", overrides)
+}
+
+/// The recipe that learns from preferences, with a small model.
+pub(crate) fn dpo(overrides: &[&str]) -> Recipe {
+    small("dpo", &[&["init=elsewhere"], overrides].concat())
 }
 
 /// A recipe whose settings do not change.
@@ -225,7 +238,7 @@ fn conversations_take_a_stage_of_their_own() {
         recipe shakespeare-char-cpu: data.weights = [2.0]: nothing reads this key beside the others; leave it out, or change the kind; for example stage = "pretrain"
         recipe shakespeare-char-cpu: data.separate_documents = true: nothing reads this key beside the others; leave it out, or change the kind; for example stage = "pretrain"
         recipe shakespeare-char-cpu: stage = "sft": nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "gpt"
-        recipe shakespeare-char-cpu: stage = "rlhf": must be `pretrain` or `sft`; for example stage = "pretrain""#]]
+        recipe shakespeare-char-cpu: stage = "rlhf": must be one of `pretrain`, `sft`, `reward`, `dpo`; for example stage = "pretrain""#]]
     .assert_eq(
         &[
             "stage=sft data.weights=[2.0]",
@@ -414,14 +427,14 @@ fn keys_that_nothing_reads_are_refused() {
         recipe shakespeare-char-cpu: model.initial_weight = 1: nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "line"
         recipe shakespeare-char-cpu: tokenizer.vocab_size = 300: nothing reads this key beside the others; leave it out, or change the kind; for example tokenizer.kind = "bpe"
         recipe shakespeare-char-cpu: model.head = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init
+        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init
         recipe shakespeare-char-cpu: model = 4: unknown key; the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
         recipe shakespeare-char-cpu: model.heads.x = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"#]].assert_eq(&refusals.map(refusal).join("\n"));
+        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"#]].assert_eq(&refusals.map(refusal).join("\n"));
 
     let text = |text: &str| Recipe::from_toml("mine", text, &[]).unwrap_err().to_string();
     expect![[r#"recipe mine: tokenizer.kind = "chars": nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "gpt""#]].assert_eq(&text("[model]\nkind = 'line'\n[tokenizer]\nkind = 'chars'"));
-    expect!["recipe mine: modle = {}: unknown key; the sections are model, data, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"].assert_eq(&text("[modle]"));
+    expect!["recipe mine: modle = {}: unknown key; the sections are model, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"].assert_eq(&text("[modle]"));
 }
 
 #[test]
@@ -447,6 +460,38 @@ fn every_key_is_checked() {
             assert!(error.to_string().starts_with(&format!("recipe {recipe}: {} = 2026-01-01: ", key.path)), "{error}");
         }
     }
+}
+
+#[test]
+fn preferences_take_stages_of_their_own() {
+    let reward = small("reward", &[]);
+    let (data, model) = (reward.data.as_ref().unwrap(), reward.model.with_vocabulary(65));
+    assert_eq!((data.stage, reward.objective, model.has_score_head()), (Stage::Reward, Objective::Reward, true));
+    // Two rows of 64 tokens, 12 bytes each.
+    assert_eq!((reward.rows_per_sequence(), reward.bytes_per_token()), (2, 12));
+    let recipe = dpo(&["dpo.beta=0.5"]);
+    let config = DpoConfig { beta: 0.5, label_smoothing: 0.0 };
+    assert_eq!((recipe.objective, recipe.model.with_vocabulary(65).has_score_head()), (Objective::Dpo(config), false));
+    let refused = |recipe: &str, sets: &[&str]| {
+        const MODEL: [&str; 4] = ["model.layers=1", "model.heads=2", "model.width=16", "model.context=64"];
+        load(recipe, &[&MODEL, sets].concat()).unwrap_err().to_string()
+    };
+    expect![[r#"
+        recipe dpo: init = "": a model learns by this how to differ from what it was, so it must have been something; for example init = "runs/sft-1"
+        recipe dpo: dpo.beta = 0.0: must be a number above 0; for example dpo.beta = 0.1
+        recipe dpo: dpo.label_smoothing = 0.5: must be a number of at least 0 and below 0.5; for example dpo.label_smoothing = 0.0
+        recipe reward: sampling.every_steps = 5: a model that scores answers writes none; for example sampling.every_steps = 0
+        recipe reward: dpo.beta = 0.1: nothing reads this key beside the others; leave it out, or change the kind; for example stage = "dpo""#]]
+    .assert_eq(
+        &[
+            refused("dpo", &[]),
+            refused("dpo", &["init=a", "dpo.beta=0"]),
+            refused("dpo", &["init=a", "dpo.label_smoothing=0.5"]),
+            refused("reward", &["sampling.every_steps=5"]),
+            refused("reward", &["dpo.beta=0.1"]),
+        ]
+        .join("\n"),
+    );
 }
 
 #[test]
@@ -489,7 +534,7 @@ fn recipes_come_from_files_too() {
     assert_eq!((recipe.name.as_str(), recipe.seed), ("mine", 5));
 
     let error = load("quikstart", &[]).unwrap_err();
-    expect![[r#"there is no recipe "quikstart" (did you mean quickstart?); give the path of a TOML file or an embedded recipe: quickstart, quickstart-llama, sft, shakespeare-char-cpu, shakespeare-char, line"#]].assert_eq(&error.to_string());
+    expect![[r#"there is no recipe "quikstart" (did you mean quickstart?); give the path of a TOML file or an embedded recipe: quickstart, quickstart-llama, sft, reward, dpo, shakespeare-char-cpu, shakespeare-char, line"#]].assert_eq(&error.to_string());
     let error = load("no/such.toml", &[]).unwrap_err();
-    expect!["no/such.toml: the recipe cannot be read: No such file or directory (os error 2); give the path of a TOML file or an embedded recipe: quickstart, quickstart-llama, sft, shakespeare-char-cpu, shakespeare-char, line"].assert_eq(&error.to_string());
+    expect!["no/such.toml: the recipe cannot be read: No such file or directory (os error 2); give the path of a TOML file or an embedded recipe: quickstart, quickstart-llama, sft, reward, dpo, shakespeare-char-cpu, shakespeare-char, line"].assert_eq(&error.to_string());
 }

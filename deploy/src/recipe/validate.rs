@@ -7,16 +7,19 @@ use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationCo
 use lockstep_coordinator::engine::OnDispute;
 use lockstep_model::bpe::MIN_VOCAB_SIZE;
 use lockstep_model::config::{
-    AdamwConfig, BatchConfig, Decay, GptConfig, LineConfig, LlamaConfig, ModelConfig, MuonConfig, OptimizerConfig,
-    RopeScaling, ScheduleConfig, UpdateRule, WindowOrder,
+    AdamwConfig, BatchConfig, Decay, DpoConfig, GptConfig, LineConfig, LlamaConfig, ModelConfig, MuonConfig, Objective,
+    OptimizerConfig, RopeScaling, ScheduleConfig, UpdateRule, WindowOrder,
 };
 use lockstep_model::layout::Layout;
 use lockstep_model::step_filter::SkipConfig;
 
 use super::error::RecipeError;
-use super::keys::{DecayKind, DisputeKind, ModelKind, OptimizerKind, Stage, TokenizerKind};
+use super::keys::{DecayKind, DisputeKind, Kinds, ModelKind, OptimizerKind, Stage, TokenizerKind};
 use super::values::Values;
-use super::{BYTES_PER_TOKEN, DataRecipe, Input, ModelRecipe, Recipe, TokenizerRecipe, WeightedInput, bytes_per_token};
+use super::{
+    BYTES_PER_TOKEN, DataRecipe, Input, ModelRecipe, Recipe, TokenizerRecipe, WeightedInput, bytes_per_token,
+    rows_per_sequence,
+};
 use crate::builtin;
 
 /// Most elements of a flat vector: 8 GiB of parameters.
@@ -43,13 +46,13 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
     let v = &values;
     let kinds = v.kinds()?;
     let (model, data) = match kinds.model {
-        ModelKind::Gpt => (ModelConfig::Gpt(gpt(v)?), Some(data(v, kinds.stage)?)),
-        ModelKind::Llama => (ModelConfig::Llama(llama(v)?), Some(data(v, kinds.stage)?)),
+        ModelKind::Gpt => (ModelConfig::Gpt(gpt(v, kinds.stage)?), Some(data(v, kinds.stage)?)),
+        ModelKind::Llama => (ModelConfig::Llama(llama(v, kinds.stage)?), Some(data(v, kinds.stage)?)),
         ModelKind::Line => (ModelConfig::Line(line(v)?), None),
     };
     let model = ModelRecipe(model);
     check_elements(v, &model, 1)?;
-    let context = model.tokens_per_sequence();
+    let context = model.tokens_per_sequence() * rows_per_sequence(data.as_ref());
     let optimizer = optimizer(v, kinds.optimizer)?;
     let schedule = schedule(v, kinds.decay, optimizer.lr)?;
     let batch = batch(v, context, bytes_per_token(data.as_ref()))?;
@@ -58,11 +61,9 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
     Ok(Recipe {
         name: name(v)?,
         seed: v.integer("seed", 0..=i64::MAX)?,
-        init: match kinds.model {
-            ModelKind::Line => None,
-            _ => v.text_or_none("init")?.map(PathBuf::from),
-        },
-        sampling: sampling(v, kinds.model)?,
+        objective: objective(v, data.as_ref())?,
+        init: init(v, kinds)?,
+        sampling: sampling(v, kinds)?,
         checkpoint: checkpoint(v, schedule.steps)?,
         cluster: cluster(v)?,
         model,
@@ -74,6 +75,33 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
         evaluation,
         values,
     })
+}
+
+/// What the model is trained for.
+fn objective(v: &Values, data: Option<&DataRecipe>) -> Result<Objective, RecipeError> {
+    Ok(match data.map(|data| data.stage) {
+        None | Some(Stage::Pretrain | Stage::Sft) => Objective::NextToken,
+        Some(Stage::Reward) => Objective::Reward,
+        Some(Stage::Dpo) => {
+            let beta = v.number("dpo.beta", "above 0", |beta| beta > 0.0)?;
+            let smoothing = |x| (0.0..0.5).contains(&x);
+            let label_smoothing = v.number("dpo.label_smoothing", "of at least 0 and below 0.5", smoothing)?;
+            Objective::Dpo(DpoConfig { beta, label_smoothing })
+        }
+    })
+}
+
+/// Where the initial parameters come from.
+fn init(v: &Values, kinds: Kinds) -> Result<Option<PathBuf>, RecipeError> {
+    if kinds.model == ModelKind::Line {
+        return Ok(None);
+    }
+    let init = v.text_or_none("init")?.map(PathBuf::from);
+    if init.is_none() && kinds.stage == Stage::Dpo {
+        let reason = "a model learns by this how to differ from what it was, so it must have been something";
+        return Err(v.refuse_for("init", reason, "init = \"runs/sft-1\""));
+    }
+    Ok(init)
 }
 
 /// Refuses a model whose flat vector would be too long with a vocabulary of `vocab_size`.
@@ -96,7 +124,7 @@ fn name(v: &Values) -> Result<String, RecipeError> {
     Ok(name)
 }
 
-fn gpt(v: &Values) -> Result<GptConfig, RecipeError> {
+fn gpt(v: &Values, stage: Stage) -> Result<GptConfig, RecipeError> {
     let heads: usize = v.integer("model.heads", 1..=MAX_WIDTH)?;
     let width: usize = v.integer("model.width", 1..=MAX_WIDTH)?;
     check_heads(v, "model.heads", heads, "model.width", width, |heads| width.is_multiple_of(heads))?;
@@ -108,13 +136,14 @@ fn gpt(v: &Values) -> Result<GptConfig, RecipeError> {
         width,
         bias: v.boolean("model.bias")?,
         tied_head: v.boolean("model.tied_head")?,
+        score_head: stage == Stage::Reward,
         gelu: v.choice("model.gelu")?,
         norm_epsilon: v.number("model.norm_epsilon", "above 0", |epsilon| epsilon > 0.0)?,
         dropout: v.number("model.dropout", "of at least 0 and below 1", is_below_one)?,
     })
 }
 
-fn llama(v: &Values) -> Result<LlamaConfig, RecipeError> {
+fn llama(v: &Values, stage: Stage) -> Result<LlamaConfig, RecipeError> {
     let heads: usize = v.integer("model.heads", 1..=MAX_WIDTH)?;
     let width: usize = v.integer("model.width", 2..=MAX_WIDTH)?;
     if !width.is_multiple_of(2) {
@@ -153,6 +182,7 @@ fn llama(v: &Values) -> Result<LlamaConfig, RecipeError> {
         ffn_width,
         qk_norm: v.boolean("model.qk_norm")?,
         tied_head: v.boolean("model.tied_head")?,
+        score_head: stage == Stage::Reward,
         rope_theta: v.number("model.rope_theta", "above 1", |theta| theta > 1.0)?,
         rope_scaling: rope_scaling(v)?,
         norm_epsilon: v.number("model.norm_epsilon", "above 0", |epsilon| epsilon > 0.0)?,
@@ -368,7 +398,7 @@ fn evaluation(v: &Values, data: Option<&DataRecipe>, batch: BatchConfig) -> Resu
     Ok(EvaluationConfig { every_steps, slots })
 }
 
-fn sampling(v: &Values, model: ModelKind) -> Result<SamplingConfig, RecipeError> {
+fn sampling(v: &Values, kinds: Kinds) -> Result<SamplingConfig, RecipeError> {
     let every_steps: u64 = v.integer("sampling.every_steps", 0..=i64::MAX)?;
     let prompts = v.texts("sampling.prompts")?;
     if every_steps > 0 && prompts.is_empty() {
@@ -376,7 +406,12 @@ fn sampling(v: &Values, model: ModelKind) -> Result<SamplingConfig, RecipeError>
             v.refuse("sampling.prompts", "there is nothing to continue; set sampling.every_steps = 0 for no samples")
         );
     }
-    if model == ModelKind::Line {
+    let text = kinds.model != ModelKind::Line;
+    if text && kinds.stage == Stage::Reward && every_steps > 0 {
+        let reason = "a model that scores answers writes none";
+        return Err(v.refuse_for("sampling.every_steps", reason, "sampling.every_steps = 0"));
+    }
+    if !text {
         return Ok(SamplingConfig { every_steps, prompts, tokens: 0, temperature: 0.0, top_k: 0 });
     }
     Ok(SamplingConfig {

@@ -65,7 +65,7 @@ impl Values {
     /// `init`, where it is given and no size of the model is.
     ///
     /// # Errors
-    /// If neither is given for conversations to be learned.
+    /// If neither is given for conversations or preferences to be learned.
     pub(super) fn init_of_unnamed_model(
         name: &str,
         text: &str,
@@ -76,7 +76,8 @@ impl Values {
         let is_size = |path: &&String| path.starts_with("model.") && !FREE_OF_INIT.contains(&path.as_str());
         let init = by_path.get("init").and_then(Value::as_str).filter(|init| !init.is_empty());
         let named = by_path.keys().any(|path| is_size(&path));
-        if !named && init.is_none() && by_path.get("stage").is_some_and(|stage| stage.as_str() == Some("sft")) {
+        let stage = by_path.get("stage").and_then(Value::as_str);
+        if !named && init.is_none() && stage.is_some_and(|stage| ["sft", "reward", "dpo"].contains(&stage)) {
             let nothing = Self { recipe: name.into(), by_path: BTreeMap::new() };
             let reason = "the recipe has no [model] either, so that nothing says which model is to learn";
             return Err(nothing.refuse_for("init", reason, "init = \"runs/quickstart-1\""));

@@ -16,6 +16,7 @@ mod gpu;
 mod interchange;
 mod line;
 mod parity;
+mod preferences;
 mod prepare;
 #[cfg(unix)]
 mod proxy;

@@ -27,7 +27,7 @@ fn hashed(index: u64, scale: f64) -> f32 {
     ((((index * 2_654_435_761) % (1 << 32)) as f64 / 4_294_967_296.0 - 0.5) * scale) as f32
 }
 
-fn hashed_vector(start: u64, length: usize, scale: f64) -> Vec<f32> {
+pub(crate) fn hashed_vector(start: u64, length: usize, scale: f64) -> Vec<f32> {
     (start..start + length as u64).map(|index| hashed(index, scale)).collect()
 }
 
@@ -212,6 +212,7 @@ fn a_trained_llama_says_what_transformers_says() {
         ffn_width: 384,
         qk_norm: false,
         tied_head: true,
+        score_head: false,
         rope_theta: 1e4,
         rope_scaling: None,
         norm_epsilon: 1e-6,

@@ -33,7 +33,7 @@ from blake3 import blake3
 from grpc_tools import protoc
 
 PROTO = Path(__file__).resolve().parents[3] / "proto" / "lockstep.proto"
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024
 TRANSFER_ATTEMPTS = 3

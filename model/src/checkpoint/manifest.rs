@@ -44,6 +44,9 @@ pub struct Manifest {
     /// SHA-256 of the parameters that the run began with, where they came from another model, hexadecimal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initial_sha256: Option<String>,
+    /// SHA-256 of the log-probabilities by the model that the run began with, to which later ones are compared, hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub references_sha256: Option<String>,
     /// The recipe's name.
     pub recipe_name: String,
     /// The recipe in full, as TOML.
@@ -85,6 +88,7 @@ impl Manifest {
             tokenizer: None,
             corpus_sha256: String::new(),
             initial_sha256: None,
+            references_sha256: None,
             recipe_name: String::new(),
             recipe: String::new(),
             device_classes: Vec::new(),

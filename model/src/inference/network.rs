@@ -102,8 +102,11 @@ pub(super) struct Run<'a> {
 }
 
 impl Network {
-    /// Of `parameters`, flat in layout order; nothing of the straight line.
+    /// Of `parameters`, flat in layout order; nothing of a model that gives no logits.
     pub(super) fn new(model: &ModelConfig, parameters: &[f32]) -> Option<Self> {
+        if model.has_score_head() {
+            return None;
+        }
         let layout = Layout::of(model);
         let mut tensors = layout.tensors.iter().map(|tensor| &parameters[tensor.range()]);
         let mut tensors = Tensors(&mut tensors);

@@ -29,10 +29,31 @@ impl HfConfig {
         match architecture {
             Some("LlamaForCausalLM" | "llama") => self.llama().map(ModelConfig::Llama),
             Some("GPT2LMHeadModel" | "gpt2") => self.gpt().map(ModelConfig::Gpt),
+            Some("LlamaForSequenceClassification") => {
+                self.one_label()?;
+                self.llama().map(|llama| ModelConfig::Llama(LlamaConfig { score_head: true, ..llama }))
+            }
+            Some("GPT2ForSequenceClassification") => {
+                self.one_label()?;
+                self.gpt().map(|gpt| ModelConfig::Gpt(GptConfig { score_head: true, ..gpt }))
+            }
             other => Err(format!(
-                "architectures = {}: only LlamaForCausalLM and GPT2LMHeadModel can be imported",
+                "architectures = {}: only LlamaForCausalLM, GPT2LMHeadModel and, of one label, LlamaForSequenceClassification and \
+                 GPT2ForSequenceClassification can be imported",
                 other.map_or("nothing".into(), |name| format!("{name:?}"))
             )),
+        }
+    }
+
+    /// Refuses a classifier that is no reward model: it has more labels than one.
+    fn one_label(&self) -> Result<(), String> {
+        // Where nothing is said, there are two.
+        let labels = self.get("id2label").and_then(Value::as_object).map_or(2, Map::len);
+        match labels {
+            1 => Ok(()),
+            labels => {
+                Err(format!("id2label: has {labels} labels (2 where it is left out), and a reward model has one"))
+            }
         }
     }
 
@@ -73,6 +94,7 @@ impl HfConfig {
             ffn_width: self.size("intermediate_size")?,
             qk_norm: false,
             tied_head: self.yes_or_no("tie_word_embeddings", false)?,
+            score_head: false,
             rope_theta,
             rope_scaling,
             norm_epsilon: self.number("rms_norm_eps", 1e-6)?,
@@ -140,6 +162,7 @@ impl HfConfig {
             width,
             bias: true,
             tied_head: self.yes_or_no("tie_word_embeddings", true)?,
+            score_head: false,
             gelu,
             norm_epsilon: self.number("layer_norm_epsilon", 1e-5)?,
             dropout: 0.0,
@@ -219,6 +242,12 @@ pub(super) fn write(model: &ModelConfig, special: &SpecialTokens, element: Eleme
     config["pad_token_id"] = json!(special.padding);
     config["torch_dtype"] = json!(element.torch_name());
     config["use_cache"] = json!(true);
+    if model.has_score_head() {
+        let name = if matches!(model, ModelConfig::Llama(_)) { "Llama" } else { "GPT2" };
+        config["architectures"] = json!([format!("{name}ForSequenceClassification")]);
+        config["id2label"] = json!({ "0": "SCORE" });
+        config["label2id"] = json!({ "SCORE": 0 });
+    }
     Ok(format!("{config:#}\n"))
 }
 
@@ -351,7 +380,7 @@ mod tests {
         ];
         let said: Vec<String> = refused.iter().map(|config| read(config).unwrap_err()).collect();
         expect![[r#"
-            architectures = "MistralForCausalLM": only LlamaForCausalLM and GPT2LMHeadModel can be imported
+            architectures = "MistralForCausalLM": only LlamaForCausalLM, GPT2LMHeadModel and, of one label, LlamaForSequenceClassification and GPT2ForSequenceClassification can be imported
             attention_bias = true: only false can be imported
             hidden_act = "gelu": only "silu" can be imported
             rope_scaling.rope_type = "yarn": only "default" and "llama3" can be imported

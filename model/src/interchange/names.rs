@@ -4,7 +4,7 @@
 //! way round. GGUF has names of its own, and everything [out, in].
 
 use crate::config::{LlamaConfig, ModelConfig};
-use crate::layout::TensorSpec;
+use crate::layout::{SCORE_HEAD, TensorSpec};
 
 /// A tensor of the layout as another form has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub(super) struct Foreign {
     pub(super) paired_heads: Option<usize>,
 }
 
-/// What stands before the names of all tensors but the head's.
+/// What stands before the names of all tensors but a head's.
 pub(super) fn prefix(model: &ModelConfig) -> &'static str {
     match model {
         ModelConfig::Llama(_) => "model.",
@@ -37,7 +37,7 @@ pub(super) fn is_buffer(name: &str) -> bool {
 
 /// A tensor as `transformers` has it.
 pub(super) fn hf(model: &ModelConfig, tensor: &TensorSpec) -> Foreign {
-    let head = tensor.name == "lm_head.weight";
+    let head = tensor.name == "lm_head.weight" || tensor.name == SCORE_HEAD;
     let name = if head { tensor.name.clone() } else { format!("{}{}", prefix(model), tensor.name) };
     let transposed = matches!(model, ModelConfig::Llama(_)) && tensor.is_hidden_matrix();
     Foreign { name, shape: shape(tensor, transposed), transposed, paired_heads: None }
@@ -120,6 +120,7 @@ mod tests {
             width: 8,
             bias: true,
             tied_head: false,
+            score_head: false,
             gelu: Gelu::Tanh,
             norm_epsilon: 1e-5,
             dropout: 0.0,
@@ -135,6 +136,7 @@ mod tests {
             ffn_width: 12,
             qk_norm: false,
             tied_head: false,
+            score_head: false,
             rope_theta: 1e4,
             rope_scaling: None,
             norm_epsilon: 1e-5,

@@ -50,7 +50,7 @@ async fn a_block_is_summed_in_tree_order() {
     let mut computer = Computer::new(&LINE, &cpu());
     computer.load(&parameters).unwrap();
     let device = DeviceThread::start(cpu()).unwrap();
-    device.probe(LINE, Vec::new()).await.unwrap();
+    device.probe(LINE, Objective::NextToken, Vec::new()).await.unwrap();
     device.load(parameters.to_vec()).await.unwrap();
 
     let blocks = [(3, 0, 7), (2, 1, 7), (1, 3, 7), (0, 5, 7), (2, 1, 5), (3, 0, 5)];
@@ -69,7 +69,7 @@ async fn a_block_is_summed_in_tree_order() {
 #[tokio::test]
 async fn an_evaluation_has_sums_and_no_gradient() {
     let device = DeviceThread::start(cpu()).unwrap();
-    device.probe(LINE, Vec::new()).await.unwrap();
+    device.probe(LINE, Objective::NextToken, Vec::new()).await.unwrap();
     device.load(vec![1.9, 0.2]).await.unwrap();
     let outcome = device.compute(work(Task::Evaluate, Block::root(3), 3), Stop::default(), Span::none()).await.unwrap();
     assert_eq!(outcome.sums.weight, 6.0);
@@ -90,13 +90,13 @@ async fn the_probe_is_the_digest_of_sums_and_gradients_with_the_probes_parameter
 
     let device = DeviceThread::start(cpu()).unwrap();
     let leases = leases.iter().map(|work| Work::clone(work)).collect();
-    assert_eq!(device.probe(LINE, leases).await.unwrap(), expected.finish());
+    assert_eq!(device.probe(LINE, Objective::NextToken, leases).await.unwrap(), expected.finish());
 }
 
 #[tokio::test]
 async fn a_failure_is_told_and_the_thread_goes_on_after_another_load() {
     let device = DeviceThread::start(cpu()).unwrap();
-    device.probe(LINE, Vec::new()).await.unwrap();
+    device.probe(LINE, Objective::NextToken, Vec::new()).await.unwrap();
     device.load(vec![0.35, 0.01]).await.unwrap();
     let good = work(Task::Gradient, Block::leaf(0), 1);
     let mut bad = Work::clone(&good);
@@ -114,7 +114,13 @@ async fn a_failure_is_told_and_the_thread_goes_on_after_another_load() {
 /// The thread's state without the thread, with parameters loaded.
 fn device_worker() -> DeviceWorker {
     let (device, handles) = (cpu(), Weak::new());
-    let mut worker = DeviceWorker { device, handles, model: Some(LINE), computer: None, kept: Kept::default() };
+    let mut worker = DeviceWorker {
+        device,
+        handles,
+        model: Some((LINE, Objective::NextToken)),
+        computer: None,
+        kept: Kept::default(),
+    };
     worker.load(&[0.35, 0.01]).unwrap();
     worker
 }
@@ -138,7 +144,7 @@ fn a_computation_is_cut_short_between_two_slots_and_leaves_the_parameters_where_
 #[tokio::test]
 async fn a_computation_that_is_stopped_gives_nothing_and_is_not_kept() {
     let device = DeviceThread::start(cpu()).unwrap();
-    device.probe(LINE, Vec::new()).await.unwrap();
+    device.probe(LINE, Objective::NextToken, Vec::new()).await.unwrap();
     device.load(vec![0.35, 0.01]).await.unwrap();
     let stop = Stop::default();
     stop.set();
@@ -151,7 +157,7 @@ async fn a_computation_that_is_stopped_gives_nothing_and_is_not_kept() {
 #[tokio::test]
 async fn a_gradient_is_kept_though_nobody_waits_for_it_and_an_evaluation_is_cut_short() {
     let device = DeviceThread::start(cpu()).unwrap();
-    device.probe(LINE, Vec::new()).await.unwrap();
+    device.probe(LINE, Objective::NextToken, Vec::new()).await.unwrap();
     device.load(vec![0.35, 0.01]).await.unwrap();
     assert_eq!(device.enter("run".into()).await.unwrap(), []);
     drop(device.compute(work(Task::Gradient, Block::leaf(0), 2), Stop::default(), Span::none()));

@@ -44,6 +44,7 @@ fn wire_invitation() -> v1::Invitation {
         probe: vec![wire_lease()],
         heartbeat_interval_ms: 500,
         liveness_timeout_ms: 3000,
+        objective: None,
     }
 }
 

@@ -179,6 +179,7 @@ pub(crate) fn invitation() -> v1::Invitation {
         probe: vec![lease(1, true, &[0])],
         heartbeat_interval_ms: 50,
         liveness_timeout_ms: 60_000,
+        objective: None,
     }
 }
 

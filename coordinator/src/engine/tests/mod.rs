@@ -23,6 +23,7 @@ fn config() -> EngineConfig {
         total_steps: 2,
         slots: 4,
         eval_slots: 0,
+        reference_slots: 0,
         evaluate_every_steps: 0,
         sample_every_steps: 0,
         checkpoint_every_steps: 0,
@@ -43,7 +44,7 @@ fn config() -> EngineConfig {
 
 /// Slot `i` has loss `i + 1` and weight 1.
 fn sums_of(slots: std::ops::Range<u32>) -> Sums {
-    Sums { loss: slots.clone().map(|slot| f64::from(slot + 1)).sum(), weight: slots.len() as f64 }
+    Sums { loss: slots.clone().map(|slot| f64::from(slot + 1)).sum(), weight: slots.len() as f64, ..Sums::default() }
 }
 
 /// A right answer to a lease in a run of `config`.
@@ -52,12 +53,13 @@ fn answer(config: &EngineConfig, worker: WorkerId, lease: &Lease) -> BlockDone {
     let (slots, digest) = match task {
         Task::Gradient => (block.slots(config.slots), Some([0; 32])),
         Task::Evaluate => (block.slots(config.eval_slots), None),
+        Task::Reference => (block.slots(config.reference_slots), Some([0; 32])),
     };
     let slot_sums = match task {
         Task::Gradient => Vec::new(),
-        Task::Evaluate => slots.clone().map(|slot| sums_of(slot..slot + 1)).collect(),
+        Task::Evaluate | Task::Reference => slots.clone().map(|slot| sums_of(slot..slot + 1)).collect(),
     };
-    let (norm, sums) = (digest.map(|_| 1.0), sums_of(slots));
+    let (norm, sums) = ((task == Task::Gradient).then_some(1.0), sums_of(slots));
     let compute = Duration::from_secs(1);
     BlockDone { worker, lease: id, step, version, task, block, digest, norm, sums, slot_sums, compute }
 }

@@ -46,6 +46,7 @@ prop_compose! {
         total_steps in 0..5u64,
         slots in 1..12u32,
         eval_slots in 0..4u32,
+        reference_slots in 0..4u32,
         every in prop::array::uniform3(0..3u64),
         min_workers in 1..4u32,
         limit in 0..4u32,
@@ -54,6 +55,7 @@ prop_compose! {
             total_steps,
             slots,
             eval_slots,
+            reference_slots,
             evaluate_every_steps: every[0],
             sample_every_steps: every[1],
             checkpoint_every_steps: every[2],
@@ -87,7 +89,7 @@ struct World {
 /// Irregular, so that the order of additions shows.
 fn slot_sums(step: u64, slot: u32) -> Sums {
     let loss = 1.0 / (step as f64 + f64::from(slot) * 0.7 + 0.3);
-    Sums { loss, weight: 1.0 }
+    Sums { loss, weight: 1.0, ..Sums::default() }
 }
 
 /// The sum of a block, by recursion over the tree's definition.
@@ -156,6 +158,10 @@ impl World {
                 assert_eq!(Some(*sums), in_order);
                 self.check_coverage(self.config.eval_slots);
             }
+            Command::RecordReferences => {
+                assert_eq!(self.applied, 0);
+                self.check_coverage(self.config.reference_slots);
+            }
             Command::Quarantine { .. } | Command::RestartStep { .. } | Command::RollBack { .. } => {
                 panic!("nobody lies here")
             }
@@ -188,6 +194,7 @@ impl World {
         match task {
             Task::Gradient => self.config.slots,
             Task::Evaluate => self.config.eval_slots,
+            Task::Reference => self.config.reference_slots,
         }
     }
 
@@ -233,7 +240,9 @@ impl World {
                 let mut done = answer(&self.config, worker, &lease);
                 match lease.task {
                     Task::Gradient => done.sums = block_sums(lease.step, lease.block, self.config.slots),
-                    Task::Evaluate => done.slot_sums = slots.map(|slot| slot_sums(lease.step, slot)).collect(),
+                    Task::Evaluate | Task::Reference => {
+                        done.slot_sums = slots.map(|slot| slot_sums(lease.step, slot)).collect()
+                    }
                 }
                 done.compute = Duration::from_millis(50 * (*which as u64 + 1));
                 self.results.push(done.clone());

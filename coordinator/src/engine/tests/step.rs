@@ -52,6 +52,21 @@ fn a_run_from_its_first_worker_to_its_end() {
 }
 
 #[test]
+fn the_first_version_is_asked_first_and_once() {
+    let config =
+        EngineConfig { reference_slots: 2, eval_slots: 1, evaluate_every_steps: 1, min_workers: 2, ..config() };
+    let mut run = Run::new(config.clone());
+    let mut life = run.join() + &run.join();
+    life += &run.done(1);
+    life += &run.done(2);
+    life += &run.done(1);
+    expect![[r#""#]].assert_eq(&life);
+    // It is known by the time that the coordinator starts again.
+    let mut run = Run::new(EngineConfig { reference_slots: 0, min_workers: 1, ..config });
+    assert!(run.join().contains("evaluation of block 0/0 of step 0"));
+}
+
+#[test]
 fn checkpoints_come_by_time_and_sooner_after_a_start() {
     let interval = Some(Duration::from_secs(80));
     let mut run = Run::new(EngineConfig { total_steps: 1000, checkpoint_interval: interval, ..config() });
@@ -137,7 +152,7 @@ fn an_evaluation_is_added_in_slot_order_whoever_did_what() {
     run.join();
     // ((1e100 + 1) - 1e100) + 1 = 1 in slot order, but (1e100 + 1) + (-1e100 + 1) = 0 in tree order.
     let mut answer = |worker, losses: [f64; 2]| {
-        let slot_sums = losses.map(|loss| Sums { loss, weight: 1.0 }).to_vec();
+        let slot_sums = losses.map(|loss| Sums { loss, weight: 1.0, ..Sums::default() }).to_vec();
         let done = BlockDone { slot_sums, ..run.answer_of(worker) };
         run.send(Event::BlockDone(done))
     };

@@ -13,7 +13,7 @@ use lockstep_coordinator::metrics::{self, Line, StepLine};
 use lockstep_coordinator::observe::RunEvent;
 use lockstep_coordinator::run_dir;
 use lockstep_model::config::{
-    AdamwConfig, BatchConfig, Decay, OptimizerConfig, ScheduleConfig, UpdateRule, WindowOrder,
+    AdamwConfig, BatchConfig, Decay, Objective, OptimizerConfig, ScheduleConfig, UpdateRule, WindowOrder,
 };
 use lockstep_model::sampler::{Source, TokenSource, WeightedCorpus};
 use lockstep_model::step_filter::SkipConfig;
@@ -162,6 +162,7 @@ fn run_config(measurement: &Measurement, shape: &Shape, run: &Path) -> RunConfig
         initial: None,
         tokenizer: None,
         source: Arc::new(Source::Tokens(source)),
+        objective: Objective::NextToken,
         bytes_per_token: None,
         optimizer: OptimizerConfig { rule: UpdateRule::Adamw(adamw), lr: 1e-3, grad_clip: None },
         skip: SkipConfig { max_in_a_row: 3, above_median: None },

@@ -54,6 +54,9 @@ impl Workload {
         let Some(context) = manifest.model.context() else {
             bail!("{shown}: the run's model reads no text; choose a Transformer's run");
         };
+        if manifest.model.has_score_head() {
+            bail!("{shown}: the run's model scores answers, and writes none; choose the run that it began with");
+        }
         if context < 4 {
             bail!("{shown}: the run's model reads {context} tokens at once, which are too few to measure");
         }

@@ -64,7 +64,7 @@ pub(super) fn measure(args: &Compare, path: &Path, recipe: &Recipe) -> anyhow::R
     }
 
     let tokens = slots.len() * shape.tokens();
-    let worker = WorkerMemory::of(&manifest.model, recipe.batch);
+    let worker = WorkerMemory::of(&manifest.model, recipe.batch, recipe.rows_per_sequence());
     Ok(Report {
         device: device.description.clone(),
         memory: Memory {

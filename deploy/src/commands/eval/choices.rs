@@ -248,13 +248,14 @@ mod tests {
             width: 8,
             bias: false,
             tied_head: true,
+            score_head: false,
             gelu: Gelu::Exact,
             norm_epsilon: 1e-5,
             dropout: 0.0,
         });
         let mut computer = Computer::new(&model, &ComputeDevice::open(DeviceChoice::Cpu).unwrap());
         computer.load(&vec![0.0; Layout::of(&model).len()]).unwrap();
-        let subject = Subject { computer, tokenizer: Tokenizer::Bytes, context: 16 };
+        let subject = Subject { computer, scores: false, tokenizer: Tokenizer::Bytes, context: 16 };
         let question = |choices: &[&str], answer| {
             serde_json::json!({ "question": "q", "choices": choices, "answer": answer }).to_string()
         };

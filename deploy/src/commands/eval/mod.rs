@@ -1,6 +1,9 @@
-//! `lockstep eval`: what a model makes of texts, and of multiple-choice questions.
+//! `lockstep eval`: what a model makes of texts, of multiple-choice questions, of problems with a number as their answer, and of
+//! pairs of answers.
 
 mod choices;
+mod preferences;
+mod problems;
 mod texts;
 
 use std::path::{Path, PathBuf};
@@ -14,6 +17,8 @@ use lockstep_model::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use self::choices::AnswerScore;
+use self::preferences::PairScore;
+use self::problems::ProblemScore;
 use self::texts::{TextScore, Texts};
 use super::{Caller, Usage, inspect, use_threads};
 use crate::cli::Eval;
@@ -23,6 +28,8 @@ use crate::telemetry;
 /// A model that is asked.
 struct Subject {
     computer: Computer,
+    /// Whether it gives scores, and no logits.
+    scores: bool,
     tokenizer: Tokenizer,
     /// The most tokens that it reads at once.
     context: usize,
@@ -37,7 +44,7 @@ impl Subject {
         };
         let mut computer = Computer::new(&manifest.model, device);
         computer.load(&parameters)?;
-        Ok((Self { computer, tokenizer, context }, manifest))
+        Ok((Self { computer, scores: manifest.model.has_score_head(), tokenizer, context }, manifest))
     }
 }
 
@@ -54,6 +61,10 @@ struct Summary {
     texts: Option<TextScore>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     choices: Vec<AnswerScore>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    problems: Vec<ProblemScore>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    preferences: Vec<PairScore>,
 }
 
 /// Scores a model.
@@ -92,9 +103,22 @@ fn score(args: &Eval) -> anyhow::Result<Summary> {
         .zip(&files)
         .map(|(path, questions)| choices::score(path, questions, &subject, &mut progress));
     let choices = choices.collect::<anyhow::Result<Vec<_>>>()?;
+    let answer_tokens = args.answer_tokens as usize;
+    let problems = problems::score(&args.problems, &checkpoint, answer_tokens, &device, &mut progress)?;
+    let preferences = preferences::score(args, &subject, &device, &mut progress)?;
     progress.finish();
     let Manifest { step, params_sha256, .. } = manifest;
-    Ok(Summary { checkpoint, step, params_sha256, device: device.description, context, texts, choices })
+    Ok(Summary {
+        checkpoint,
+        step,
+        params_sha256,
+        device: device.description,
+        context,
+        texts,
+        choices,
+        problems,
+        preferences,
+    })
 }
 
 fn print(summary: &Summary) {
@@ -113,5 +137,18 @@ fn print(summary: &Summary) {
         println!("questions        {} of {}", HumanCount(*questions), file.display());
         println!("acc              {acc:.4} ± {acc_stderr:.4}");
         println!("acc_norm         {acc_norm:.4} ± {acc_norm_stderr:.4}");
+    }
+    for score in &summary.problems {
+        let ProblemScore { file, problems, exact, exact_stderr, ended, mean_tokens } = score;
+        println!("problems         {} of {}", HumanCount(*problems), file.display());
+        println!("exact            {exact:.4} ± {exact_stderr:.4}");
+        println!("ended            {ended:.4} by themselves, after {mean_tokens:.1} tokens on average");
+    }
+    for score in &summary.preferences {
+        let PairScore { file, pairs, loss, accuracy, accuracy_stderr, means, by } = score;
+        println!("pairs            {} of {}, compared by {by}", HumanCount(*pairs), file.display());
+        println!("loss             {loss:.4}");
+        println!("accuracy         {accuracy:.4} ± {accuracy_stderr:.4}");
+        println!("rewards          {:.4} and {:.4}, margin {:.4}", means.chosen, means.rejected, means.margin);
     }
 }

@@ -185,7 +185,7 @@ impl Tally<'_> {
     fn finish(mut self) -> anyhow::Result<TextScore> {
         let rest = self.scorer.finish()?;
         self.take(rest);
-        let Sums { loss: nats, weight: tokens } = self.sums;
+        let Sums { loss: nats, weight: tokens, .. } = self.sums;
         if tokens == 0.0 {
             bail!("--data: there is nothing to score: no document has a token that stands after another");
         }

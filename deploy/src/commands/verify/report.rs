@@ -7,9 +7,11 @@
 use std::fmt::Display;
 use std::path::Path;
 
+use lockstep_coordinator::references::ReferenceFile;
 use lockstep_coordinator::run_dir::{self, Identity};
 use lockstep_model::checkpoint::Manifest;
 use lockstep_model::digest::hex;
+use lockstep_model::sampler::Source;
 use serde::Serialize;
 
 use super::{draws, files};
@@ -109,11 +111,36 @@ pub(super) fn verify(run: &Path, overrides: &[String], progress: &mut Progress) 
                     format!("it holds other text than the run was trained on (SHA-256 {found} and {saved})"),
                 );
             }
-            draws::replay(&data.source, recipe.batch, &lines, &manifests, &mut report, progress);
+            let source = with_references(run, data.source, manifests.last(), &mut report);
+            draws::replay(&source, recipe.batch, &lines, &manifests, &mut report, progress);
         }
         Err(error) => report.damaged("data.input", format!("{error:#}; so no draw could be replayed")),
     }
     Ok(report)
+}
+
+/// What is drawn from, with what the run's first version says of its rows where that is part of them.
+fn with_references(run: &Path, source: Source, newest: Option<&Manifest>, report: &mut Report) -> Source {
+    let Some(newest) = newest.filter(|_| source.reference_slots() > 0) else { return source };
+    let path = run_dir::references(run);
+    let params_sha256 = newest.initial_sha256.as_deref().unwrap_or_default();
+    let file = ReferenceFile { path: &path, params_sha256, corpus_sha256: &newest.corpus_sha256 };
+    match file.read(&source) {
+        Ok(Some((references, sha256))) => {
+            if newest.references_sha256.as_ref() != Some(&sha256) {
+                report.damaged(path.display(), "it holds other numbers than the run was trained with");
+            }
+            source.with_references(references)
+        }
+        Ok(None) => {
+            report.damaged(path.display(), "it is not there, so that rows have other digests than those trained on");
+            source
+        }
+        Err(error) => {
+            report.damaged("references", format!("{error:#}"));
+            source
+        }
+    }
 }
 
 /// The recipe of the newest checkpoint, or that of a run that has none yet.

@@ -95,6 +95,9 @@ impl World {
         let mut config = self.scenario.engine.clone();
         config.audit_seed ^= incarnation;
         config.quarantined = self.disk.quarantined.clone();
+        if self.disk.referenced {
+            config.reference_slots = 0;
+        }
         config.start = checkpoint.as_ref().map_or(Start::Fresh, |checkpoint| checkpoint.start([CLASS]));
         let plane = self.restored(checkpoint.as_ref());
         self.disk.cut(plane.version, checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.validated));
@@ -304,6 +307,7 @@ impl World {
                 let task = match lease.task {
                     Task::Gradient => lease::Task::Gradient,
                     Task::Evaluate => lease::Task::Evaluate,
+                    Task::Reference => lease::Task::Reference,
                 };
                 let parameters = Parameters { version: lease.version, digest: Some(digest(coordinator.plane.params)) };
                 let seed = self.scenario.numbers.seed;
@@ -312,7 +316,7 @@ impl World {
             }
             Command::Accept { worker, lease, block, .. } => {
                 let vector = coordinator.take(worker, lease);
-                if task != Some(Task::Evaluate) {
+                if !matches!(task, Some(Task::Evaluate | Task::Reference)) {
                     self.add(block, vector)?;
                 }
             }
@@ -343,6 +347,7 @@ impl World {
                 let wait = busy + self.chance.secs(self.scenario.checkpoint_secs / 10.0, self.scenario.checkpoint_secs);
                 self.report_after(wait, Report::RolledBack { at_most });
             }
+            Command::RecordReferences => self.disk.referenced = true,
             Command::RecordValidation { step, sums } => {
                 coordinator.plane.validated_at = Some(step);
                 let already = self.disk.is_validated(step);

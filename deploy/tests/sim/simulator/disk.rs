@@ -26,6 +26,8 @@ pub(crate) struct Disk {
     checkpoints: Vec<Checkpoint>,
     /// Boundary and loss.
     pub(crate) validations: Vec<(u64, Sums)>,
+    /// Whether what the first version says of rows is written down.
+    pub(crate) referenced: bool,
     /// While the run goes back: checkpoints of later steps are not to be gone on from.
     pub(crate) trusted_up_to: Option<u64>,
     /// Names of workers that computed wrong.

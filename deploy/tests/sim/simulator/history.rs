@@ -78,6 +78,8 @@ pub(crate) struct History {
     pub(crate) quarantined: BTreeSet<String>,
     /// By name, the first step in which a gradient counts that no other worker confirmed.
     pub(crate) unchecked_since: BTreeMap<String, u64>,
+    /// Whether what the first version says of rows is known.
+    pub(crate) referenced: bool,
     /// The checkpoint being written, and the newest on disk.
     pub(crate) writing: Option<u64>,
     pub(crate) saved: Option<u64>,
@@ -95,7 +97,7 @@ impl History {
             Start::Fresh => BTreeMap::new(),
             Start::Resumed { unchecked_since, .. } => unchecked_since.clone(),
         };
-        let quarantined = config.quarantined.clone();
+        let (quarantined, referenced) = (config.quarantined.clone(), config.reference_slots == 0);
         Self {
             config,
             numbers,
@@ -116,6 +118,7 @@ impl History {
             outvoted: BTreeSet::new(),
             quarantined,
             unchecked_since,
+            referenced,
             writing: None,
             saved: None,
         }
@@ -238,6 +241,10 @@ impl History {
                 self.begin_work();
             }
             Command::RecordValidation { .. } => self.begin_work(),
+            Command::RecordReferences => {
+                self.referenced = true;
+                self.begin_work();
+            }
             Command::RestartStep { step } => {
                 self.begin_work();
                 self.unchecked_since.retain(|_, since| *since < *step);

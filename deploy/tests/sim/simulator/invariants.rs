@@ -26,6 +26,8 @@ const INVARIANTS: &[(&str, Invariant)] = invariants![
     every_version_is_the_quiet_runs,
     validation_losses_are_the_quiet_runs,
     a_validation_loss_is_recorded_once,
+    references_come_first_and_once,
+    references_are_right,
     leases_go_to_the_connected,
     leases_are_for_the_present_version,
     nobody_has_two_leases_to_compute,
@@ -86,6 +88,7 @@ fn every_slot_counts_once(history: &History, seen: &Seen<'_>) -> Result<(), Stri
         }
         Seen::Decided(Command::ApplyStep { .. }) => complete(history.config.slots),
         Seen::Decided(Command::RecordValidation { .. }) => complete(history.config.eval_slots),
+        Seen::Decided(Command::RecordReferences) => complete(history.config.reference_slots),
         _ => Ok(()),
     }
 }
@@ -173,6 +176,22 @@ fn is_evaluated(history: &History, step: u64) -> bool {
     eval_slots > 0 && due && history.quiet.halts_at != Some(step)
 }
 
+fn references_come_first_and_once(history: &History, seen: &Seen<'_>) -> Result<(), String> {
+    let Seen::Decided(Command::Lease { lease, .. }) = seen else { return Ok(()) };
+    let is_reference = lease.task == Task::Reference;
+    ensure(is_reference != history.referenced, || format!("{lease}, though referenced: {}", history.referenced))
+}
+
+fn references_are_right(history: &History, seen: &Seen<'_>) -> Result<(), String> {
+    let Seen::Decided(Command::Accept { worker, lease, block, .. }) = seen else { return Ok(()) };
+    let of_reference = history.open.get(&(*worker, *lease)).is_some_and(|open| open.lease.task == Task::Reference);
+    let Some(done) = history.result(*worker, *lease).filter(|_| of_reference) else { return Ok(()) };
+    let right = history.numbers.compute(history.numbers.initial(), 0, Task::Reference, *block).slot_sums;
+    let name = history.members.get(worker).map_or("", |member| &member.name);
+    let honest = !history.wrong.contains(name) || history.config.audit > 0.0;
+    ensure(!honest || done.slot_sums == right, || format!("{:?} where {right:?} is right", done.slot_sums))
+}
+
 fn leases_go_to_the_connected(history: &History, seen: &Seen<'_>) -> Result<(), String> {
     let Seen::Decided(Command::Lease { worker, lease }) = seen else { return Ok(()) };
     let member = history.members.get(worker);
@@ -186,6 +205,7 @@ fn leases_are_for_the_present_version(history: &History, seen: &Seen<'_>) -> Res
     let at = match task {
         Task::Gradient => step == version + 1,
         Task::Evaluate => step == version,
+        Task::Reference => (step, version) == (0, 0),
     };
     let fits = block.exists(slots) && block.slots(slots).len() <= history.config.max_slots_per_lease as usize;
     let wanted = !history.counted.iter().any(|counted| overlap(*counted, block));
@@ -237,6 +257,9 @@ fn every_lease_ends_once(history: &History, seen: &Seen<'_>) -> Result<(), Strin
 
 /// Whether a block is drawn for an audit, by the words of the configuration.
 fn is_audited(config: &EngineConfig, Lease { step, task, block, .. }: Lease) -> bool {
+    if task == Task::Reference {
+        return config.audit > 0.0;
+    }
     let evaluation = if task == Task::Evaluate { 1 << 63 } else { 0 };
     let node = u64::from(block.level) << 32 | u64::from(block.index) | evaluation;
     config.audit > 0.0 && Draws::new(config.audit_seed, Stream::Audit).unit(step, node) < config.audit

@@ -22,6 +22,7 @@ pub(crate) struct Numbers {
     pub(crate) seed: u64,
     pub(crate) slots: u32,
     pub(crate) eval_slots: u32,
+    pub(crate) reference_slots: u32,
     /// Share of slots whose gradient is far longer than usual.
     pub(crate) outliers: f64,
     /// Share of slots whose gradient is no number.
@@ -55,6 +56,7 @@ impl Numbers {
         match task {
             Task::Gradient => self.slots,
             Task::Evaluate => self.eval_slots,
+            Task::Reference => self.reference_slots,
         }
     }
 
@@ -72,8 +74,12 @@ impl Numbers {
     }
 
     fn loss(&self, params: Params, step: u64, slot: u32, task: Task) -> Sums {
-        let purpose = if task == Task::Gradient { 3 } else { 4 };
-        Sums { loss: irregular(self.draw(params, step, slot, purpose)).abs(), weight: SLOT_WEIGHT }
+        let purpose = match task {
+            Task::Gradient => 3,
+            Task::Evaluate => 4,
+            Task::Reference => 5,
+        };
+        Sums { loss: irregular(self.draw(params, step, slot, purpose)).abs(), weight: SLOT_WEIGHT, ..Sums::default() }
     }
 
     /// What is right for a block.
@@ -85,7 +91,7 @@ impl Numbers {
                 let value = tree(block, slots, &|slot| self.gradient(params, step, slot));
                 Outcome { vector: Some(Vector { value, made_with: params, step, block }), sums, slot_sums: Vec::new() }
             }
-            Task::Evaluate => {
+            Task::Evaluate | Task::Reference => {
                 let slot_sums = block.slots(slots).map(|slot| self.loss(params, step, slot, task)).collect();
                 Outcome { vector: None, sums, slot_sums }
             }

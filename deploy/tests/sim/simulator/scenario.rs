@@ -159,6 +159,7 @@ impl Scenario {
         let slots = if large { chance.between(1, 1500) } else { chance.scale(1.0, 64.0) as u64 } as u32;
         let total_steps = if large { chance.between(1, 2) } else { chance.scale(1.0, 16.0) as u64 };
         let eval_slots = if chance.happens(0.6) { chance.between(1, 9) as u32 } else { 0 };
+        let reference_slots = if chance.happens(0.2) { chance.between(1, 40) as u32 } else { 0 };
         // Two who see what a broken worker sends, at least: one who is alone checks itself.
         let least = if broken { 2 } else { 1 };
         let min_workers = match chance.between(0, 3) {
@@ -170,6 +171,7 @@ impl Scenario {
             total_steps,
             slots,
             eval_slots,
+            reference_slots,
             evaluate_every_steps: chance.between(0, 4),
             sample_every_steps: chance.between(0, 3),
             checkpoint_every_steps: chance.between(0, 4),
@@ -190,6 +192,7 @@ impl Scenario {
             seed,
             slots,
             eval_slots,
+            reference_slots,
             outliers: if chance.happens(0.3) { 0.03 } else { 0.0 },
             not_finite: if chance.happens(0.15) { chance.scale(0.05, 0.5) / f64::from(slots) } else { 0.0 },
         };
@@ -199,6 +202,7 @@ impl Scenario {
             liveness_timeout: engine.liveness_timeout,
         };
         let work = f64::from(slots) * total_steps as f64 * (1.0 + audit)
+            + f64::from(reference_slots) * (1.0 + audit.ceil())
             + f64::from(eval_slots) * (1.0 + total_steps as f64 / engine.evaluate_every_steps.max(1) as f64);
         let power: f64 = speeds.iter().map(|secs| secs.recip()).sum();
         let quiet_secs = work / power + total_steps as f64 * (6.0 * latency + 0.1);
@@ -208,7 +212,7 @@ impl Scenario {
         };
         let secs_between_faults = (quiet_secs / chance.scale(1.0, 40.0)).max(0.05);
         let faults_secs = (quiet_secs * chance.scale(1.0, 5.0)).clamp(1.0, 400.0);
-        let alone_secs = slowest * f64::from(slots + eval_slots);
+        let alone_secs = slowest * f64::from(slots + eval_slots + reference_slots);
         // Where nothing is known of how long a task takes, a lease is late after minutes.
         let unknown_secs = if hanging { 3000.0 } else { 0.0 };
         let recovery_secs = 40.0 + 6.0 * engine.liveness_timeout.as_secs_f64() + unknown_secs;

@@ -401,8 +401,12 @@ impl World {
                 let task = match lease.task {
                     lease::Task::Gradient => Task::Gradient,
                     lease::Task::Evaluate => Task::Evaluate,
+                    lease::Task::Reference => Task::Reference,
                 };
-                let digest = vector.map(|vector| digest(vector.value.to_bits()));
+                let digest = match task {
+                    Task::Reference => Some(digest(sums.loss.to_bits())),
+                    _ => vector.map(|vector| digest(vector.value.to_bits())),
+                };
                 let (step, version, block) = (lease.step, lease.parameters.version, lease.block);
                 let block = if std::mem::take(&mut worker.muddles_next) { block.sibling() } else { block };
                 let lease = lease.id;
@@ -435,6 +439,7 @@ impl World {
         let task = match lease.task {
             lease::Task::Gradient => Task::Gradient,
             lease::Task::Evaluate => Task::Evaluate,
+            lease::Task::Reference => Task::Reference,
         };
         let slots = lease.block.slots(self.scenario.numbers.slots_of(task)).len();
         let worker = &mut self.workers[number];
