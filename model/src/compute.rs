@@ -286,7 +286,7 @@ impl Computer {
             return Err(ComputeError::Input("the straight line reads no text; choose a Transformer's run".into()));
         };
         let losses = text.row_losses(batch, &device)?;
-        let losses = losses.into_iter().map(|(loss, weight)| PendingSums::Device(loss, weight)).collect();
+        let losses = losses.into_iter().map(|(loss, weight)| PendingSums::Device(Box::new(loss), weight)).collect();
         Ok(read(losses, Vec::new())?.0)
     }
 
@@ -300,6 +300,7 @@ impl Computer {
         let Network::Text(text) = self.network(&leaves, &self.kept[1]) else {
             return Err(ComputeError::Input("the straight line reads no text; choose a Transformer's run".into()));
         };
+        let _forward = tracing::info_span!(target: "lockstep", "forward").entered();
         text.row_values(batch, &device)
     }
 
@@ -373,7 +374,7 @@ impl Computer {
 fn read(pending: Vec<PendingSums>, tensors: Vec<Leaf>) -> Result<(Vec<Sums>, Vec<TensorData>), ComputeError> {
     let _read = tracing::info_span!(target: "lockstep", "read back").entered();
     let losses = pending.iter().filter_map(|pending| match pending {
-        PendingSums::Device(loss, _) => Some(loss.clone()),
+        PendingSums::Device(loss, _) => Some((**loss).clone()),
         PendingSums::Known(_) => None,
     });
     let read = losses.fold(Transaction::default(), Transaction::register);

@@ -32,7 +32,7 @@ pub(crate) enum Network<'a> {
 /// The sums of a slot, of which the loss may still be on the device.
 pub(crate) enum PendingSums {
     /// The loss `[1]`, and the sum of weights.
-    Device(Tensor<1>, f64),
+    Device(Box<Tensor<1>>, f64),
     Known(Sums),
 }
 
@@ -186,7 +186,8 @@ impl<'a> Network<'a> {
         objective: Objective,
         device: &Device,
     ) -> Result<(Tensor<1>, PendingSums), ComputeError> {
-        let on_device = |(loss, weight): (Tensor<1>, f64)| (loss.clone(), PendingSums::Device(loss.inner(), weight));
+        let on_device =
+            |(loss, weight): (Tensor<1>, f64)| (loss.clone(), PendingSums::Device(Box::new(loss.inner()), weight));
         match self {
             Self::Text(text) if objective == Objective::NextToken => {
                 text.next_token_loss(batch, Some(key), device).map(on_device)
@@ -207,7 +208,7 @@ impl<'a> Network<'a> {
         objective: Objective,
         device: &Device,
     ) -> Result<PendingSums, ComputeError> {
-        let on_device = |(loss, weight)| PendingSums::Device(loss, weight);
+        let on_device = |(loss, weight)| PendingSums::Device(Box::new(loss), weight);
         match self {
             Self::Text(text) if objective == Objective::NextToken => {
                 text.next_token_loss(batch, None, device).map(on_device)

@@ -19,8 +19,8 @@ pub(crate) fn run(args: &Examples) -> anyhow::Result<()> {
         None => Box::new(io::stdout().lock()),
     };
     let mut out = BufWriter::new(&mut out);
-    let lines = examples::lines(args.kind, args.part, args.seed).take(args.count as usize);
-    let written = lines.map(|line| writeln!(out, "{line}")).collect::<io::Result<()>>().and_then(|()| out.flush());
+    let mut lines = examples::lines(args.kind, args.part, args.seed).take(args.count as usize);
+    let written = lines.try_for_each(|line| writeln!(out, "{line}")).and_then(|()| out.flush());
     match written {
         // Whoever reads has had enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

@@ -241,7 +241,7 @@ impl World {
                 match lease.task {
                     Task::Gradient => done.sums = block_sums(lease.step, lease.block, self.config.slots),
                     Task::Evaluate | Task::Reference => {
-                        done.slot_sums = slots.map(|slot| slot_sums(lease.step, slot)).collect()
+                        done.slot_sums = slots.map(|slot| slot_sums(lease.step, slot)).collect();
                     }
                 }
                 done.compute = Duration::from_millis(50 * (*which as u64 + 1));

@@ -159,7 +159,8 @@ impl Scenario {
         let slots = if large { chance.between(1, 1500) } else { chance.scale(1.0, 64.0) as u64 } as u32;
         let total_steps = if large { chance.between(1, 2) } else { chance.scale(1.0, 16.0) as u64 };
         let eval_slots = if chance.happens(0.6) { chance.between(1, 9) as u32 } else { 0 };
-        let reference_slots = if chance.happens(0.2) { chance.between(1, 40) as u32 } else { 0 };
+        let mut beginning = Chance::new(seed, 5);
+        let reference_slots = if beginning.happens(0.2) { beginning.between(1, 40) as u32 } else { 0 };
         // Two who see what a broken worker sends, at least: one who is alone checks itself.
         let least = if broken { 2 } else { 1 };
         let min_workers = match chance.between(0, 3) {
