@@ -19,6 +19,7 @@ mod stop;
 mod supervisor;
 mod telemetry;
 mod trace;
+mod web;
 
 use std::process::ExitCode;
 

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tracing::field::Empty;
 
-use super::error::ApiError;
-use super::scheduler::{FinishReason, Output};
+use crate::web::error::ApiError;
+use crate::web::scheduler::{FinishReason, Output};
 
 /// How many tokens a request took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

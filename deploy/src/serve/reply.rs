@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use tokio_stream::Stream;
 
 use super::answering::{Answering, Part, Usage};
-use super::error::ApiError;
-use super::scheduler::FinishReason;
+use crate::web::error::ApiError;
+use crate::web::scheduler::FinishReason;
 
 /// What ends a stream.
 const DONE: &str = "[DONE]";
@@ -94,15 +94,6 @@ impl Envelope {
             }
         };
         self.around(object, json!([choice]))
-    }
-}
-
-impl FinishReason {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Length => "length",
-        }
     }
 }
 

@@ -6,8 +6,8 @@ use lockstep_model::chat_template::Message;
 use lockstep_model::inference::Sampling;
 use serde_json::{Value, json};
 
-use super::error::ApiError;
-use super::fields::{Fields, shown};
+use crate::web::error::ApiError;
+use crate::web::fields::{Fields, shown};
 
 /// Most stop strings, as with OpenAI.
 const MAX_STOPS: usize = 4;

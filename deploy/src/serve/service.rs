@@ -3,13 +3,10 @@
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::{FromRequest as _, Path, Request, State};
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use axum::http::{HeaderMap, Method, StatusCode, Uri};
+use axum::extract::{Path, Request, State};
+use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Response};
 use lockstep_model::inference::{self, Overflow, Sampling};
 use lockstep_model::tokenizer::Tokenizer;
@@ -17,21 +14,22 @@ use serde_json::{Value, json};
 
 use super::access::Access;
 use super::answering::Answering;
-use super::error::ApiError;
 use super::reply::{self, Endpoint, Envelope};
 use super::request::{ChatRequest, CompletionRequest, Generation, Prompt};
-use super::scheduler::{Load, Refusal, Scheduler, Sequence};
 use crate::chat::answer::Answer;
 use crate::chat::template::{Template, today};
+use crate::web::error::ApiError;
+use crate::web::scheduler::{Load, Refusal, Scheduler, Sequence};
+use crate::web::{body, since_1970};
 
-/// Largest body that is read, in bytes.
-pub(crate) const BODY_BYTES: usize = 4 << 20;
+/// What can be asked for.
+const PATHS: &str = "/v1/models, /v1/chat/completions, /v1/completions";
 /// Tokens of a completion where nothing is said, as with OpenAI.
 const COMPLETION_TOKENS: usize = 16;
 
 /// What all requests share.
 pub(crate) struct Service {
-    pub(crate) scheduler: Scheduler,
+    pub(crate) scheduler: Arc<Scheduler>,
     pub(crate) access: Access,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) template: Template,
@@ -107,26 +105,12 @@ pub(crate) async fn health(State(service): State<Arc<Service>>) -> Response {
 
 /// Whatever else is asked for.
 pub(crate) async fn nothing(method: Method, uri: Uri) -> ApiError {
-    ApiError::route(method.as_str(), uri.path())
+    ApiError::route(method.as_str(), uri.path(), PATHS)
 }
 
 /// What is there, asked for in another way.
 pub(crate) async fn other_method(method: Method, uri: Uri) -> ApiError {
     ApiError::method(method.as_str(), uri.path())
-}
-
-/// Refuses a body that is not to be read.
-fn check_head(headers: &HeaderMap) -> Result<(), ApiError> {
-    let header = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    // Browsers ask before they send this type across sites, and are not answered: other sites' pages cannot use the API.
-    let content_type = header(CONTENT_TYPE).split(';').next().unwrap_or_default().trim();
-    if !content_type.eq_ignore_ascii_case("application/json") {
-        return Err(ApiError::media_type());
-    }
-    match header(CONTENT_LENGTH).parse::<usize>() {
-        Ok(bytes) if bytes > BODY_BYTES => Err(ApiError::too_large(BODY_BYTES)),
-        _ => Ok(()),
-    }
 }
 
 /// Reads a body, and answers it.
@@ -135,11 +119,7 @@ async fn serve(
     request: Request,
     order: fn(&Service, &[u8], u64) -> Result<Order, ApiError>,
 ) -> Result<Response, ApiError> {
-    check_head(request.headers())?;
-    let body = Bytes::from_request(request, &service).await.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(BODY_BYTES),
-        _ => ApiError::body(format!("the body cannot be read: {rejection}")),
-    })?;
+    let body = body::read(request).await?;
     let number = service.requests.fetch_add(1, Ordering::Relaxed);
     let [id, seed] = ["id", "seed"].map(|what| service.random.hash_one((what, number)));
     // Long texts take a while to become tokens, and other requests are not to wait for that.
@@ -220,7 +200,7 @@ impl Service {
         let id = format!("{kind}-{id:016x}");
         let answering = Answering::new(&id, prompt_tokens, sequences, outputs);
         let (model, fingerprint) = (self.name.clone(), self.fingerprint.clone());
-        let envelope = Envelope { endpoint, id, created: unix_secs(), model, fingerprint };
+        let envelope = Envelope { endpoint, id, created: since_1970().as_secs(), model, fingerprint };
         match generation.stream {
             true => Ok(reply::stream(envelope, beginnings, answering, generation.include_usage)),
             false => reply::whole(&envelope, beginnings, answering).await,
@@ -284,9 +264,4 @@ impl Service {
             "trained_for_conversations": self.template.is_learned(),
         })
     }
-}
-
-/// Now, in seconds since 1970.
-pub(crate) fn unix_secs() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }

@@ -24,6 +24,8 @@ mod quickstart;
 mod scale_out;
 #[cfg(unix)]
 mod serve;
+#[cfg(unix)]
+mod server;
 mod sft;
 mod tidy;
 mod tracing;

@@ -3,36 +3,19 @@
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::cluster::{Running, SMALL, fail, lockstep, path, python, skip, succeed, text, workspace};
+use crate::cluster::{fail, lockstep, path, python, succeed, text, workspace};
+use crate::server::{Server, answer, chromium, send, tiny_model};
 
 const KEY: &str = "sesame";
 /// What the model of these tests reads at most, tokens.
 const CONTEXT: usize = 2048;
 
-/// A run of a small model of bytes, in a directory called `tiny`.
-fn tiny_model(dir: &Path) -> PathBuf {
-    let run = dir.join("tiny");
-    let shape = ["tokenizer.kind=bytes", "model.context=2048", "model.dropout=0", "batch.slots=1", "schedule.steps=12"];
-    let arguments = ["train", "quickstart", "--device", "cpu", "--workers", "1", "--run", path(&run)];
-    succeed(lockstep(
-        &arguments,
-        &[SMALL, &shape, &["batch.sequences_per_slot=1", "evaluation.every_steps=0"]].concat(),
-    ));
-    run
-}
-
-/// A server, which ends with this value.
-struct Server {
-    process: Running,
-    url: String,
-    key: Option<&'static str>,
-}
-
+/// What these tests want of a server.
 impl Server {
     fn start(run: &Path, more: &[&str]) -> Self {
         let arguments = ["serve", "--run", path(run), "--listen", "127.0.0.1:0", "--device", "cpu"];
@@ -40,34 +23,6 @@ impl Server {
         // What it says of each request would fill a pipe that nobody reads.
         command.env_remove("LOCKSTEP_API_KEY").env("RUST_LOG", "warn");
         Self::of(command)
-    }
-
-    fn of(command: Command) -> Self {
-        let mut process = Running::start(command);
-        let line = process.wait_for("listening on");
-        let url = line.split_whitespace().find(|word| word.starts_with("http://")).expect("the line names the address");
-        Self { process, url: url.into(), key: None }
-    }
-
-    fn request(&self, method: &str, path: &str) -> ureq::http::request::Builder {
-        let mut request = ureq::http::Request::builder().method(method).uri(format!("{}{path}", self.url));
-        if let Some(key) = self.key {
-            request = request.header("authorization", format!("Bearer {key}"));
-        }
-        request
-    }
-
-    fn get(&self, path: &str) -> (u16, Value) {
-        answer(send(self.request("GET", path), None))
-    }
-
-    fn post(&self, path: &str, body: &Value) -> (u16, Value) {
-        answer(self.open(path, body))
-    }
-
-    /// A response whose body is read by the caller.
-    fn open(&self, path: &str, body: &Value) -> ureq::http::Response<ureq::Body> {
-        send(self.request("POST", path).header("content-type", "application/json"), Some(body.to_string()))
     }
 
     /// The events of a stream, and whether it said that it was done.
@@ -92,22 +47,6 @@ impl Server {
     fn wait_for_load(&self, load: (u64, u64)) {
         while self.load() != load {}
     }
-}
-
-fn send(request: ureq::http::request::Builder, body: Option<String>) -> ureq::http::Response<ureq::Body> {
-    // A connection for each, so that dropping a response hangs up.
-    let config = ureq::Agent::config_builder().http_status_as_error(false).max_idle_connections(0).build();
-    let agent = config.new_agent();
-    let response = match body {
-        Some(body) => agent.run(request.body(body).unwrap()),
-        None => agent.run(request.body(()).unwrap()),
-    };
-    response.expect("the server answers")
-}
-
-fn answer(mut response: ureq::http::Response<ureq::Body>) -> (u16, Value) {
-    let status = response.status().as_u16();
-    (status, response.body_mut().read_json().expect("it answers in JSON"))
 }
 
 fn events(reader: impl std::io::BufRead) -> (Vec<Value>, bool) {
@@ -418,12 +357,7 @@ fn a_conversation_comes_through_a_pipe() {
 #[test]
 fn the_page_talks_with_the_model() {
     const TEST: &str = "the_page_talks_with_the_model";
-    let programs = ["chromium", "chromium-browser", "google-chrome", "chrome"];
-    let starts =
-        |program: &&&str| Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success());
-    let Some(chromium) = programs.iter().find(starts) else {
-        return skip(TEST, "no chromium, google-chrome or chrome is installed");
-    };
+    let Some(chromium) = chromium(TEST) else { return };
     let Some(python) = python(TEST, &["json"]) else { return };
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(&tiny_model(dir.path()), &[]);

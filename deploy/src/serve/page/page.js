@@ -4,7 +4,6 @@
 
 const WORDS = {
   en: {
-    lang: "en",
     greeting: "What is on your mind?",
     introduction: "What you write is answered by the model on this server, and kept in this page alone.",
     untrained: "This model was not trained for conversations: it goes on with what it reads as with any text.",
@@ -30,11 +29,9 @@ const WORDS = {
     stopped: "stopped",
     cut: "cut off at the limit",
     forgotten: "the model no longer reads the oldest turns",
-    unreachable: "The server cannot be reached.",
     interrupted: "The connection broke before the answer was complete.",
   },
   zh: {
-    lang: "zh-CN",
     greeting: "想聊点什么？",
     introduction: "您写下的内容由本服务器上的模型回答，对话只保存在这个页面里。",
     untrained: "这个模型没有经过对话训练：它只是像续写普通文本那样接着写下去。",
@@ -60,7 +57,6 @@ const WORDS = {
     stopped: "已停止",
     cut: "已达到最大长度",
     forgotten: "模型不再读取最早的几轮对话",
-    unreachable: "无法连接到服务器。",
     interrupted: "回答完成之前连接中断了。",
   },
 };
@@ -70,7 +66,6 @@ const ANSWER_TOKENS = 512;
 /** How near its end, in pixels, a conversation is to be kept there while it grows. */
 const NEAR_END = 80;
 
-const element = (id) => document.getElementById(id);
 const [scroller, turns, text, notice, settings] = ["scroller", "turns", "text", "notice", "settings"].map(element);
 
 /** What was said: `{role, content}`. */
@@ -79,50 +74,11 @@ let messages = [];
 let first = 0;
 /** Stops the answer under way, if there is one. */
 let controller = null;
-let language = stored("language", navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
-
-// Settings, kept for as long as the tab is open.
-
-function stored(name, otherwise) {
-  return sessionStorage.getItem(`lockstep.${name}`) ?? otherwise;
-}
-
-function store(name, value) {
-  sessionStorage.setItem(`lockstep.${name}`, value);
-}
-
-function say(name) {
-  return WORDS[language][name];
-}
-
-function translate() {
-  document.documentElement.lang = say("lang");
-  for (const node of document.querySelectorAll("[data-text]")) node.textContent = say(node.dataset.text);
-  for (const node of document.querySelectorAll("[data-placeholder]")) node.placeholder = say(node.dataset.placeholder);
-  for (const node of document.querySelectorAll("[data-label]")) {
-    node.setAttribute("aria-label", say(node.dataset.label));
-    if (node instanceof HTMLButtonElement) node.title = say(node.dataset.label);
-  }
-  const other = language === "en" ? "zh" : "en";
-  Object.assign(element("language"), { textContent: { en: "English", zh: "中文" }[other], lang: WORDS[other].lang });
-}
 
 // The server.
 
-/** Asks it; a refusal is an `Error` with its words, its `status` and its `code`. */
-async function ask(path, options = {}) {
-  const key = element("key").value.trim();
-  const headers = { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error(say("unreachable"));
-  }
-  if (response.ok) return response;
-  const { error } = await response.json().catch(() => ({ error: { message: `HTTP ${response.status}` } }));
-  throw Object.assign(new Error(error.message), { status: response.status, code: error.code });
+function key() {
+  return element("key").value.trim();
 }
 
 /** The events of a stream, parsed, until it says that it is done. */
@@ -159,7 +115,7 @@ async function open(signal) {
     const longest = Number(element("max-tokens").value);
     if (longest > 0) body.max_completion_tokens = longest;
     try {
-      return await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
+      return await ask("v1/chat/completions", key(), { method: "POST", body: JSON.stringify(body), signal });
     } catch (error) {
       if (error.code !== "context_length_exceeded" || first + 2 >= messages.length) throw error;
       first += 2;
@@ -170,7 +126,7 @@ async function open(signal) {
 /** Learns which model there is. */
 async function meet() {
   try {
-    const { data } = await (await ask("v1/models")).json();
+    const { data } = await (await ask("v1/models", key())).json();
     const [model] = data;
     element("model").textContent = document.title = model.id;
     element("untrained").hidden = model.trained_for_conversations;
@@ -331,11 +287,6 @@ element("stop").addEventListener("click", () => {
 element("reset").addEventListener("click", reset);
 element("open-settings").addEventListener("click", () => settings.showModal());
 settings.addEventListener("close", meet);
-element("language").addEventListener("click", () => {
-  language = language === "en" ? "zh" : "en";
-  store("language", language);
-  translate();
-});
 for (const [id, otherwise] of [["temperature", "0.8"], ["max-tokens", ""], ["system", ""], ["key", ""]]) {
   const input = element(id);
   input.value = stored(id, otherwise);

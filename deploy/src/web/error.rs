@@ -74,8 +74,8 @@ impl ApiError {
     /// A request under a name that is not this server's.
     pub(crate) fn foreign_host(host: &str) -> Self {
         let message = format!(
-            "the request is for the host {host:?}, and without an API key this server answers to localhost and to addresses \
-             alone, lest web pages reach it by a name of theirs; start it with a key, or with --insecure"
+            "the request is for the host {host:?}, and a server that asks for no key answers to localhost and to addresses \
+             alone, lest web pages reach it by a name of theirs; start it with keys, or with --insecure"
         );
         Self::new(StatusCode::FORBIDDEN, INVALID_REQUEST, Some("host_not_allowed"), message)
     }
@@ -87,9 +87,9 @@ impl ApiError {
         Self { param: Some("model".into()), ..error }
     }
 
-    /// Nothing is there.
-    pub(crate) fn route(method: &str, path: &str) -> Self {
-        let message = format!("there is no {method} {path}; see /v1/models, /v1/chat/completions, /v1/completions");
+    /// Nothing is there, but at `paths`.
+    pub(crate) fn route(method: &str, path: &str, paths: &str) -> Self {
+        let message = format!("there is no {method} {path}; see {paths}");
         Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, Some("unknown_url"), message)
     }
 
@@ -109,6 +109,16 @@ impl ApiError {
     pub(crate) fn stopping() -> Self {
         let message = "the server is stopping, and takes no more requests";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("server_stopping"), message)
+    }
+
+    /// What was asked for does not fit what is.
+    pub(crate) fn conflict(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, INVALID_REQUEST, Some(code), message)
+    }
+
+    /// Something by a name that nothing has.
+    pub(crate) fn unknown(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, Some(code), message)
     }
 
     /// A fault of ours.

@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Duration;
 
 use lockstep_model::inference::{Engine, Finish, Request, RequestError, SequenceId};
+use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::chat::answer::Answer;
@@ -35,12 +36,23 @@ pub(crate) enum Output {
 }
 
 /// Why a sequence is over, in OpenAI's words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum FinishReason {
     /// The model ended it, or a stop string came.
     Stop,
     /// It is as long as it may be.
     Length,
+}
+
+impl FinishReason {
+    /// The word.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
 }
 
 /// Why sequences are not taken.
