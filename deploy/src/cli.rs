@@ -36,6 +36,8 @@ pub(crate) enum Command {
     Chat(Chat),
     /// Serve a trained model over HTTP, as OpenAI's interface has it, with a page to talk on.
     Serve(Serve),
+    /// Ask people which of two answers of a model is better.
+    Rate(Rate),
     /// Score a model on texts and on multiple-choice questions.
     Eval(Eval),
     /// Measure training beside inference, on a run's model.
@@ -312,6 +314,55 @@ pub(crate) struct Serve {
     /// Seconds that answers under way may take when the server is asked to stop.
     #[arg(long, value_name = "SECS", default_value_t = 30)]
     pub(crate) grace_secs: u64,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Prompts are a .jsonl file of {\"prompt\": TEXT or MESSAGES} or {\"messages\": MESSAGES}, whose answers at the end are dropped,
+or a .txt file with one on each line. Each rater goes through them in an order of their own, and goes on where they were
+when the command is started again.
+
+Examples:
+  lockstep rate --run runs/chatty --prompts prompts.txt
+  lockstep rate --run runs/chatty --prompts prompts.jsonl --listen 0.0.0.0:8081 --rater ann=TOKEN --rater bob=TOKEN
+  lockstep train dpo --set init=runs/chatty --set data.input=runs/chatty/preferences.jsonl"
+)]
+pub(crate) struct Rate {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// What the model is asked [default: what raters write on the page].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompts: Option<PathBuf>,
+    /// How often each rater is asked about each prompt, with other answers each time.
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "prompts", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) rounds: u32,
+    /// The file that judgements are appended to [default: preferences.jsonl in the run's directory].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Address to listen on; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8081")]
+    pub(crate) listen: SocketAddr,
+    /// Somebody who rates, and the secret in their link; may be given several times.
+    #[arg(long, value_name = "NAME=TOKEN", conflicts_with = "raters")]
+    pub(crate) rater: Vec<String>,
+    /// A file with a line NAME=TOKEN for each of them.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) raters: Option<PathBuf>,
+    /// Let whoever reaches the address rate, although nobody is asked for a token.
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// How varied answers are; above 0, as two are to differ.
+    #[arg(long, default_value_t = 1.0, value_parser = positive)]
+    pub(crate) temperature: f64,
+    /// Draw among the fewest likeliest tokens whose probabilities reach P.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f64,
+    /// Tokens of an answer, at most [default: 512, or half the model's context].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_tokens: Option<u32>,
+    /// From which all is drawn; another one asks everything anew.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
 }
 
 #[derive(Args, Debug)]

@@ -13,6 +13,7 @@ mod launcher;
 mod lifeline;
 mod plan;
 mod progress;
+mod rate;
 mod recipe;
 mod serve;
 mod stop;

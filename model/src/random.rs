@@ -30,6 +30,8 @@ pub enum Stream {
     Conversations = 10,
     /// Examples that are made up, on which no parameter depends but through what is learned from them.
     Examples = 12,
+    /// Answers that people compare.
+    Ratings = 13,
 }
 
 /// Draws whose words are computed side by side by [`Draws::some_words`].

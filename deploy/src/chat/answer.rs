@@ -3,6 +3,14 @@
 use lockstep_model::inference::TextStream;
 use lockstep_model::tokenizer::Tokenizer;
 
+/// Tokens of an answer where nothing else is asked for, if the context has room.
+const ANSWER_TOKENS: usize = 512;
+
+/// Tokens of an answer where nothing else is asked for, from a model that reads `context` with it.
+pub(crate) fn default_tokens(context: usize) -> usize {
+    ANSWER_TOKENS.min(context / 2)
+}
+
 /// The text of one answer, or of one continuation.
 pub(crate) struct Answer {
     text: TextStream,

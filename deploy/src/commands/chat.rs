@@ -11,7 +11,7 @@ use rustyline::error::ReadlineError;
 
 use super::open_model::OpenModel;
 use super::{Caller, Usage};
-use crate::chat::answer::Answer;
+use crate::chat::answer::{Answer, default_tokens};
 use crate::chat::conversation::Conversation;
 use crate::chat::line::{HELP, Line};
 use crate::chat::template::{Template, today};
@@ -19,16 +19,13 @@ use crate::cli::Chat;
 use crate::interrupt::Interrupt;
 use crate::telemetry;
 
-/// Tokens of an answer where nothing else is asked for, if the context has room.
-const ANSWER_TOKENS: usize = 512;
-
 /// Talks until there is nothing more to be said.
 pub(crate) fn run(args: &Chat) -> anyhow::Result<()> {
     telemetry::init("warn", false);
     let sampling = args.sampling.sampling()?;
     let model = OpenModel::load(&args.model, Limits { sequences: 1, ..Limits::default() }, Caller::Computes)?;
     let context = model.engine.context();
-    let default_tokens = ANSWER_TOKENS.min(context / 2);
+    let default_tokens = default_tokens(context);
     let answer_tokens = args.tokens.unwrap_or(default_tokens);
     if !(1..context).contains(&answer_tokens) {
         return Err(Usage(format!(

@@ -16,6 +16,7 @@ mod initial;
 mod inspect;
 mod open_model;
 mod prepare;
+mod rate;
 mod serve;
 mod status;
 mod train;
@@ -52,6 +53,7 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Eval(args) => eval::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Serve(args) => serve::run(&args),
+        Command::Rate(args) => rate::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Examples(args) => examples::run(&args),

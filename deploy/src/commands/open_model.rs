@@ -1,5 +1,7 @@
 //! A run's model, ready to answer.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::bail;
 use lockstep_model::checkpoint::{self, Manifest};
 use lockstep_model::device::ComputeDevice;
@@ -54,5 +56,40 @@ impl OpenModel {
         let has_learned =
             recipe.is_ok_and(|recipe| recipe.data.is_some_and(|data| matches!(data.stage, Stage::Sft | Stage::Dpo)));
         Ok(if has_learned { template.learned() } else { template })
+    }
+}
+
+/// The run's directory, also where a checkpoint in it is named.
+pub(super) fn run_directory(named: &Path) -> PathBuf {
+    let path = std::path::absolute(named).unwrap_or_else(|_| named.into());
+    let is_checkpoint = path.parent().and_then(Path::file_name).is_some_and(|name| name == "checkpoints");
+    match path.ancestors().nth(2) {
+        Some(run) if is_checkpoint => run.into(),
+        _ => named.into(),
+    }
+}
+
+/// The name of the run's directory; else the recipe's.
+pub(super) fn own_name(named: &Path, recipe: &str) -> String {
+    let run = run_directory(named);
+    let run = std::path::absolute(&run).unwrap_or(run);
+    run.file_name().map_or_else(|| recipe.into(), |name| name.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_belongs_to_its_run() {
+        for (named, run, name) in [
+            ("runs/a", "runs/a", "a"),
+            ("/runs/a/checkpoints/step-000000012", "/runs/a", "a"),
+            ("/kept/step-000000012", "/kept/step-000000012", "step-000000012"),
+            ("/", "/", "quickstart"),
+        ] {
+            let named = Path::new(named);
+            assert_eq!((run_directory(named), own_name(named, "quickstart")), (run.into(), name.into()));
+        }
     }
 }

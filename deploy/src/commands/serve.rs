@@ -1,13 +1,12 @@
 //! `lockstep serve`: what is asked for, checked; then the server.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use lockstep_model::inference::Limits;
 use tokio::net::TcpListener;
 
-use super::open_model::OpenModel;
+use super::open_model::{OpenModel, own_name};
 use super::{Caller, Usage, block_on};
 use crate::cli::Serve;
 use crate::serve::{self, Access, ServeConfig};
@@ -94,12 +93,4 @@ fn access(args: &Serve) -> anyhow::Result<Access> {
         ))
         .into()),
     }
-}
-
-/// The name of the run's directory, also where a checkpoint in it is named; else the recipe's.
-fn own_name(run: &Path, recipe: &str) -> String {
-    let run = std::path::absolute(run).unwrap_or_else(|_| run.into());
-    let is_checkpoint = run.parent().and_then(Path::file_name).is_some_and(|name| name == "checkpoints");
-    let dir = if is_checkpoint { run.ancestors().nth(2) } else { Some(run.as_path()) };
-    dir.and_then(Path::file_name).map_or_else(|| recipe.into(), |name| name.to_string_lossy().into_owned())
 }

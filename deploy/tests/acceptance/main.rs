@@ -21,6 +21,8 @@ mod prepare;
 #[cfg(unix)]
 mod proxy;
 mod quickstart;
+#[cfg(unix)]
+mod rate;
 mod scale_out;
 #[cfg(unix)]
 mod serve;
