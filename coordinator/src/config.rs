@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::config::{BatchConfig, ModelConfig, Objective, OptimizerConfig, ScheduleConfig};
 use lockstep_model::sampler::Source;
 use lockstep_model::step_filter::SkipConfig;
@@ -26,6 +27,9 @@ pub struct RunConfig {
     pub objective: Objective,
     /// Where it begins; `None`: drawn from the seed.
     pub initial: Option<Initial>,
+    /// The adapters that are trained alone, beside `initial`, which stays as it is; `None`: all of the model is trained. Their
+    /// names are the model's.
+    pub adapters: Option<AdapterConfig>,
     /// How text becomes tokens; `None` where the model reads no text.
     pub tokenizer: Option<Tokenizer>,
     /// Where batches come from.
@@ -59,7 +63,8 @@ pub struct RunConfig {
 /// Parameters of another model that a run begins with, kept while it lasts: it may go back to its beginning.
 #[derive(Clone, Debug)]
 pub struct Initial {
-    /// Flat in layout order.
+    /// Flat in layout order. Where adapters are trained, what is not trained whole is let go of once it is in the run's
+    /// directory.
     pub parameters: Arc<Vec<f32>>,
     /// Their SHA-256, hexadecimal: part of the run's identity.
     pub sha256: String,
@@ -145,6 +150,7 @@ impl RunConfig {
             model: ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }),
             objective: Objective::NextToken,
             initial: None,
+            adapters: None,
             tokenizer: None,
             source: Arc::new(Source::Line(LineSource { batch })),
             bytes_per_token: None,

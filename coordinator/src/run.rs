@@ -44,17 +44,19 @@ pub struct Summary {
 /// If the run cannot start, or the system refuses on the way. What the engine decides, a failed run included, is a
 /// [`Summary`].
 pub async fn run(
-    config: RunConfig,
+    mut config: RunConfig,
     listener: TcpListener,
     stop: impl Future<Output = String>,
     observer: Observer,
 ) -> anyhow::Result<Summary> {
-    let start = start::prepare(&config)?;
-    let invitation = start::invitation(&config, start.run_dir.identity());
+    let start = start::prepare(&mut config)?;
+    let base = start.base.clone();
+    let invitation = start::invitation(&config, start.run_dir.identity(), base.as_deref());
     let (inputs, mut queue) = mpsc::unbounded_channel();
     let staging = Arc::new(Staging::default());
     let mut runtime = Runtime::new(config, start, staging.clone(), inputs.clone(), observer)?;
-    let service = Service { invitation: Arc::new(invitation), inputs, staging, publication: runtime.publication() };
+    let service =
+        Service { invitation: Arc::new(invitation), inputs, staging, publication: runtime.publication(), base };
     // Ends when dropped, whatever happens below.
     let mut server = JoinSet::new();
     server.spawn(

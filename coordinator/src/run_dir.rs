@@ -5,6 +5,7 @@
 //! RUN/run.json         the run's id and how often its coordinator was started
 //! RUN/recipe.toml      the recipe in full
 //! RUN/checkpoints/     step-000000123/ and so on
+//! RUN/base/            the model whose adapters are trained, if such are
 //! RUN/metrics.jsonl    one line a step
 //! RUN/references.json  what the first version says of the rows that later ones are compared with
 //! RUN/ledger.jsonl     what each step was trained on
@@ -20,6 +21,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use lockstep_model::checkpoint::BASE;
 use serde::{Deserialize, Serialize};
 
 /// A run's identity over all its starts.
@@ -136,6 +138,11 @@ impl RunDir {
         checkpoints(&self.root)
     }
 
+    /// Where the base of adapters lies.
+    pub fn base(&self) -> PathBuf {
+        base(&self.root)
+    }
+
     /// The metrics file.
     pub fn metrics(&self) -> PathBuf {
         metrics(&self.root)
@@ -248,6 +255,11 @@ pub fn references(root: &Path) -> PathBuf {
 /// Where the checkpoints of the run in `root` lie.
 pub fn checkpoints(root: &Path) -> PathBuf {
     root.join("checkpoints")
+}
+
+/// Where the base of the adapters that the run in `root` trains lies, if it does: a checkpoint of its own.
+pub fn base(root: &Path) -> PathBuf {
+    root.join(BASE)
 }
 
 /// Where the recipe of the run in `root` lies.

@@ -11,7 +11,6 @@ use anyhow::Context as _;
 use lockstep_model::batch::Sums;
 use lockstep_model::checkpoint::{Manifest, Validation};
 use lockstep_model::digest::{hex, vector_sha256};
-use lockstep_model::layout::Layout;
 use lockstep_model::ledger::slot_sha256;
 use lockstep_model::schedule::learning_rate;
 use lockstep_proto::v1;
@@ -97,9 +96,9 @@ impl Runtime {
         inputs: mpsc::UnboundedSender<Input>,
         observer: Observer,
     ) -> anyhow::Result<Self> {
-        let Start { run_dir, state, manifest, metrics, ledger, references, resumed } = start;
+        let Start { run_dir, state, base, manifest, metrics, ledger, references, resumed } = start;
         let rules = Rules {
-            layout: Layout::of(&config.model),
+            layout: manifest.layout(),
             optimizer: config.optimizer.clone(),
             skip: config.skip,
             slots: config.batch.slots,
@@ -118,6 +117,7 @@ impl Runtime {
             true => None,
             false => Some(sampler::start(
                 config.model.clone(),
+                config.adapters.clone().zip(base),
                 config.tokenizer.clone(),
                 config.sampling.clone(),
                 config.turns.clone(),

@@ -1,7 +1,10 @@
 //! Text sampled from fixed prompts while training, in the background.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
+use lockstep_model::adapters::{AdaptedLayout, AdapterConfig};
+use lockstep_model::checkpoint::BaseFile;
 use lockstep_model::compute::Computer;
 use lockstep_model::config::ModelConfig;
 use lockstep_model::device::{ComputeDevice, DeviceChoice, DeviceError};
@@ -16,16 +19,18 @@ use crate::observe::Sample;
 pub(crate) struct Job {
     /// How many steps they have seen.
     pub(crate) step: u64,
+    /// What is trained.
     pub(crate) parameters: Vec<f32>,
 }
 
-/// Starts a thread that goes on from each prompt, or answers it as one of `turns`, with the parameters it is sent. Each text
-/// goes to `done`.
+/// Starts a thread that goes on from each prompt, or answers it as one of `turns`, with the parameters it is sent, or the
+/// adapters, merged into their base. Each text goes to `done`.
 ///
 /// # Errors
 /// If the system starts no thread.
 pub(crate) fn start(
     model: ModelConfig,
+    adapters: Option<(AdapterConfig, Arc<BaseFile>)>,
     tokenizer: Option<Tokenizer>,
     config: SamplingConfig,
     turns: Option<Turns>,
@@ -34,7 +39,10 @@ pub(crate) fn start(
 ) -> std::io::Result<Background<Job>> {
     let sampler = Sampler { model, tokenizer, config, turns, seed };
     Background::start("sampler", move |jobs| {
-        for Job { step, parameters } in jobs {
+        for Job { step, mut parameters } in jobs {
+            if let Some((adapters, base)) = &adapters {
+                parameters = AdaptedLayout::of(&sampler.model, adapters).merge(base.parameters(), &parameters);
+            }
             let mut engine = None;
             for (index, prompt) in sampler.config.prompts.iter().enumerate() {
                 // A panic in a backend costs the sample, not the run.

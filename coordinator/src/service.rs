@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lockstep_model::batch::{PairSums, Sums};
+use lockstep_model::checkpoint::BaseFile;
 use lockstep_model::tree::Block;
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::{self, push_message, worker_message};
@@ -32,6 +33,8 @@ pub(crate) struct Service {
     pub(crate) inputs: mpsc::UnboundedSender<Input>,
     pub(crate) staging: Arc<Staging>,
     pub(crate) publication: Publication,
+    /// What adapters stand on, if such are trained.
+    pub(crate) base: Option<Arc<BaseFile>>,
 }
 
 impl Service {
@@ -175,6 +178,12 @@ impl v1::lockstep_server::Lockstep for Service {
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<Self::PullStream>, Status> {
         let request = request.into_inner();
         self.check_run(&request.run_id, request.incarnation)?;
+        if request.base {
+            let none = || Status::not_found("this run trains all of its model, and no adapters: there is no base");
+            let base = self.base.clone().ok_or_else(none)?;
+            let chunks = chunk::split_as_read(4 * base.elements(), move |range| base.bytes(range).into());
+            return Ok(Response::new(Box::pin(tokio_stream::iter(chunks.map(Ok)))));
+        }
         let published = self.publication.get();
         let bytes = (published.version == request.version).then(|| self.publication.bytes(&published)).flatten();
         let Some(bytes) = bytes else {

@@ -5,10 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use lockstep_model::checkpoint::{self, Checkpoint, CheckpointError, Manifest};
+use lockstep_model::adapters::{AdaptedLayout, initial_adapters, trained_layout};
+use lockstep_model::checkpoint::{self, BaseFile, Checkpoint, CheckpointError, Manifest};
 use lockstep_model::config::ModelConfig;
 use lockstep_model::digest::{bytes_sha256, hex, parse_hex};
-use lockstep_model::layout::{Layout, initial_parameters};
+use lockstep_model::layout::initial_parameters;
 use lockstep_model::optimizer::OptimizerState;
 use lockstep_model::step_filter::StepFilter;
 use lockstep_model::tree::Block;
@@ -30,6 +31,8 @@ use crate::translate;
 pub(crate) struct Start {
     pub(crate) run_dir: RunDir,
     pub(crate) state: State,
+    /// What adapters stand on, if such are trained.
+    pub(crate) base: Option<Arc<BaseFile>>,
     pub(crate) manifest: Manifest,
     pub(crate) metrics: Metrics,
     pub(crate) ledger: LedgerFile,
@@ -39,11 +42,13 @@ pub(crate) struct Start {
     pub(crate) resumed: bool,
 }
 
-/// Takes hold of the run directory and loads the newest whole checkpoint, or starts at step 0 where there is none.
-pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
+/// Takes hold of the run directory and loads the newest whole checkpoint, or starts at step 0 where there is none. What
+/// adapters stand on is in the directory from then on, and `config` holds it no more.
+pub(crate) fn prepare(config: &mut RunConfig) -> anyhow::Result<Start> {
     let seed = format!("{}/{}/{}", config.run_dir.display(), std::process::id(), unix_nanos());
     let mut run_dir = RunDir::open(&config.run_dir, config.resume, &hex(&bytes_sha256(seed.as_bytes())[..16]))?;
     let mut manifest = new_manifest(config, &run_dir.identity().run_id);
+    let base = keep_base(config, &run_dir, &manifest)?;
     checkpoint::remove_partial(&run_dir.checkpoints())?;
     if let Some(step) = run_dir.identity().trusted_up_to {
         checkpoint::remove_after(&run_dir.checkpoints(), step)?;
@@ -63,6 +68,9 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
             let shown = path.display();
             if !same_network(&saved.model, &manifest.model) {
                 bail!("{shown}: holds another model than the recipe describes; resume with the run's own recipe");
+            }
+            if saved.adapters != manifest.adapters {
+                bail!("{shown}: holds other adapters than the recipe describes; resume with the run's own recipe");
             }
             if saved.corpus_sha256.is_empty() {
                 bail!(
@@ -119,7 +127,7 @@ pub(crate) fn prepare(config: &RunConfig) -> anyhow::Result<Start> {
         LedgerFile::open(&run_dir.ledger(), manifest.ledger, &manifest.ledger_seal, config.batch.slots, rows_per_step);
     let ledger = ledger.context("the ledger of the run cannot be opened")?;
     report::remove_after(&run_dir.reports(), manifest.step)?;
-    Ok(Start { run_dir, state, manifest, metrics, ledger, references, resumed })
+    Ok(Start { run_dir, state, base, manifest, metrics, ledger, references, resumed })
 }
 
 /// What the first version says of rows, if that is wanted and known; it must be what the run was trained with so far.
@@ -152,6 +160,31 @@ pub(crate) fn reference_file<'a>(path: &'a Path, manifest: &'a Manifest) -> Refe
     ReferenceFile { path, params_sha256, corpus_sha256: &manifest.corpus_sha256 }
 }
 
+/// What adapters stand on, which the run keeps from its first start on.
+fn keep_base(config: &mut RunConfig, run_dir: &RunDir, manifest: &Manifest) -> anyhow::Result<Option<Arc<BaseFile>>> {
+    let Some(adapters) = &config.adapters else { return Ok(None) };
+    let initial = config.initial.as_mut().context("adapters are trained beside a model, and init names none")?;
+    let directory = run_dir.base();
+    if !directory.exists() {
+        let Manifest { run_id, tokenizer, recipe_name, recipe, model, .. } = manifest.clone();
+        let base = Manifest { tokenizer, recipe_name, recipe, ..Manifest::new(run_id, model) };
+        checkpoint::keep_base(run_dir.root(), base, &initial.parameters)?;
+    }
+    let layout = AdaptedLayout::of(&config.model, adapters);
+    initial.parameters = Arc::new(layout.whole(&config.model, &initial.parameters));
+    let base = BaseFile::open(&directory, &layout.base)?;
+    if base.sha256() != initial.sha256 {
+        bail!(
+            "{}: the run's adapters belong to another model than init holds now (SHA-256 {} and {}); put the first one back, or \
+             start a new run",
+            directory.display(),
+            base.sha256(),
+            initial.sha256
+        );
+    }
+    Ok(Some(Arc::new(base)))
+}
+
 /// Where a run goes on from a checkpoint: with the present recipe, which may differ in what no parameter depends on.
 pub(crate) fn go_on(config: &RunConfig, checkpoint: Checkpoint) -> (Manifest, State) {
     let Checkpoint { manifest, parameters, optimizer } = checkpoint;
@@ -163,9 +196,13 @@ pub(crate) fn go_on(config: &RunConfig, checkpoint: Checkpoint) -> (Manifest, St
 
 /// Where every run begins.
 pub(crate) fn initial_state(config: &RunConfig) -> State {
-    let parameters = match &config.initial {
-        Some(initial) => initial.parameters.to_vec(),
-        None => initial_parameters(&config.model, config.seed),
+    let parameters = match (&config.adapters, &config.initial) {
+        (Some(adapters), initial) => {
+            let whole = initial.as_ref().map_or(&[][..], |initial| &initial.parameters);
+            initial_adapters(&config.model, adapters, config.seed, whole)
+        }
+        (None, Some(initial)) => initial.parameters.to_vec(),
+        (None, None) => initial_parameters(&config.model, config.seed),
     };
     let optimizer = OptimizerState::new(&config.optimizer, parameters.len());
     State { parameters, optimizer, filter: StepFilter::default() }
@@ -174,6 +211,7 @@ pub(crate) fn initial_state(config: &RunConfig) -> State {
 /// A new run's manifest, before its first step.
 pub(crate) fn new_manifest(config: &RunConfig, run_id: &str) -> Manifest {
     Manifest {
+        adapters: config.adapters.clone(),
         tokenizer: config.tokenizer.clone(),
         corpus_sha256: hex(&config.source.sha256()),
         initial_sha256: config.initial.as_ref().map(|initial| initial.sha256.clone()),
@@ -236,8 +274,9 @@ fn secret() -> u64 {
     std::collections::hash_map::RandomState::new().hash_one(unix_nanos())
 }
 
-/// What every joiner is told: the model, and a gradient and an evaluation of the run's own shapes as the probe.
-pub(crate) fn invitation(config: &RunConfig, identity: &Identity) -> v1::Invitation {
+/// What every joiner is told: the model, the adapters that stand on `base`, if such are trained, and a gradient and an
+/// evaluation of the run's own shapes as the probe.
+pub(crate) fn invitation(config: &RunConfig, identity: &Identity, base: Option<&BaseFile>) -> v1::Invitation {
     let probe = |task, batch| v1::Lease {
         lease_id: 0,
         step: 1,
@@ -259,11 +298,14 @@ pub(crate) fn invitation(config: &RunConfig, identity: &Identity) -> v1::Invitat
         run_id: identity.run_id.clone(),
         incarnation: identity.incarnation,
         model: Some(translate::model(&config.model)),
-        layout: Some(translate::layout(&Layout::of(&config.model))),
+        layout: Some(translate::layout(&trained_layout(&config.model, config.adapters.as_ref()))),
         probe: probes,
         heartbeat_interval_ms: config.cluster.heartbeat_interval.as_millis() as u32,
         liveness_timeout_ms: config.cluster.liveness_timeout.as_millis() as u32,
         objective: Some(translate::objective(config.objective)),
+        adapters: config.adapters.as_ref().zip(base).map(|(adapters, base)| {
+            translate::adapters(adapters, &AdaptedLayout::of(&config.model, adapters).base, base.blake3())
+        }),
     }
 }
 
@@ -271,7 +313,41 @@ pub(crate) fn invitation(config: &RunConfig, identity: &Identity) -> v1::Invitat
 mod tests {
     use std::fs;
 
+    use lockstep_model::adapters::AdapterConfig;
+    use lockstep_model::digest::vector_sha256;
+    use lockstep_model::pieces::vector_blake3;
+
     use super::*;
+    use crate::config::Initial;
+
+    #[test]
+    fn a_base_is_kept_once_and_held_in_memory_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let initial = |value: f32| {
+            let parameters = vec![value, 2.0];
+            Some(Initial { sha256: hex(&vector_sha256(&parameters)), parameters: Arc::new(parameters) })
+        };
+        let adapters = AdapterConfig { rank: 1, alpha: 1.0, targets: Vec::new(), whole: vec!["bias".into()] };
+        let config = |resume, value| RunConfig {
+            adapters: Some(adapters.clone()),
+            initial: initial(value),
+            resume,
+            ..RunConfig::line(dir.path())
+        };
+        let mut first = config(false, 1.0);
+        let start = prepare(&mut first).unwrap();
+        assert_eq!(start.base.as_ref().unwrap().parameters(), [1.0], "the bias is trained, and no part of it");
+        assert_eq!(*first.initial.as_ref().unwrap().parameters, [2.0], "what is trained whole begins as it was");
+        assert_eq!((start.state.parameters, start.manifest.layout().len()), (vec![2.0], 1));
+        let invited = invitation(&first, start.run_dir.identity(), start.base.as_deref());
+        let told = invited.adapters.unwrap();
+        assert_eq!((told.base.unwrap().total_elements, invited.layout.unwrap().total_elements), (1, 1));
+        assert_eq!(told.base_blake3, vector_blake3(&[1.0]));
+        drop(start.run_dir);
+        assert_eq!(prepare(&mut config(true, 1.0)).unwrap().base.unwrap().parameters(), [1.0]);
+        let said = prepare(&mut config(true, 3.0)).err().unwrap().to_string();
+        assert!(said.contains("belong to another model than init holds now"), "{said}");
+    }
 
     #[test]
     fn what_a_killed_start_left_half_done_is_removed() {
@@ -281,7 +357,7 @@ mod tests {
         let reports = dir.path().join("reports");
         fs::create_dir(&reports).unwrap();
         fs::write(reports.join("step-000000003.txt"), "of a step that is not committed").unwrap();
-        let start = prepare(&RunConfig::line(dir.path())).unwrap();
+        let start = prepare(&mut RunConfig::line(dir.path())).unwrap();
         assert_eq!((start.manifest.step, start.resumed), (0, false));
         assert_eq!(fs::read_dir(dir.path().join("checkpoints")).unwrap().count(), 0);
         assert_eq!(fs::read_dir(reports).unwrap().count(), 0);

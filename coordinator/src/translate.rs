@@ -1,5 +1,6 @@
 //! Domain to wire: what the coordinator says, in the contract's types.
 
+use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::batch::{Batch, Column, PairSums, Values};
 use lockstep_model::config::{DpoConfig, Gelu, ModelConfig, Objective};
 use lockstep_model::layout::{Layout, TensorSpec};
@@ -79,6 +80,18 @@ pub(crate) fn layout(layout: &Layout) -> v1::Layout {
         trainable: tensor.trainable,
     };
     v1::Layout { tensors: layout.tensors.iter().map(tensor).collect(), total_elements: layout.len() as u64 }
+}
+
+/// What is trained alone, and what it stands on.
+pub(crate) fn adapters(adapters: &AdapterConfig, base: &Layout, base_blake3: [u8; 32]) -> v1::Adapters {
+    v1::Adapters {
+        rank: adapters.rank as u32,
+        alpha: adapters.alpha,
+        targets: adapters.targets.clone(),
+        whole: adapters.whole.clone(),
+        base: Some(layout(base)),
+        base_blake3: base_blake3.to_vec(),
+    }
 }
 
 /// One slot's rows.

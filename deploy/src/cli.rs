@@ -52,6 +52,8 @@ pub(crate) enum Command {
     Prepare(Prepare),
     /// Make a run of a model in a Hugging Face folder.
     Import(Import),
+    /// Make a plain run of one that trained adapters.
+    Merge(Merge),
     /// Write a run's model as others read it.
     Export(Export),
     /// Show what a live run is doing.
@@ -558,6 +560,21 @@ Examples:
 pub(crate) struct Import {
     /// A folder with config.json, model.safetensors (or numbered files and an index) and tokenizer.json.
     pub(crate) folder: PathBuf,
+    /// Directory of the run to make, which must not exist yet.
+    #[arg(long, value_name = "RUN")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Whatever reads a run with adapters merges them as it reads; nothing needs this but who wants one model by itself.
+
+Examples:
+  lockstep merge runs/sft-1 --out runs/answering"
+)]
+pub(crate) struct Merge {
+    /// Directory of a run with adapters (its newest checkpoint is taken), or of a checkpoint of one.
+    pub(crate) run: PathBuf,
     /// Directory of the run to make, which must not exist yet.
     #[arg(long, value_name = "RUN")]
     pub(crate) out: PathBuf,

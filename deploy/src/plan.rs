@@ -3,6 +3,7 @@
 use std::fmt;
 
 use indicatif::{DecimalBytes, HumanCount};
+use lockstep_model::adapters::{AdapterConfig, trained_layout};
 use lockstep_model::config::{BatchConfig, ModelConfig, UpdateRule};
 use lockstep_model::layout::Layout;
 
@@ -20,8 +21,12 @@ pub(crate) struct Plan {
     pub(crate) recipe: String,
     /// The model in words.
     pub(crate) model: String,
-    /// Elements of the flat vector.
+    /// Elements of the model.
     pub(crate) parameters: u64,
+    /// Elements of the flat vector that is trained: the model's, or its adapters'.
+    pub(crate) trained: u64,
+    /// The adapters in words, where they are trained alone.
+    pub(crate) adapters: Option<String>,
     /// Optimizer steps of the run.
     pub(crate) steps: u64,
     /// Slots a step.
@@ -49,7 +54,7 @@ pub(crate) struct Plan {
 /// What a worker holds at most. All in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WorkerMemory {
-    /// Parameters as they came, and as the device's tensors.
+    /// What is trained as it came, and as the device's tensors; and the base of adapters, as these alone.
     pub(crate) parameters: u64,
     /// The device's gradient, the same as a flat vector, and sums of earlier slots that wait for their sibling in the tree.
     pub(crate) gradients: u64,
@@ -87,11 +92,17 @@ pub(crate) struct Step {
 
 impl WorkerMemory {
     /// Of a worker that computes all slots of a step, with so many rows for each sequence.
-    pub(crate) fn of(model: &ModelConfig, batch: BatchConfig, rows_per_sequence: usize) -> Self {
-        let vector = Layout::of(model).len() as u64 * FLOAT_BYTES;
+    pub(crate) fn of(
+        model: &ModelConfig,
+        adapters: Option<&AdapterConfig>,
+        batch: BatchConfig,
+        rows_per_sequence: usize,
+    ) -> Self {
+        let vector = trained_layout(model, adapters).len() as u64 * FLOAT_BYTES;
+        let base = adapters.map_or(0, |_| Layout::of(model).len() as u64 * FLOAT_BYTES);
         let waiting_sums = u64::from(batch.slots.next_power_of_two().ilog2());
         Self {
-            parameters: 2 * vector,
+            parameters: 2 * vector + base,
             gradients: (2 + waiting_sums) * vector,
             activations: activation_bytes(model, u64::from(batch.sequences_per_slot) * rows_per_sequence as u64),
         }
@@ -125,18 +136,24 @@ impl Plan {
     ) -> Self {
         let model = recipe.model.with_vocabulary(vocab_size);
         let parameters = Layout::of(&model).len() as u64;
-        let vector = parameters * FLOAT_BYTES;
-        let moments = moment_bytes(&recipe.optimizer.rule, parameters as usize);
+        let adapters = recipe.adapters.as_ref();
+        let trained = trained_layout(&model, adapters).len() as u64;
+        let vector = trained * FLOAT_BYTES;
+        let moments = moment_bytes(&recipe.optimizer.rule, trained as usize);
         let mut plan = Self {
             recipe: recipe.name.clone(),
             model: in_words(&model),
             parameters,
+            trained,
+            adapters: adapters.map(|AdapterConfig { rank, targets, .. }| {
+                format!("adapters of rank {rank} beside {}", targets.join(", "))
+            }),
             steps: recipe.schedule.steps,
             slots: recipe.batch.slots,
             sequences_per_slot: recipe.batch.sequences_per_slot,
             tokens_per_sequence: (recipe.rows_per_sequence() * recipe.model.tokens_per_sequence()) as u64,
             bytes_per_token: recipe.bytes_per_token(),
-            worker: WorkerMemory::of(&model, recipe.batch, recipe.rows_per_sequence()),
+            worker: WorkerMemory::of(&model, adapters, recipe.batch, recipe.rows_per_sequence()),
             coordinator: CoordinatorMemory {
                 parameters: 2 * vector,
                 moments,
@@ -176,7 +193,7 @@ impl Plan {
         let blocks = self.slots.div_ceil(block_slots);
         let busiest_slots = (blocks.div_ceil(workers) * block_slots).min(self.slots);
 
-        let vector = self.parameters * FLOAT_BYTES;
+        let vector = self.trained * FLOAT_BYTES;
         let vectors = u64::from(workers) + u64::from(blocks);
         let wire_bytes = vectors * vector + self.tokens_per_step() * self.bytes_per_token;
         Step {
@@ -257,13 +274,21 @@ impl fmt::Display for Plan {
         let Self { slots, sequences_per_slot, tokens_per_sequence, steps, .. } = self;
         let tokens = self.tokens_per_step();
         let all_tokens = HumanCount(tokens.saturating_mul(*steps));
-        let vector = DecimalBytes(self.parameters * FLOAT_BYTES);
+        let [all, vector] = [self.parameters, self.trained].map(|elements| DecimalBytes(elements * FLOAT_BYTES));
         let (worker, coordinator) = (&self.worker, &self.coordinator);
         let useful = self.step(self.useful_workers);
 
         writeln!(f, "recipe            {}", self.recipe)?;
         writeln!(f, "model             {}", self.model)?;
-        writeln!(f, "parameters        {} ({vector})", HumanCount(self.parameters))?;
+        writeln!(f, "parameters        {} ({all})", HumanCount(self.parameters))?;
+        if let Some(adapters) = &self.adapters {
+            let share = 100.0 * self.trained as f64 / self.parameters as f64;
+            writeln!(
+                f,
+                "trained           {} ({vector}), {share:.2} % of these: {adapters}",
+                HumanCount(self.trained)
+            )?;
+        }
         let sequences = match tokens_per_sequence {
             1 => "rows".into(),
             length => format!("sequences of {length}"),
@@ -275,6 +300,9 @@ impl fmt::Display for Plan {
         writeln!(f, "  parameters      {vector} to each worker")?;
         writeln!(f, "  gradients       {vector} for each block of slots that is leased")?;
         writeln!(f, "  tokens          {} in all", DecimalBytes(tokens * self.bytes_per_token))?;
+        if self.adapters.is_some() {
+            writeln!(f, "  and once        {all} to each worker: the model that adapters stand on")?;
+        }
         writeln!(f)?;
         writeln!(f, "memory, about, beside program and corpus")?;
         writeln!(
@@ -372,6 +400,41 @@ mod tests {
                     4       4     25.74 MB     48.0 ms    205.9 ms    253.9 ms       3,025
             useful workers    2: more shorten the step by less than 5 %, or not at all"#]]
         .assert_eq(&plan("shakespeare-char-cpu", &[], 1e9, 4000.0).to_string());
+    }
+
+    #[test]
+    fn the_plan_of_adapters() {
+        let sets = ["init=runs/a", "adapters.rank=4", "adapters.targets=['c_attn', 'c_fc']", "batch.slots=2"];
+        let adapted = plan("shakespeare-char-cpu", &sets, 1e9, 4000.0);
+        expect![[r#"
+            recipe            shakespeare-char-cpu
+            model             Transformer of 4 layers, 4 heads, 128 wide, context 64, vocabulary 65
+            parameters        804,096 (3.22 MB)
+            trained           18,432 (73.73 kB), 2.29 % of these: adapters of rank 4 beside c_attn, c_fc
+            tokens a step     384: 2 slots of 3 sequences of 64
+            the run           2,000 steps, 768,000 tokens
+
+            on the wire, a step
+              parameters      73.73 kB to each worker
+              gradients       73.73 kB for each block of slots that is leased
+              tokens          3.07 kB in all
+              and once        3.22 MB to each worker: the model that adapters stand on
+
+            memory, about, beside program and corpus
+              a worker        13.37 MB: parameters 3.36 MB, gradients 221.18 kB, activations of a slot 9.78 MB
+              the coordinator 442.37 kB: parameters 147.46 kB, moments 147.46 kB, gradients of 2 waiting blocks 147.46 kB
+                              and 221.18 kB more while a checkpoint is written
+
+            with 4000 tokens/s a worker and 1000 Mbit/s at the coordinator
+              workers  blocks  wire a step     compute    transfer        step    tokens/s
+                    1       1    150.53 kB     96.0 ms      1.2 ms     97.2 ms       3,950
+                    2       2    297.98 kB     48.0 ms      2.4 ms     50.4 ms       7,621
+            useful workers    2: more shorten the step by less than 5 %, or not at all"#]].assert_eq(&adapted.to_string());
+        let all = plan("shakespeare-char-cpu", &["batch.slots=2"], 1e9, 4000.0);
+        let tokens = 2 * 3 * 64 * 8;
+        assert_eq!(adapted.step(1).wire_bytes - tokens, 2 * 4 * adapted.trained);
+        assert_eq!(all.step(1).wire_bytes - tokens, 2 * 4 * adapted.parameters);
+        assert_eq!(adapted.trained, 4 * 4 * ((128 + 384) + (128 + 512)));
     }
 
     #[test]

@@ -7,14 +7,16 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::{Device, Tensor, TensorData, Transaction};
 
+use crate::adapters::{AdaptedLayout, AdapterConfig, Origin};
 use crate::batch::{Batch, BatchError, Sums};
 use crate::config::{ModelConfig, Objective};
 use crate::device::ComputeDevice;
 use crate::dropout::Dropout;
 use crate::kernels::{self, KeyCache, Positions, logits};
 use crate::layout::{Layout, TensorSpec};
-use crate::leaves::{Leaf, add_on_device};
+use crate::leaves::{Leaf, Part, add_on_device};
 use crate::network::{KeptPositions, Network, PendingSums};
+use crate::projection::Adapter;
 use crate::traffic::{self, upload};
 use crate::tree::{add_vectors, sum_leaves};
 
@@ -74,7 +76,10 @@ pub struct BlockGradient {
 pub struct Computer {
     model: ModelConfig,
     objective: Objective,
+    /// Of what is trained.
     layout: Layout,
+    /// All else, where adapters are trained.
+    frozen: Option<Frozen>,
     device: Device,
     /// Whether sums may be made on the device, to the bits that they have here.
     adds_exactly: bool,
@@ -86,6 +91,18 @@ pub struct Computer {
     spare: Mutex<Vec<f32>>,
 }
 
+/// What a model with adapters stands on.
+#[derive(Debug)]
+struct Frozen {
+    layout: AdaptedLayout,
+    /// Without any until [`Computer::stand_on`].
+    base: Base,
+}
+
+/// The frozen parameters of a model with adapters, on a device. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct Base(Vec<Leaf>);
+
 impl Computer {
     /// A computer for `model`, with all parameters 0 until [`Self::load`].
     pub fn new(model: &ModelConfig, device: &ComputeDevice) -> Self {
@@ -96,6 +113,7 @@ impl Computer {
             model: model.clone(),
             objective: Objective::NextToken,
             layout: Layout::of(model),
+            frozen: None,
             device: device.handle().clone().autodiff(),
             adds_exactly,
             on_cpu: device.is_cpu(),
@@ -110,9 +128,43 @@ impl Computer {
         Self { objective, ..self }
     }
 
-    /// The flat vector's layout.
+    /// The same where `adapters`, whose names are the model's, are trained alone: gradients, and the parameters to load, are
+    /// theirs. Nothing is computed before there is a base to [stand on](Self::stand_on).
+    #[must_use]
+    pub fn with_adapters(self, adapters: &AdapterConfig) -> Self {
+        let layout = AdaptedLayout::of(&self.model, adapters);
+        Self { layout: layout.trained.clone(), frozen: Some(Frozen { layout, base: Base::default() }), ..self }
+    }
+
+    /// The layout of the flat vector that is trained.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// The layout of what adapters stand on; `None` where all is trained.
+    pub fn base_layout(&self) -> Option<&Layout> {
+        self.frozen.as_ref().map(|frozen| &frozen.layout.base)
+    }
+
+    /// Takes the frozen parameters of a model with adapters to the device, flat in the layout of the base.
+    ///
+    /// # Errors
+    /// If their number is not that layout's.
+    pub fn base(&self, parameters: &[f32]) -> Result<Base, ComputeError> {
+        let nothing = Layout { tensors: Vec::new() };
+        let layout = self.base_layout().unwrap_or(&nothing);
+        if parameters.len() != layout.len() {
+            return Err(ComputeError::Parameters { expected: layout.len(), found: parameters.len() });
+        }
+        let Ok(leaves) = leaves(layout, &self.device, false, copied_from(parameters));
+        Ok(Base(leaves))
+    }
+
+    /// Computes with this base from now on, which is one of a model and adapters like these.
+    pub fn stand_on(&mut self, base: Base) {
+        if let Some(frozen) = &mut self.frozen {
+            frozen.base = base;
+        }
     }
 
     /// Takes `parameters`, flat in layout order, to the device.
@@ -123,10 +175,7 @@ impl Computer {
         if parameters.len() != self.layout.len() {
             return Err(ComputeError::Parameters { expected: self.layout.len(), found: parameters.len() });
         }
-        let Ok(()) = self.load_from(|start, values| {
-            values.copy_from_slice(&parameters[start..start + values.len()]);
-            Ok::<_, Infallible>(())
-        });
+        let Ok(()) = self.load_from(copied_from(parameters));
         Ok(())
     }
 
@@ -135,16 +184,9 @@ impl Computer {
     ///
     /// # Errors
     /// Those of `fill`; no parameters are loaded then.
-    pub fn load_from<E>(&mut self, mut fill: impl FnMut(usize, &mut [f32]) -> Result<(), E>) -> Result<(), E> {
+    pub fn load_from<E>(&mut self, fill: impl FnMut(usize, &mut [f32]) -> Result<(), E>) -> Result<(), E> {
         self.leaves.clear();
-        let leaf = |tensor: &TensorSpec| {
-            let values = upload(kernels::filled(&tensor.shape, |values| fill(tensor.range().start, values))?);
-            Ok(match tensor.shape.len() {
-                2 => Leaf::Matrix(Tensor::from_data(values, &self.device).set_require_grad(tensor.trainable)),
-                _ => Leaf::Vector(Tensor::from_data(values, &self.device).set_require_grad(tensor.trainable)),
-            })
-        };
-        self.leaves = self.layout.tensors.iter().map(leaf).collect::<Result<_, E>>()?;
+        self.leaves = leaves(&self.layout, &self.device, true, fill)?;
         Ok(())
     }
 
@@ -219,7 +261,7 @@ impl Computer {
 
     fn backward_here(&self, (batch, key): (&Batch, SlotKey)) -> Result<(PendingSums, Vec<Leaf>), ComputeError> {
         let forward = tracing::info_span!(target: "lockstep", "forward", step = key.step, slot = key.slot).entered();
-        let network = self.network(&self.leaves, &self.kept[0]);
+        let network = self.network(&self.parts(), &self.kept[0]);
         let (loss, sums) = network.loss(batch, key, self.objective, &self.device)?;
         drop(forward);
         let _backward = tracing::info_span!(target: "lockstep", "backward", step = key.step, slot = key.slot).entered();
@@ -360,13 +402,60 @@ impl Computer {
         y.try_into_scalar::<f32>().map_err(|error| ComputeError::Device(error.to_string()))
     }
 
-    /// Device and leaves without gradient tracking.
-    fn inference(&self) -> (Device, Vec<Leaf>) {
-        (self.device.clone().inner(), self.leaves.iter().map(Leaf::untracked).collect())
+    /// Device and model without gradient tracking.
+    fn inference(&self) -> (Device, Vec<Part>) {
+        (self.device.clone().inner(), self.parts().into_iter().map(Part::untracked).collect())
     }
 
-    fn network<'a>(&'a self, leaves: &[Leaf], kept: &'a KeptPositions) -> Network<'a> {
-        Network::assemble(&self.model, leaves, kept)
+    /// The model's tensors, in its layout's order.
+    fn parts(&self) -> Vec<Part> {
+        let Some(Frozen { layout, base: Base(base) }) = &self.frozen else {
+            return self.leaves.iter().cloned().map(Part::from).collect();
+        };
+        let matrix = |index: usize| match &self.leaves[index] {
+            Leaf::Matrix(matrix) => matrix.clone(),
+            Leaf::Vector(_) => unreachable!("adapters are matrices"),
+        };
+        let part = |origin: &Origin| match *origin {
+            Origin::Base(index) => base[index].clone().into(),
+            Origin::Whole(index) => self.leaves[index].clone().into(),
+            Origin::Adapted { base: index, adapter } => {
+                let (a, b, scale) = (matrix(adapter), matrix(adapter + 1), layout.scale());
+                Part { leaf: base[index].clone(), adapter: Some(Adapter { a, b, scale }) }
+            }
+        };
+        layout.origins().iter().map(part).collect()
+    }
+
+    fn network<'a>(&'a self, parts: &[Part], kept: &'a KeptPositions) -> Network<'a> {
+        Network::assemble(&self.model, parts, kept)
+    }
+}
+
+/// The tensors of `layout` on a device, whose elements `fill` writes; gradients are kept of those that are trainable, where
+/// they are `tracked`.
+fn leaves<E>(
+    layout: &Layout,
+    device: &Device,
+    tracked: bool,
+    mut fill: impl FnMut(usize, &mut [f32]) -> Result<(), E>,
+) -> Result<Vec<Leaf>, E> {
+    let leaf = |tensor: &TensorSpec| {
+        let values = upload(kernels::filled(&tensor.shape, |values| fill(tensor.range().start, values))?);
+        let tracked = tracked && tensor.trainable;
+        Ok(match tensor.shape.len() {
+            2 => Leaf::Matrix(Tensor::from_data(values, device).set_require_grad(tracked)),
+            _ => Leaf::Vector(Tensor::from_data(values, device).set_require_grad(tracked)),
+        })
+    };
+    layout.tensors.iter().map(leaf).collect()
+}
+
+/// What writes the elements of `parameters`.
+fn copied_from(parameters: &[f32]) -> impl FnMut(usize, &mut [f32]) -> Result<(), Infallible> {
+    |start, values| {
+        values.copy_from_slice(&parameters[start..start + values.len()]);
+        Ok(())
     }
 }
 
@@ -403,12 +492,13 @@ pub(crate) fn floats(data: &TensorData) -> Result<&[f32], ComputeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapters::{all_targets, initial_adapters};
     use crate::batch::{Column, Values};
     use crate::config::{
         AdamwConfig, DpoConfig, Gelu, GptConfig, LineConfig, LlamaConfig, OptimizerConfig, UpdateRule,
     };
     use crate::device::DeviceChoice;
-    use crate::layout::initial_parameters;
+    use crate::layout::{SCORE_HEAD, initial_parameters};
     use crate::optimizer::{self, OptimizerState};
     use crate::random::{Stream, normal};
 
@@ -507,6 +597,28 @@ mod tests {
     }
 
     /// Central differences along a random direction within each tensor, against the gradient.
+    fn gradients_are_slopes(layout: &Layout, parameters: &[f32], batch: &Batch, computer: impl Fn(&[f32]) -> Computer) {
+        let gradient = computer(parameters).gradient(batch, KEY).unwrap().gradient;
+        for (index, tensor) in layout.tensors.iter().enumerate() {
+            let mut direction = vec![0.0; tensor.elements()];
+            normal(9, Stream::Initialisation, index as u64, 1.0, &mut direction);
+            let norm = direction.iter().map(|d| d * d).sum::<f32>().sqrt();
+            let at = |distance: f32| {
+                let mut moved = parameters.to_vec();
+                for (p, d) in moved[tensor.range()].iter_mut().zip(&direction) {
+                    *p += distance * d / norm;
+                }
+                // The gradient path, so that dropout is the same.
+                computer(&moved).gradient(batch, KEY).unwrap().sums.loss
+            };
+            let measured = (at(2e-3) - at(-2e-3)) / 4e-3;
+            let along = gradient[tensor.range()].iter().zip(&direction);
+            let along: f64 = along.map(|(g, d)| f64::from(g * d / norm)).sum();
+            let scale = gradient[tensor.range()].iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
+            assert!((measured - along).abs() < 0.02 * scale + 0.02, "{}: {measured} is not {along}", tensor.name);
+        }
+    }
+
     #[test]
     fn gradients_are_finite_differences() {
         let weighted = || batch(3, Some((0..24).map(|i| [1.0, 0.5, 0.0, 2.0][i % 4]).collect()));
@@ -522,26 +634,129 @@ mod tests {
             (llama(0.0), dpo, pairs(false)),
         ] {
             let parameters = lively_parameters(&model);
-            let computer = |model: &_, parameters: &_| computer(model, parameters).with_objective(objective);
-            let gradient = computer(&model, &parameters).gradient(&batch, KEY).unwrap().gradient;
-            for (index, tensor) in Layout::of(&model).tensors.iter().enumerate() {
-                let mut direction = vec![0.0; tensor.elements()];
-                normal(9, Stream::Initialisation, index as u64, 1.0, &mut direction);
-                let norm = direction.iter().map(|d| d * d).sum::<f32>().sqrt();
-                let at = |distance: f32| {
-                    let mut moved = parameters.clone();
-                    for (p, d) in moved[tensor.range()].iter_mut().zip(&direction) {
-                        *p += distance * d / norm;
+            let of = |computer: Computer| computer.with_objective(objective);
+            gradients_are_slopes(&Layout::of(&model), &parameters, &batch, |moved| of(computer(&model, moved)));
+            let whole: &[&str] = if objective == Objective::Reward { &[SCORE_HEAD] } else { &[] };
+            let (config, base) = (adapters(&model, whole), parameters);
+            let (layout, trained) = (AdaptedLayout::of(&model, &config), lively_adapters(&model, &config));
+            gradients_are_slopes(&layout.trained, &trained, &batch, |moved| {
+                of(adapting(&model, &config, &base, moved))
+            });
+        }
+    }
+
+    fn adapters(model: &ModelConfig, whole: &[&str]) -> AdapterConfig {
+        let whole = whole.iter().map(|name| name.to_string()).collect();
+        AdapterConfig { rank: 3, alpha: 6.0, targets: all_targets(model), whole }
+    }
+
+    /// A computer with adapters, whose base is all of `parameters` but what is trained whole.
+    fn adapting(model: &ModelConfig, adapters: &AdapterConfig, parameters: &[f32], trained: &[f32]) -> Computer {
+        let mut computer =
+            Computer::new(model, &ComputeDevice::open(DeviceChoice::Cpu).unwrap()).with_adapters(adapters);
+        let base = AdaptedLayout::of(model, adapters).frozen(model, parameters);
+        computer.stand_on(computer.base(&base).unwrap());
+        computer.load(trained).unwrap();
+        computer
+    }
+
+    /// Lively, too, B included.
+    fn lively_adapters(model: &ModelConfig, adapters: &AdapterConfig) -> Vec<f32> {
+        let whole = AdaptedLayout::of(model, adapters).whole(model, &lively_parameters(model));
+        let mut trained = initial_adapters(model, adapters, 3, &whole);
+        let mut noise = vec![0.0; trained.len()];
+        normal(6, Stream::Initialisation, 0, 0.1, &mut noise);
+        trained.iter_mut().zip(noise).for_each(|(p, n)| *p += n);
+        trained
+    }
+
+    /// Loss and gradient of a model with adapters beside those of the merged model, of which they follow: with W' = W + s A B,
+    /// dA = s dW' Bᵀ, dB = s Aᵀ dW', and what is trained whole has its own.
+    #[test]
+    fn adapters_gradients_follow_from_the_merged_models() {
+        for (model, whole) in [
+            (gpt(0.3), &["lm_head.weight", "h.1.ln_2.bias", "wpe.weight"][..]),
+            (llama(0.3), &["layers.0.input_layernorm.weight"]),
+            (gpt(0.0), &[]),
+            (llama(0.0), &[]),
+        ] {
+            let (config, parameters) = (adapters(&model, whole), lively_parameters(&model));
+            let (layout, trained) = (AdaptedLayout::of(&model, &config), lively_adapters(&model, &config));
+            let with_adapters = adapting(&model, &config, &parameters, &trained);
+            let all = Layout::of(&model);
+            let merged = computer(&model, &layout.merge(layout.frozen(&model, &parameters), &trained));
+            let batch = batch(3, Some((0..24).map(|i| [1.0, 0.5, 0.0, 2.0][i % 4]).collect()));
+            let found = with_adapters.gradient(&batch, KEY).unwrap();
+            let whole = merged.gradient(&batch, KEY).unwrap();
+            assert!((found.sums.loss / whole.sums.loss - 1.0).abs() < 1e-6, "{found:?} {whole:?}");
+            assert!((with_adapters.loss(&batch).unwrap().loss / merged.loss(&batch).unwrap().loss - 1.0).abs() < 1e-6);
+            let logits = [&with_adapters, &merged].map(|computer| computer.next_token_logits(&[1, 2, 3]).unwrap());
+            assert!(logits[0].iter().zip(&logits[1]).all(|(a, b)| (a - b).abs() < 1e-5), "{logits:?}");
+
+            let scale = config.alpha / config.rank as f64;
+            let close = |name: &str, found: &[f32], expected: &[f64]| {
+                let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+                let norm = square(&mut expected.iter().copied());
+                let difference = square(&mut found.iter().zip(expected).map(|(f, e)| f64::from(*f) - e));
+                assert!(norm > 0.0 && difference < 1e-4 * norm, "{name}: off by {}", difference / norm);
+            };
+            for (tensor, origin) in all.tensors.iter().zip(layout.origins()) {
+                let upper = &whole.gradient[tensor.range()];
+                let trained_tensor = |index: usize| &layout.trained.tensors[index];
+                match *origin {
+                    Origin::Base(_) => {}
+                    Origin::Whole(index) => {
+                        let expected: Vec<f64> = upper.iter().map(|g| f64::from(*g)).collect();
+                        close(&tensor.name, &found.gradient[trained_tensor(index).range()], &expected);
                     }
-                    // The gradient path, so that dropout is the same.
-                    computer(&model, &moved).gradient(&batch, KEY).unwrap().sums.loss
-                };
-                let measured = (at(2e-3) - at(-2e-3)) / 4e-3;
-                let along = gradient[tensor.range()].iter().zip(&direction);
-                let along: f64 = along.map(|(g, d)| f64::from(g * d / norm)).sum();
-                let scale = gradient[tensor.range()].iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
-                assert!((measured - along).abs() < 0.02 * scale + 0.02, "{}: {measured} is not {along}", tensor.name);
+                    Origin::Adapted { adapter, .. } => {
+                        let (a, b) = (trained_tensor(adapter), trained_tensor(adapter + 1));
+                        let (inputs, rank, outputs) = (a.shape[0], a.shape[1], b.shape[1]);
+                        let at =
+                            |x: &[f32], row: usize, width: usize, column: usize| f64::from(x[row * width + column]);
+                        let (of_a, of_b) = (&trained[a.range()], &trained[b.range()]);
+                        let product = |i: usize, k: usize| {
+                            let sum = (0..outputs).map(|j| at(upper, i, outputs, j) * at(of_b, k, outputs, j));
+                            scale * sum.sum::<f64>()
+                        };
+                        let expected: Vec<f64> = (0..inputs)
+                            .flat_map(|i| (0..rank).map(move |k| (i, k)))
+                            .map(|(i, k)| product(i, k))
+                            .collect();
+                        close(&a.name, &found.gradient[a.range()], &expected);
+                        let product = |k: usize, j: usize| {
+                            let sum = (0..inputs).map(|i| at(of_a, i, rank, k) * at(upper, i, outputs, j));
+                            scale * sum.sum::<f64>()
+                        };
+                        let expected: Vec<f64> = (0..rank)
+                            .flat_map(|k| (0..outputs).map(move |j| (k, j)))
+                            .map(|(k, j)| product(k, j))
+                            .collect();
+                        close(&b.name, &found.gradient[b.range()], &expected);
+                    }
+                }
             }
+        }
+    }
+
+    #[test]
+    fn a_base_with_new_adapters_is_as_it_was() {
+        for model in [gpt(0.0), llama(0.0)] {
+            let (config, parameters) = (adapters(&model, &[]), lively_parameters(&model));
+            let computer_with = adapting(&model, &config, &parameters, &initial_adapters(&model, &config, 1, &[]));
+            let losses = [&computer_with, &computer(&model, &parameters)].map(|c| c.loss(&batch(4, None)).unwrap());
+            assert_eq!(losses[0], losses[1]);
+            let gradient = computer_with.gradient(&batch(4, None), KEY).unwrap().gradient;
+            for tensor in &computer_with.layout().tensors {
+                let moves = gradient[tensor.range()].iter().any(|g| *g != 0.0);
+                assert_eq!(
+                    moves,
+                    tensor.name.ends_with("lora_B.weight"),
+                    "{}: A's gradient is B's multiple",
+                    tensor.name
+                );
+            }
+            assert!(matches!(computer_with.base(&parameters[1..]), Err(ComputeError::Parameters { .. })));
         }
     }
 

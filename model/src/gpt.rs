@@ -8,7 +8,7 @@ use crate::config::GptConfig;
 use crate::dropout::{Dropout, Site};
 use crate::kernels::{self, Positions};
 use crate::leaves::Leaves;
-use crate::transformer::project;
+use crate::projection::Projection;
 
 /// The parameters of one model, as tensors on a device.
 #[derive(Clone, Debug)]
@@ -33,7 +33,7 @@ struct Block {
 
 #[derive(Clone, Debug)]
 struct Affine {
-    weight: Tensor<2>, // [in, out]
+    weight: Projection, // [in, out]
     bias: Option<Tensor<1>>,
 }
 
@@ -90,17 +90,17 @@ impl Gpt {
 
 impl Affine {
     fn assemble(leaves: &mut Leaves<'_>, bias: bool) -> Self {
-        Self { weight: leaves.matrix(), bias: bias.then(|| leaves.vector()) }
+        Self { weight: leaves.projection(), bias: bias.then(|| leaves.vector()) }
     }
 
     /// `x W + b` over the last axis.
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        kernels::linear(x, self.weight.clone(), self.bias.clone(), None)
+        self.weight.forward(x, self.bias.as_ref(), None)
     }
 
     /// `onto + dropout(y W + b)`.
     fn project(&self, y: Tensor<3>, onto: Tensor<3>, dropout: Dropout, site: Site) -> Tensor<3> {
-        project(y, &self.weight, self.bias.as_ref(), onto, dropout, site)
+        self.weight.project(y, self.bias.as_ref(), onto, dropout, site)
     }
 }
 

@@ -136,7 +136,8 @@ impl Layout {
         }
     }
 
-    fn push(&mut self, name: String, shape: &[usize]) {
+    /// Adds a tensor after the last.
+    pub(crate) fn push(&mut self, name: String, shape: &[usize]) {
         let decay = shape.len() >= 2;
         self.tensors.push(TensorSpec { name, shape: shape.to_vec(), offset: self.len(), decay, trainable: true });
     }

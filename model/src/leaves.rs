@@ -2,19 +2,51 @@
 
 use burn::tensor::{Gradients, Tensor, Transaction};
 
-/// Parameter tensors, handed out in layout order.
-pub(crate) struct Leaves<'a>(std::slice::Iter<'a, Leaf>);
+use crate::projection::{Adapter, Projection};
+
+/// One tensor of a model, and what is trained beside it.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub(crate) leaf: Leaf,
+    /// Of a matrix alone.
+    pub(crate) adapter: Option<Adapter>,
+}
+
+impl From<Leaf> for Part {
+    fn from(leaf: Leaf) -> Self {
+        Self { leaf, adapter: None }
+    }
+}
+
+impl Part {
+    pub(crate) fn untracked(self) -> Self {
+        Self { leaf: self.leaf.untracked(), adapter: self.adapter.map(Adapter::untracked) }
+    }
+}
+
+/// A model's tensors, handed out in layout order.
+pub(crate) struct Leaves<'a>(std::slice::Iter<'a, Part>);
 
 impl<'a> Leaves<'a> {
     /// All of them, in layout order.
-    pub(crate) fn new(leaves: &'a [Leaf]) -> Self {
-        Self(leaves.iter())
+    pub(crate) fn new(parts: &'a [Part]) -> Self {
+        Self(parts.iter())
     }
 
-    /// The next tensor, which the layout says is a matrix.
+    /// The next tensor, which the layout says is a matrix, and no projection of a layer.
     pub(crate) fn matrix(&mut self) -> Tensor<2> {
         match self.0.next() {
-            Some(Leaf::Matrix(matrix)) => matrix.clone(),
+            Some(Part { leaf: Leaf::Matrix(matrix), adapter: None }) => matrix.clone(),
+            _ => unreachable!("layout and assembly name the same tensors; load() comes before computing"),
+        }
+    }
+
+    /// The next tensor, which the layout says is a projection of a layer, with its adapter.
+    pub(crate) fn projection(&mut self) -> Projection {
+        match self.0.next() {
+            Some(Part { leaf: Leaf::Matrix(weight), adapter }) => {
+                Projection { weight: weight.clone(), adapter: adapter.clone() }
+            }
             _ => unreachable!("layout and assembly name the same tensors; load() comes before computing"),
         }
     }
@@ -22,7 +54,7 @@ impl<'a> Leaves<'a> {
     /// The next tensor, which the layout says is a vector.
     pub(crate) fn vector(&mut self) -> Tensor<1> {
         match self.0.next() {
-            Some(Leaf::Vector(vector)) => vector.clone(),
+            Some(Part { leaf: Leaf::Vector(vector), .. }) => vector.clone(),
             _ => unreachable!("layout and assembly name the same tensors; load() comes before computing"),
         }
     }

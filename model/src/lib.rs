@@ -4,6 +4,7 @@
 //! Data flows one way: [`corpus`] or [`dataset`] → [`tokens`], or [`conversation`] → [`packing`], → [`sampler`] → [`batch`] → [`compute`] → [`tree`] → [`optimizer`] →
 //! [`checkpoint`] → [`inference`].
 
+pub mod adapters;
 pub mod batch;
 pub mod bpe;
 pub mod bpe_training;
@@ -39,6 +40,7 @@ mod partial_dir;
 pub mod pieces;
 pub mod preference;
 pub mod probe;
+mod projection;
 pub mod random;
 pub mod sampler;
 pub mod schedule;

@@ -9,7 +9,7 @@ use crate::config::LlamaConfig;
 use crate::dropout::{Dropout, Site};
 use crate::kernels::{self, Positions, split_heads};
 use crate::leaves::Leaves;
-use crate::transformer::project;
+use crate::projection::Projection;
 
 /// The parameters of one model, as tensors on a device.
 #[derive(Clone, Debug)]
@@ -24,15 +24,15 @@ pub(crate) struct Llama {
 #[derive(Clone, Debug)]
 struct Block {
     input_norm: Tensor<1>,                    // [C]
-    q_proj: Tensor<2>,                        // [C, H·D]
-    k_proj: Tensor<2>,                        // [C, K·D]
-    v_proj: Tensor<2>,                        // [C, K·D]
+    q_proj: Projection,                       // [C, H·D]
+    k_proj: Projection,                       // [C, K·D]
+    v_proj: Projection,                       // [C, K·D]
     qk_norms: Option<(Tensor<1>, Tensor<1>)>, // [D] each
-    o_proj: Tensor<2>,                        // [H·D, C]
+    o_proj: Projection,                       // [H·D, C]
     post_attention_norm: Tensor<1>,           // [C]
-    gate_proj: Tensor<2>,                     // [C, F]
-    up_proj: Tensor<2>,                       // [C, F]
-    down_proj: Tensor<2>,                     // [F, C]
+    gate_proj: Projection,                    // [C, F]
+    up_proj: Projection,                      // [C, F]
+    down_proj: Projection,                    // [F, C]
 }
 
 impl Llama {
@@ -41,15 +41,15 @@ impl Llama {
         let embed_tokens = leaves.matrix();
         let blocks = (0..config.layers).map(|_| Block {
             input_norm: leaves.vector(),
-            q_proj: leaves.matrix(),
-            k_proj: leaves.matrix(),
-            v_proj: leaves.matrix(),
+            q_proj: leaves.projection(),
+            k_proj: leaves.projection(),
+            v_proj: leaves.projection(),
             qk_norms: config.qk_norm.then(|| (leaves.vector(), leaves.vector())),
-            o_proj: leaves.matrix(),
+            o_proj: leaves.projection(),
             post_attention_norm: leaves.vector(),
-            gate_proj: leaves.matrix(),
-            up_proj: leaves.matrix(),
-            down_proj: leaves.matrix(),
+            gate_proj: leaves.projection(),
+            up_proj: leaves.projection(),
+            down_proj: leaves.projection(),
         });
         let blocks = blocks.collect();
         let norm = leaves.vector();
@@ -63,9 +63,9 @@ impl Llama {
         x = kernels::dropout(x, None, dropout, Site::Embedding);
         for (layer, block) in self.blocks.iter().enumerate() {
             let attended = self.attention(block, layer, self.norm(x.clone(), &block.input_norm), positions, dropout);
-            x = project(attended, &block.o_proj, None, x, dropout, Site::AttentionOutput(layer));
+            x = block.o_proj.project(attended, None, x, dropout, Site::AttentionOutput(layer));
             let hidden = gated(block, self.norm(x.clone(), &block.post_attention_norm));
-            x = project(hidden, &block.down_proj, None, x, dropout, Site::FeedForwardOutput(layer));
+            x = block.down_proj.project(hidden, None, x, dropout, Site::FeedForwardOutput(layer));
         }
         self.norm(x, &self.norm).reshape([tokens.len(), self.config.width])
     }
@@ -113,6 +113,6 @@ fn gated(block: &Block, x: Tensor<3>) -> Tensor<3> {
 }
 
 /// `x W` over the last axis.
-fn linear(x: &Tensor<3>, weight: &Tensor<2>) -> Tensor<3> {
-    kernels::linear(x.clone(), weight.clone(), None, None)
+fn linear(x: &Tensor<3>, weight: &Projection) -> Tensor<3> {
+    weight.forward(x.clone(), None, None)
 }

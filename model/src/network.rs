@@ -13,7 +13,7 @@ use crate::config::{ModelConfig, Objective};
 use crate::dropout::Dropout;
 use crate::gpt::Gpt;
 use crate::kernels::{Positions, cross_entropy};
-use crate::leaves::{Leaf, Leaves};
+use crate::leaves::{Leaves, Part};
 use crate::line::Line;
 use crate::llama::Llama;
 use crate::preference::PairLoss;
@@ -162,9 +162,9 @@ impl Text<'_> {
 }
 
 impl<'a> Network<'a> {
-    /// Takes its tensors from `leaves`, which are in layout order.
-    pub(crate) fn assemble(model: &ModelConfig, leaves: &[Leaf], kept: &'a KeptPositions) -> Self {
-        let mut leaves = Leaves::new(leaves);
+    /// Takes its tensors from `parts`, which are in layout order.
+    pub(crate) fn assemble(model: &ModelConfig, parts: &[Part], kept: &'a KeptPositions) -> Self {
+        let mut leaves = Leaves::new(parts);
         let (transformer, vocab_size, context, dropout) = match model {
             ModelConfig::Gpt(gpt) => {
                 (Transformer::Gpt(Box::new(Gpt::assemble(gpt, &mut leaves))), gpt.vocab_size, gpt.context, gpt.dropout)

@@ -28,6 +28,8 @@ pub enum Stream {
     Faults = 9,
     /// The order in which conversations are split and packed.
     Conversations = 10,
+    /// Initial values of adapters.
+    Adapters = 11,
     /// Examples that are made up, on which no parameter depends but through what is learned from them.
     Examples = 12,
     /// Answers that people compare.
@@ -106,7 +108,7 @@ impl Draws {
     /// A uniform number in `[0, 1)` with 53 random bits for the draw `(high, low)`.
     pub fn unit(self, high: u64, low: u64) -> f64 {
         let [a, b, ..] = self.words(high, low);
-        ((u64::from(a) | u64::from(b) << 32) >> 11) as f64 / (1u64 << 53) as f64
+        unit(a, b)
     }
 }
 
@@ -127,6 +129,23 @@ pub fn normal(seed: u64, stream: Stream, index: u64, std: f64, values: &mut [f32
             *value = normal as f32;
         }
     }
+}
+
+/// Fills `values` uniformly within ±`bound`, element `i` being a pure function of `(seed, stream, index, i)`: of the draw
+/// `(index, i / 2)`, the first two words for an even `i`, and the last two for an odd one.
+pub fn uniform(seed: u64, stream: Stream, index: u64, bound: f64, values: &mut [f32]) {
+    let draws = Draws::new(seed, stream);
+    for (pair, chunk) in values.chunks_mut(2).enumerate() {
+        let [a, b, c, d] = draws.words(index, pair as u64);
+        for (value, [low, high]) in chunk.iter_mut().zip([[a, b], [c, d]]) {
+            *value = ((2.0 * unit(low, high) - 1.0) * bound) as f32;
+        }
+    }
+}
+
+/// A number in `[0, 1)` of 53 of these 64 bits.
+fn unit(low: u32, high: u32) -> f64 {
+    ((u64::from(low) | u64::from(high) << 32) >> 11) as f64 / (1u64 << 53) as f64
 }
 
 #[cfg(test)]
@@ -155,6 +174,8 @@ mod tests {
         let mut values = [0.0; 3];
         normal(1, Stream::Initialisation, 0, 0.02, &mut values);
         assert_eq!(values.map(|value| (value * 1e8).round()), [-38_320.0, 2_374_531.0, 1_877_129.0]);
+        uniform(1, Stream::Adapters, 2, 1.0 / 128f64.sqrt(), &mut values);
+        assert_eq!(values, [-0.049_747_862, 0.043_812_76, 0.007_556_589_3]);
     }
 
     #[test]
@@ -181,6 +202,18 @@ mod tests {
         for (i, a) in all.iter().enumerate() {
             assert!(all[i + 1..].iter().all(|b| a != b));
         }
+    }
+
+    #[test]
+    fn uniform_values_fill_their_range_evenly() {
+        let mut values = vec![0.0; 70_001];
+        uniform(3, Stream::Adapters, 5, 0.25, &mut values);
+        let mut counts = [0u32; 7];
+        values.iter().for_each(|value| counts[((value + 0.25) * 14.0) as usize] += 1);
+        assert!(counts.iter().all(|&count| (9_600..10_400).contains(&count)), "{counts:?}");
+        let mut fewer = vec![0.0; 5];
+        uniform(3, Stream::Adapters, 5, 0.25, &mut fewer);
+        assert_eq!(fewer, values[..5], "an element does not depend on how many there are");
     }
 
     #[test]

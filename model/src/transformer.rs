@@ -1,13 +1,13 @@
-//! What the shapes of Transformer share: one interface, and how a layer adds to the residual stream.
+//! What the shapes of Transformer share: one interface.
 //!
 //! Shapes beside the tensors, here and in the shapes' own files: B rows, T positions, C width, H heads, D width of a head (C / H),
 //! V vocabulary.
 
 use burn::tensor::Tensor;
 
-use crate::dropout::{Dropout, Site};
+use crate::dropout::Dropout;
 use crate::gpt::Gpt;
-use crate::kernels::{self, Positions};
+use crate::kernels::Positions;
 use crate::llama::Llama;
 
 /// A decoder-only Transformer.
@@ -42,20 +42,4 @@ impl Transformer {
             Self::Llama(llama) => llama.turning(positions),
         }
     }
-}
-
-/// A layer's last step, `onto + dropout(y W + b)`: of y `[B, T, F]`, W `[F, C]`, b `[C]` and `onto` `[B, T, C]`.
-pub(crate) fn project(
-    y: Tensor<3>,
-    weight: &Tensor<2>,
-    bias: Option<&Tensor<1>>,
-    onto: Tensor<3>,
-    dropout: Dropout,
-    site: Site,
-) -> Tensor<3> {
-    let (weight, bias) = (weight.clone(), bias.cloned());
-    if !dropout.is_active() {
-        return kernels::linear(y, weight, bias, Some(onto));
-    }
-    kernels::dropout(kernels::linear(y, weight, bias, None), Some(onto), dropout, site)
 }

@@ -1,5 +1,7 @@
 //! Vectors of `f32` cut into bounded, checksummed pieces, and put together again.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 
 use crate::v1::Chunk;
@@ -48,9 +50,17 @@ pub enum ChunkError {
 
 /// Cuts `vector` (little-endian f32, see [`to_bytes`]) into chunks without copying it.
 pub fn split(vector: Bytes) -> impl Iterator<Item = Chunk> + Send {
-    (0..vector.len().div_ceil(MAX_CHUNK_BYTES)).map(move |i| {
+    split_as_read(vector.len(), move |range| vector.slice(range))
+}
+
+/// Cuts a vector of so many `bytes` into chunks, each of which is read when it is its turn.
+pub fn split_as_read(
+    bytes: usize,
+    mut read: impl FnMut(Range<usize>) -> Bytes + Send,
+) -> impl Iterator<Item = Chunk> + Send {
+    (0..bytes.div_ceil(MAX_CHUNK_BYTES)).map(move |i| {
         let start = i * MAX_CHUNK_BYTES;
-        let data = vector.slice(start..vector.len().min(start + MAX_CHUNK_BYTES));
+        let data = read(start..bytes.min(start + MAX_CHUNK_BYTES));
         Chunk { offset_bytes: start as u64, crc32: crc32fast::hash(&data), data }
     })
 }

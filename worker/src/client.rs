@@ -22,7 +22,7 @@ use crate::device::Gradient;
 use crate::lease::Parameters;
 use crate::session::TransferFailure;
 use crate::shared::Shared;
-use crate::translate::{self, Invitation, Run, shortened};
+use crate::translate::{self, BaseName, Invitation, Run, shortened};
 
 /// How long a connection, and the answer to a small call, may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -156,7 +156,24 @@ impl Client {
         elements: usize,
         memory: Vec<f32>,
     ) -> Result<Vec<f32>, TransferFailure> {
-        let request = v1::PullRequest { run_id: run.id.clone(), incarnation: run.incarnation, version };
+        let request = v1::PullRequest { run_id: run.id.clone(), incarnation: run.incarnation, version, base: false };
+        self.receive(request, digest, elements, memory).await
+    }
+
+    /// Fetches what adapters stand on, and checks that it is what its digest says.
+    pub(crate) async fn pull_base(&mut self, run: &Run, base: BaseName) -> Result<Vec<f32>, TransferFailure> {
+        let request = v1::PullRequest { run_id: run.id.clone(), incarnation: run.incarnation, version: 0, base: true };
+        self.receive(request, Some(base.blake3), base.elements, Vec::new()).await
+    }
+
+    /// Fetches a vector of so many `elements` into `memory`, which has this digest, if one is known.
+    async fn receive(
+        &mut self,
+        request: v1::PullRequest,
+        digest: Option<[u8; 32]>,
+        elements: usize,
+        memory: Vec<f32>,
+    ) -> Result<Vec<f32>, TransferFailure> {
         let mut chunks = self.rpc.pull(request).await.map_err(transfer_failure)?.into_inner();
         let mut vector = Assembler::within(memory, elements);
         while let Some(chunk) = chunks.message().await.map_err(transfer_failure)? {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use lockstep_model::batch::Sums;
-use lockstep_model::compute::{BlockGradient, ComputeError, Computer, SlotKey};
+use lockstep_model::compute::{Base, BlockGradient, ComputeError, Computer, SlotKey};
 use lockstep_model::config::{ModelConfig, Objective};
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::layout::Layout;
@@ -22,6 +22,7 @@ use tracing::Span;
 use crate::kept::{Kept, KeptGradient};
 use crate::lease::{Slot, Task, Work};
 use crate::shared::SharedVersion;
+use crate::translate::{Adapters, BaseName};
 
 /// What the device made of one lease.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,11 +99,22 @@ type Reply<T> = oneshot::Sender<Result<T, DeviceFailure>>;
 
 #[derive(Debug)]
 enum Job {
-    Probe { model: ModelConfig, objective: Objective, leases: Vec<Work>, reply: Reply<[u8; 32]> },
+    Probe { setting: Setting, leases: Vec<Work>, reply: Reply<[u8; 32]> },
+    Holds { base: BaseName, reply: Reply<bool> },
+    LoadBase { base: BaseName, parameters: Vec<f32>, reply: Reply<()> },
     Enter { run_id: String, reply: Reply<Vec<KeptGradient>> },
     Load { parameters: Vec<f32>, reply: Reply<Vec<f32>> },
     LoadShared { version: SharedVersion, reply: Reply<bool> },
     Compute { work: Arc<Work>, stop: Stop, span: Span, reply: Reply<Outcome> },
+}
+
+/// What is computed.
+#[derive(Clone, Debug)]
+pub(crate) struct Setting {
+    pub(crate) model: ModelConfig,
+    pub(crate) objective: Objective,
+    /// What is trained alone, if not all of the model.
+    pub(crate) adapters: Option<Adapters>,
 }
 
 impl DeviceThread {
@@ -114,7 +126,8 @@ impl DeviceThread {
         let (jobs, queue) = mpsc::channel();
         let handle = Arc::new(());
         let handles = Arc::downgrade(&handle);
-        let mut worker = DeviceWorker { device, handles, model: None, computer: None, kept: Kept::default() };
+        let mut worker =
+            DeviceWorker { device, handles, setting: None, computer: None, base: None, kept: Kept::default() };
         std::thread::Builder::new().name("lockstep-device".into()).spawn(move || {
             for job in queue {
                 worker.do_job(job);
@@ -123,15 +136,21 @@ impl DeviceThread {
         Ok(Self { jobs, _handle: handle })
     }
 
-    /// Sets the model and its loss to compute from now on, computes `leases` with the probe's parameters and gives the digest of the
-    /// results. Parameters must be loaded before anything else is computed.
-    pub(crate) async fn probe(
-        &self,
-        model: ModelConfig,
-        objective: Objective,
-        leases: Vec<Work>,
-    ) -> Result<[u8; 32], DeviceFailure> {
-        self.ask(|reply| Job::Probe { model, objective, leases, reply }).await
+    /// Says what is computed from now on, computes `leases` with the probe's parameters and gives the digest of the results.
+    /// Parameters must be loaded before anything else is computed.
+    pub(crate) async fn probe(&self, setting: Setting, leases: Vec<Work>) -> Result<[u8; 32], DeviceFailure> {
+        self.ask(|reply| Job::Probe { setting, leases, reply }).await
+    }
+
+    /// Whether the device holds what adapters stand on. It does from [`Self::load_base`] until it fails, or another base is
+    /// named.
+    pub(crate) async fn holds(&self, base: BaseName) -> Result<bool, DeviceFailure> {
+        self.ask(|reply| Job::Holds { base, reply }).await
+    }
+
+    /// Takes to the device what adapters stand on, flat in its layout.
+    pub(crate) async fn load_base(&self, base: BaseName, parameters: Vec<f32>) -> Result<(), DeviceFailure> {
+        self.ask(|reply| Job::LoadBase { base, parameters, reply }).await
     }
 
     /// Says which run is computed for from now on, and gives the gradients of it that were computed before. Those of another
@@ -185,9 +204,11 @@ struct DeviceWorker {
     device: ComputeDevice,
     /// Counts the handles to this thread.
     handles: Weak<()>,
-    model: Option<(ModelConfig, Objective)>,
+    setting: Option<Setting>,
     /// `None` until something is loaded, and after a failure: what a panic leaves behind is not used again.
     computer: Option<Computer>,
+    /// What adapters stand on, over memberships; `None` until it is loaded, and after a failure.
+    base: Option<(BaseName, Base)>,
     kept: Kept,
 }
 
@@ -195,10 +216,18 @@ impl DeviceWorker {
     /// Does one job and answers. A receiver that is gone wanted no answer.
     fn do_job(&mut self, job: Job) {
         match job {
-            Job::Probe { model, objective, leases, reply } => {
+            Job::Probe { setting, leases, reply } => {
                 self.computer = None;
-                self.model = Some((model, objective));
+                let named = setting.adapters.as_ref().map(|adapters| adapters.base);
+                self.base = self.base.take().filter(|(held, _)| Some(*held) == named);
+                self.setting = Some(setting);
                 let _ = reply.send(self.guarded(|this| this.probe(&leases)));
+            }
+            Job::Holds { base, reply } => {
+                let _ = reply.send(Ok(self.base.as_ref().is_some_and(|(held, _)| *held == base)));
+            }
+            Job::LoadBase { base, parameters, reply } => {
+                let _ = reply.send(self.guarded(|this| this.load_base(base, &parameters)));
             }
             Job::Enter { run_id, reply } => {
                 let _ = reply.send(Ok(self.kept.enter(&run_id)));
@@ -238,7 +267,7 @@ impl DeviceWorker {
     fn guarded<T>(&mut self, job: impl FnOnce(&mut Self) -> Result<T, ComputeError>) -> Result<T, DeviceFailure> {
         let result = caught(&self.device.description.clone(), || job(self));
         if result.is_err() {
-            let broken = self.computer.take();
+            let broken = (self.computer.take(), self.base.take());
             let _ = catch_unwind(AssertUnwindSafe(|| drop(broken)));
         }
         result
@@ -253,20 +282,44 @@ impl DeviceWorker {
         Ok(read.is_ok() && version.is_there())
     }
 
-    /// The computer of the model at hand, set up if need be.
+    fn load_base(&mut self, name: BaseName, parameters: &[f32]) -> Result<(), ComputeError> {
+        let computer = self.computer()?;
+        let base = computer.base(parameters)?;
+        computer.stand_on(base.clone());
+        self.base = Some((name, base));
+        Ok(())
+    }
+
+    /// The computer of the model at hand, set up if need be, on the base that is held.
     fn computer(&mut self) -> Result<&mut Computer, ComputeError> {
-        match (&mut self.computer, &self.model) {
-            (Some(computer), _) => Ok(computer),
-            (none, Some((model, objective))) => {
-                Ok(none.insert(Computer::new(model, &self.device).with_objective(*objective)))
-            }
-            (_, None) => Err(ComputeError::Input("parameters came before the model".into())),
-        }
+        let Some(Setting { model, objective, adapters }) = &self.setting else {
+            return Err(ComputeError::Input("parameters came before the model".into()));
+        };
+        let base = self.base.as_ref().map(|(_, base)| base);
+        Ok(self.computer.get_or_insert_with(|| {
+            let computer = Computer::new(model, &self.device).with_objective(*objective);
+            let Some(adapters) = adapters else { return computer };
+            let mut computer = computer.with_adapters(&adapters.config);
+            base.into_iter().for_each(|base| computer.stand_on(base.clone()));
+            computer
+        }))
     }
 
     fn probe(&mut self, leases: &[Work]) -> Result<[u8; 32], ComputeError> {
-        let elements = self.model.as_ref().map_or(0, |(model, _)| Layout::of(model).len());
-        self.load(&probe::parameters(elements))?;
+        let computer = self.computer()?;
+        let elements = computer.layout().len();
+        if let Some(elements) = computer.base_layout().map(Layout::len) {
+            computer.stand_on(computer.base(&probe::parameters(elements))?);
+        }
+        computer.load(&probe::parameters(elements))?;
+        let digest = self.digest(leases);
+        // Not to be mistaken for the base that is named.
+        self.computer = self.computer.take().filter(|computer| computer.base_layout().is_none());
+        digest
+    }
+
+    /// The digest of what leases give with the probe's parameters.
+    fn digest(&self, leases: &[Work]) -> Result<[u8; 32], ComputeError> {
         let mut digest = probe::Digest::new();
         for work in leases {
             let block = self.sum(work, || false)?;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use lockstep_proto::v1;
 use tokio::task::{AbortHandle, JoinSet};
-use tracing::{Instrument, Span, debug, info_span, warn};
+use tracing::{Instrument, Span, debug, info, info_span, warn};
 
 use crate::client::{Client, Control};
 use crate::clock_offset::ClockOffset;
@@ -19,7 +19,7 @@ use crate::lease::{GradientName, Parameters, Work};
 use crate::runtime::SpanSource;
 use crate::session::{Command, Departure, Event, Session, Timing, TransferFailure};
 use crate::shared::Shared;
-use crate::translate::{self, Instruction, Run, shortened};
+use crate::translate::{self, BaseName, Instruction, Run, shortened};
 
 /// Longest reason for declining a lease that the contract allows, bytes.
 const REASON_LIMIT: usize = 1024;
@@ -35,6 +35,8 @@ pub(crate) struct Membership {
     pub(crate) worker_id: u64,
     /// Elements of a vector.
     pub(crate) elements: usize,
+    /// What adapters stand on, if such are trained.
+    pub(crate) base: Option<BaseName>,
     /// What vectors pass through, if the coordinator is on this machine.
     pub(crate) shared: Option<Arc<Shared>>,
     pub(crate) timing: Timing,
@@ -230,9 +232,14 @@ impl Service {
         let (mut client, device) = (self.membership.client.clone(), self.membership.device.clone());
         let (run, elements, shared) =
             (self.membership.run.clone(), self.membership.elements, self.membership.shared.clone());
-        let spare = self.spare.clone();
+        let (spare, base) = (self.spare.clone(), self.membership.base);
         let task = async move {
             let refused = |failure: DeviceFailure| TransferFailure::Refused(failure.to_string());
+            if let Some(base) = base
+                && let Err(failure) = fetch_base(&mut client, &device, &run, base).await
+            {
+                return Report::Pulled { parameters, result: Err(failure) };
+            }
             if let Some(version) = shared.and_then(|shared| shared.version(parameters)) {
                 match device.load_shared(version).await {
                     Ok(true) => return Report::Pulled { parameters, result: Ok(()) },
@@ -329,6 +336,22 @@ impl Held {
         let begin = || info_span!(target: "lockstep", parent: None, "lease", step, slot, traceparent);
         self.span.get_or_insert_with(begin).clone()
     }
+}
+
+/// Has the device hold what adapters stand on: it is fetched once, and stays over memberships.
+async fn fetch_base(
+    client: &mut Client,
+    device: &DeviceThread,
+    run: &Run,
+    base: BaseName,
+) -> Result<(), TransferFailure> {
+    let refused = |failure: DeviceFailure| TransferFailure::Refused(failure.to_string());
+    if device.holds(base).await.map_err(refused)? {
+        return Ok(());
+    }
+    let parameters = client.pull_base(run, base).await?;
+    info!("fetched the base of the adapters: {} parameters", base.elements);
+    device.load_base(base, parameters).await.map_err(refused)
 }
 
 fn lock(spare: &Mutex<Vec<f32>>) -> MutexGuard<'_, Vec<f32>> {

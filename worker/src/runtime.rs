@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use crate::backoff::Backoff;
 use crate::client::{CallError, Client, Identity, endpoint};
-use crate::device::{DeviceFailure, DeviceThread};
+use crate::device::{DeviceFailure, DeviceThread, Setting};
 use crate::membership::Membership;
 use crate::session::Departure;
 use crate::shared::Shared;
@@ -172,8 +172,10 @@ impl Worker {
         let no_use = |failure: DeviceFailure| {
             Setback::Final(WorkerError::Probe { address: self.address.clone(), reason: failure.to_string() })
         };
-        let probe =
-            self.device.probe(invitation.model, invitation.objective, invitation.probe).await.map_err(no_use)?;
+        let base = invitation.adapters.as_ref().map(|adapters| adapters.base);
+        let setting =
+            Setting { model: invitation.model, objective: invitation.objective, adapters: invitation.adapters };
+        let probe = self.device.probe(setting, invitation.probe).await.map_err(no_use)?;
         let kept = self.device.enter(run.id.clone()).await.map_err(no_use)?;
         let admitted = client.admit(&run, &self.identity, probe).await.map_err(|error| self.setback(error))?;
         let (worker_id, offer) = admitted;
@@ -192,6 +194,7 @@ impl Worker {
             run,
             worker_id,
             elements: invitation.elements,
+            base,
             shared,
             timing: invitation.timing,
             spans: self.spans.clone(),

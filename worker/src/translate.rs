@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use lockstep_model::adapters::{AdaptedLayout, AdapterConfig, trained_layout};
 use lockstep_model::batch::{Batch, Column, PairSums, Sums, Values};
 use lockstep_model::config::{
     DpoConfig, Gelu, GptConfig, LineConfig, LlamaConfig, ModelConfig, Objective, RopeScaling,
@@ -33,10 +34,26 @@ pub(crate) struct Invitation {
     pub(crate) run: Run,
     pub(crate) model: ModelConfig,
     pub(crate) objective: Objective,
+    /// What is trained alone, if not all of it.
+    pub(crate) adapters: Option<Adapters>,
     /// Elements of a vector.
     pub(crate) elements: usize,
     pub(crate) probe: Vec<Work>,
     pub(crate) timing: Timing,
+}
+
+/// Adapters, and what they stand on.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Adapters {
+    pub(crate) config: AdapterConfig,
+    pub(crate) base: BaseName,
+}
+
+/// Names a base by what it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BaseName {
+    pub(crate) blake3: [u8; 32],
+    pub(crate) elements: usize,
 }
 
 /// What the coordinator says on the control stream.
@@ -64,7 +81,8 @@ pub(crate) enum Instruction {
 /// Checks an invitation, above all that this build knows the model and lays its parameters out alike.
 pub(crate) fn invitation(invitation: v1::Invitation) -> Result<Invitation, WireError> {
     let model = model(&required(invitation.model, || "the model".into())?)?;
-    let expected = Layout::of(&model);
+    let adapters = invitation.adapters.map(|adapters| self::adapters(adapters, &model)).transpose()?;
+    let expected = trained_layout(&model, adapters.as_ref().map(|adapters| &adapters.config));
     same_layout(&expected, &required(invitation.layout, || "the layout".into())?)?;
     let interval = |name: &str, milliseconds: u32| match milliseconds {
         0 => Err(WireError(format!("{name} is 0 ms"))),
@@ -75,6 +93,7 @@ pub(crate) fn invitation(invitation: v1::Invitation) -> Result<Invitation, WireE
         elements: expected.len(),
         objective: objective(invitation.objective.as_ref(), &model)?,
         model,
+        adapters,
         probe: invitation.probe.into_iter().map(work).collect::<Result<_, _>>()?,
         timing: Timing {
             heartbeat_interval: interval("the heartbeat interval", invitation.heartbeat_interval_ms)?,
@@ -274,6 +293,21 @@ fn llama(llama: &v1::Llama) -> Result<LlamaConfig, WireError> {
         norm_epsilon: llama.norm_epsilon,
         dropout: llama.dropout,
     })
+}
+
+/// Checks adapters for a model, above all that this build takes the same base.
+fn adapters(adapters: v1::Adapters, model: &ModelConfig) -> Result<Adapters, WireError> {
+    let v1::Adapters { rank, alpha, targets, whole, base, base_blake3 } = adapters;
+    let config = AdapterConfig { rank: rank as usize, alpha, targets, whole };
+    if rank == 0 || !alpha.is_finite() {
+        return Err(WireError(format!("adapters of rank {rank} and alpha {alpha}")));
+    }
+    config.check(model).map_err(|error| WireError(format!("adapters: {error}")))?;
+    let layout = AdaptedLayout::of(model, &config).base;
+    same_layout(&layout, &required(base, || "the base's layout".into())?)?;
+    let bytes = base_blake3.len();
+    let blake3 = base_blake3.try_into().map_err(|_| WireError(format!("base_blake3 has {bytes} bytes, not 32")))?;
+    Ok(Adapters { config, base: BaseName { blake3, elements: layout.len() } })
 }
 
 fn check_sizes(sizes: &[(&str, u32)]) -> Result<(), WireError> {

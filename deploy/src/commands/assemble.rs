@@ -125,9 +125,9 @@ fn bytes_per_token<'a>(mixture: impl Iterator<Item = (&'a Corpus, f64)>) -> Opti
 
 /// Everything a coordinator must know, and what to say of conversations that are learned. A resumed run's recipe may differ only where that does not change the run.
 pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow::Result<(RunConfig, Option<String>)> {
-    if resume {
-        check_resume(recipe, &run)?;
-    }
+    let saved = if resume { check_resume(recipe, &run)? } else { None };
+    let same_init = saved.is_some_and(|saved| saved.init == recipe.init);
+    let recipe = &if same_init { on_own_base(recipe, &run) } else { recipe.clone() };
     let data = data(recipe)?;
     let model = recipe.model.with_vocabulary(data.vocab_size());
     let initial = match (&recipe.init, &data.tokenizer) {
@@ -141,6 +141,7 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
         model,
         objective: recipe.objective,
         initial,
+        adapters: recipe.adapters.clone(),
         tokenizer: data.tokenizer,
         bytes_per_token: data.bytes_per_token,
         source: Arc::new(data.source),
@@ -159,13 +160,23 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
     Ok((config, data.report))
 }
 
-/// Compares a recipe with that of the run's newest checkpoint, or, before there is one, with the run's own.
-fn check_resume(recipe: &Recipe, run: &Path) -> anyhow::Result<()> {
+/// The recipe of the run in `run`, which keeps the base of adapters, if it trains such: they do not depend on where it was.
+pub(super) fn on_own_base(recipe: &Recipe, run: &Path) -> Recipe {
+    let (base, mut recipe) = (run_dir::base(run), recipe.clone());
+    if recipe.adapters.is_some() && base.exists() {
+        recipe.init = Some(base);
+    }
+    recipe
+}
+
+/// Compares a recipe with that of the run's newest checkpoint, or, before there is one, with the run's own; this one.
+fn check_resume(recipe: &Recipe, run: &Path) -> anyhow::Result<Option<Recipe>> {
     let own = run_dir::recipe(run);
     let saved = match checkpoint::newest_manifest(&run_dir::checkpoints(run))? {
         Some(manifest) => Recipe::from_toml(&manifest.recipe_name, &manifest.recipe, &[])?,
         None if own.exists() => Recipe::load(&own.display().to_string(), &[])?,
-        None => return Ok(()),
+        None => return Ok(None),
     };
-    Ok(recipe::resume::check(&saved, recipe)?)
+    recipe::resume::check(&saved, recipe)?;
+    Ok(Some(saved))
 }

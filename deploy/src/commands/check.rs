@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::Context as _;
+use lockstep_model::adapters::{AdaptedLayout, initial_adapters};
 use lockstep_model::compute::{Computer, SlotKey};
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::layout::initial_parameters;
@@ -46,7 +47,15 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<()> {
 fn measure(recipe: &Recipe, data: &assemble::Data, device: &ComputeDevice) -> anyhow::Result<f64> {
     let model = recipe.model.with_vocabulary(data.vocab_size());
     let mut computer = Computer::new(&model, device);
-    computer.load(&initial_parameters(&model, recipe.seed))?;
+    let parameters = initial_parameters(&model, recipe.seed);
+    if let Some(adapters) = &recipe.adapters {
+        let layout = AdaptedLayout::of(&model, adapters);
+        computer = computer.with_adapters(adapters);
+        computer.stand_on(computer.base(&layout.frozen(&model, &parameters))?);
+        computer.load(&initial_adapters(&model, adapters, recipe.seed, &layout.whole(&model, &parameters)))?;
+    } else {
+        computer.load(&parameters)?;
+    }
     let batch = data.source.training_slot(1, 0);
     let mut fastest = f64::INFINITY;
     for slot in 0..MEASURED_SLOTS {

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
+use indicatif::HumanCount;
 use lockstep_coordinator::engine::command::Outcome;
 use lockstep_coordinator::observe::{Observer, RunEvent};
 use lockstep_coordinator::{Summary, run_dir};
+use lockstep_model::adapters::trained_layout;
 use tokio::net::TcpListener;
 
 use super::{Usage, assemble, block_on};
@@ -41,6 +43,15 @@ pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
         let (config, report) = assemble::run_config(&recipe, args.run.clone(), args.outputs.resume)?;
         if let Some(report) = report {
             eprintln!("{report}");
+        }
+        if let Some(adapters) = &config.adapters {
+            let [trained, all] = [Some(adapters), None].map(|part| trained_layout(&config.model, part).len() as u64);
+            let (rank, targets, share) =
+                (adapters.rank, adapters.targets.join(", "), 100.0 * trained as f64 / all as f64);
+            let [trained, all] = [trained, all].map(HumanCount);
+            eprintln!(
+                "{trained} parameters of adapters are trained, {share:.2} % of the model's {all}: rank {rank}, beside {targets}"
+            );
         }
         let listener = bind(args.listen).await?;
         let address = listener.local_addr()?;

@@ -27,7 +27,9 @@ pub(super) fn read(path: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> a
         (model, parameters, Some(tokenizer), sha256)
     } else {
         let (manifest, parameters) = checkpoint::read_parameters(&inspect::locate(path)?)?;
-        (manifest.model, parameters, manifest.tokenizer, manifest.params_sha256)
+        // With adapters, the checkpoint's own digest is that of the adapters.
+        let sha256 = manifest.adapters.map_or(manifest.params_sha256, |_| hex(&vector_sha256(&parameters)));
+        (manifest.model, parameters, manifest.tokenizer, sha256)
     };
     let shown = path.display();
     let found_layout = Layout::of(&found);

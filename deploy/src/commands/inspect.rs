@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use lockstep_coordinator::run_dir;
+use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::checkpoint::{self, CheckpointError};
 use lockstep_model::layout::Layout;
 use serde_json::json;
@@ -29,6 +30,9 @@ pub(crate) fn run(args: &Inspect) -> anyhow::Result<()> {
             "val_bits_per_byte": val_bits_per_byte,
             "val_step": manifest.validation.map(|validation| validation.step),
             "parameters": Layout::of(&manifest.model).len(),
+            "adapters": manifest.adapters,
+            "trained": manifest.layout().len(),
+            "initial_sha256": manifest.initial_sha256,
             "params_sha256": manifest.params_sha256,
             "optimizer_sha256": manifest.optimizer_sha256,
             "corpus_sha256": manifest.corpus_sha256,
@@ -51,6 +55,11 @@ pub(crate) fn run(args: &Inspect) -> anyhow::Result<()> {
         println!("bits per byte    {bits:.4}");
     }
     println!("parameters       {}", Layout::of(&manifest.model).len());
+    if let Some(AdapterConfig { rank, alpha, targets, .. }) = &manifest.adapters {
+        let trained = manifest.layout().len();
+        println!("adapters         {trained} of rank {rank}, alpha {alpha}, beside {}", targets.join(", "));
+        println!("base_sha256      {}", manifest.initial_sha256.as_deref().unwrap_or("none"));
+    }
     println!("params_sha256    {}", manifest.params_sha256);
     println!("optimizer_sha256 {}", manifest.optimizer_sha256);
     for (name, digest) in [("began with", &manifest.initial_sha256), ("references", &manifest.references_sha256)] {

@@ -14,6 +14,7 @@ mod generate;
 mod import;
 mod initial;
 mod inspect;
+mod merge;
 mod open_model;
 mod prepare;
 mod rate;
@@ -59,6 +60,7 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Examples(args) => examples::run(&args),
         Command::Prepare(args) => prepare::run(&args),
         Command::Import(args) => import::run(&args),
+        Command::Merge(args) => merge::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Status(args) => status::run(args),
         Command::Verify(args) => verify::run(&args),

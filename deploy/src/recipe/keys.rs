@@ -45,6 +45,8 @@ pub(super) enum Reader {
     Adamw,
     /// Those that use Muon.
     Muon,
+    /// Those that train adapters.
+    Adapted,
     /// Those that learn a vocabulary.
     Bpe,
     /// Those whose learning rate falls.
@@ -66,6 +68,8 @@ pub(super) enum OnResume {
 pub(super) struct Kinds {
     pub(super) stage: Stage,
     pub(super) model: ModelKind,
+    /// Whether there are adapters.
+    pub(super) adapted: bool,
     pub(super) tokenizer: TokenizerKind,
     pub(super) optimizer: OptimizerKind,
     pub(super) decay: DecayKind,
@@ -137,7 +141,7 @@ pub(super) enum DisputeKind {
 
 use Fallback::{Default, Required};
 use OnResume::{Fixed, Free};
-use Reader::{Adamw, Bpe, Dpo, Every, FallingRate, Gpt, Line, Llama, Muon, Pretraining, Text};
+use Reader::{Adamw, Adapted, Bpe, Dpo, Every, FallingRate, Gpt, Line, Llama, Muon, Pretraining, Text};
 
 /// All keys, in the order in which a recipe is written. `recipes/quickstart.toml` says what each means and in which unit.
 /// The optimizer's defaults are PyTorch's.
@@ -166,6 +170,10 @@ pub(super) const KEYS: &[Key] = &[
     key("model.dropout",                 Default("0.0"),              Text,        Fixed),
     key("model.initial_weight",          Default("0.0"),              Line,        Fixed),
     key("model.initial_bias",            Default("0.0"),              Line,        Fixed),
+
+    key("adapters.rank",                 Default("0"),                Text,        Fixed),
+    key("adapters.alpha",                Default("16.0"),             Adapted,     Fixed),
+    key("adapters.targets",              Default("[]"),               Adapted,     Fixed),
 
     key("data.input",                    Required("\"builtin:kjv\""), Text,        Free),
     key("data.weights",                  Default("[]"),               Pretraining, Fixed),
@@ -265,6 +273,7 @@ impl Reader {
             Gpt => kinds.model == ModelKind::Gpt,
             Llama => kinds.model == ModelKind::Llama,
             Line => kinds.model == ModelKind::Line,
+            Adapted => kinds.model != ModelKind::Line && kinds.adapted,
             Bpe => kinds.model != ModelKind::Line && kinds.tokenizer == TokenizerKind::Bpe,
             Adamw => kinds.optimizer != OptimizerKind::Sgd,
             Muon => kinds.optimizer == OptimizerKind::Muon,
@@ -280,6 +289,7 @@ impl Reader {
             Dpo => "stage = \"dpo\"",
             Llama => "model.kind = \"llama\"",
             Line => "model.kind = \"line\"",
+            Adapted => "adapters.rank = 8",
             Bpe => "tokenizer.kind = \"bpe\"",
             Adamw => "optimizer.kind = \"adamw\"",
             Muon => "optimizer.kind = \"muon\"",

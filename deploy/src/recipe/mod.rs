@@ -14,6 +14,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
+use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::config::{
     BatchConfig, GptConfig, LlamaConfig, ModelConfig, Objective, OptimizerConfig, ScheduleConfig, WindowOrder,
 };
@@ -58,6 +59,8 @@ pub(crate) struct Recipe {
     pub(crate) model: ModelRecipe,
     /// What it is trained for.
     pub(crate) objective: Objective,
+    /// The adapters that are trained alone; `None`: all of the model is trained.
+    pub(crate) adapters: Option<AdapterConfig>,
     /// The corpus; `None` where the model reads no text.
     pub(crate) data: Option<DataRecipe>,
     /// The update rule.

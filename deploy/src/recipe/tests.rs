@@ -70,6 +70,7 @@ fn a_recipe_survives_being_written() {
         "optimizer.kind=sgd",
         "schedule.decay=constant",
         "model.kind=line",
+        "adapters.rank=0",
         "tokenizer.kind=bpe",
         "tokenizer.file=data/tokenizer.json",
         "data.input=['a.txt', 'b']",
@@ -81,6 +82,7 @@ fn a_recipe_survives_being_written() {
     ] {
         recipes.push(fixed(&[set]).unwrap());
     }
+    recipes.push(fixed(&["init=runs/a", "adapters.rank=4", "adapters.targets=['c_fc']"]).unwrap());
     for recipe in recipes {
         let text = recipe.to_toml();
         let again = Recipe::from_toml("another name", &text, &[]).unwrap_or_else(|error| panic!("{error}\n{text}"));
@@ -427,14 +429,42 @@ fn keys_that_nothing_reads_are_refused() {
         recipe shakespeare-char-cpu: model.initial_weight = 1: nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "line"
         recipe shakespeare-char-cpu: tokenizer.vocab_size = 300: nothing reads this key beside the others; leave it out, or change the kind; for example tokenizer.kind = "bpe"
         recipe shakespeare-char-cpu: model.head = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init
+        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, adapters, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init
         recipe shakespeare-char-cpu: model = 4: unknown key; the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
         recipe shakespeare-char-cpu: model.heads.x = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"#]].assert_eq(&refusals.map(refusal).join("\n"));
+        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, adapters, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"#]].assert_eq(&refusals.map(refusal).join("\n"));
 
     let text = |text: &str| Recipe::from_toml("mine", text, &[]).unwrap_err().to_string();
     expect![[r#"recipe mine: tokenizer.kind = "chars": nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "gpt""#]].assert_eq(&text("[model]\nkind = 'line'\n[tokenizer]\nkind = 'chars'"));
-    expect!["recipe mine: modle = {}: unknown key; the sections are model, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"].assert_eq(&text("[modle]"));
+    expect!["recipe mine: modle = {}: unknown key; the sections are model, adapters, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"].assert_eq(&text("[modle]"));
+}
+
+#[test]
+fn adapters_need_a_model_and_projections_of_it() {
+    let adapters =
+        |sets: &[&str]| fixed(&[&["init=runs/a", "adapters.rank=8"], sets].concat()).map(|recipe| recipe.adapters);
+    let all = adapters(&[]).unwrap().unwrap();
+    assert_eq!((all.rank, all.alpha, &*all.targets.join(" ")), (8, 16.0, "c_attn c_proj c_fc"));
+    let some = adapters(&["adapters.targets=['attn.c_proj']", "adapters.alpha=3"]).unwrap().unwrap();
+    assert_eq!((some.alpha, &*some.targets.join(" ")), (3.0, "attn.c_proj"));
+    assert_eq!(adapters(&["adapters.rank=0"]).unwrap(), None);
+    let llama = load("quickstart-llama", &["init=runs/a", "adapters.rank=1"]).unwrap().adapters.unwrap();
+    assert_eq!(llama.targets.join(" "), "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj");
+    let refusals = [
+        "adapters.rank=8",
+        "adapters.rank=-1",
+        "adapters.alpha=8",
+        "init=runs/a adapters.rank=8 adapters.alpha=0",
+        "init=runs/a adapters.rank=8 adapters.targets=['q_proj']",
+        "init=runs/a adapters.rank=8 adapters.targets=['wte']",
+    ];
+    expect![[r#"
+        recipe shakespeare-char-cpu: adapters.rank = 8: adapters are trained beside a model that has learned something, and init names none; for example init = "runs/quickstart-1", or adapters.rank = 0
+        recipe shakespeare-char-cpu: adapters.rank = -1: must be a whole number from 0 to 65536; for example adapters.rank = 0
+        recipe shakespeare-char-cpu: adapters.alpha = 8: nothing reads this key beside the others; leave it out, or change the kind; for example adapters.rank = 8
+        recipe shakespeare-char-cpu: adapters.alpha = 0.0: must be a number above 0; for example adapters.alpha = 16.0
+        recipe shakespeare-char-cpu: adapters.targets = ["q_proj"]: "q_proj" is no projection of this model; there are c_attn, c_proj, c_fc; for example adapters.targets = ["c_attn", "c_proj", "c_fc"]
+        recipe shakespeare-char-cpu: adapters.targets = ["wte"]: "wte" is no projection of this model; there are c_attn, c_proj, c_fc; for example adapters.targets = ["c_attn", "c_proj", "c_fc"]"#]].assert_eq(&refusals.map(refusal).join("\n"));
 }
 
 #[test]

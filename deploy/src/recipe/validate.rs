@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
 use lockstep_coordinator::engine::OnDispute;
+use lockstep_model::adapters::{AdapterConfig, all_targets};
 use lockstep_model::bpe::MIN_VOCAB_SIZE;
 use lockstep_model::config::{
     AdamwConfig, BatchConfig, Decay, DpoConfig, GptConfig, LineConfig, LlamaConfig, ModelConfig, MuonConfig, Objective,
     OptimizerConfig, RopeScaling, ScheduleConfig, UpdateRule, WindowOrder,
 };
-use lockstep_model::layout::Layout;
+use lockstep_model::layout::{Layout, SCORE_HEAD};
 use lockstep_model::step_filter::SkipConfig;
 
 use super::error::RecipeError;
@@ -52,6 +53,8 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
     };
     let model = ModelRecipe(model);
     check_elements(v, &model, 1)?;
+    let init = init(v, kinds)?;
+    let adapters = adapters(v, kinds, &model, init.is_some())?;
     let context = model.tokens_per_sequence() * rows_per_sequence(data.as_ref());
     let optimizer = optimizer(v, kinds.optimizer)?;
     let schedule = schedule(v, kinds.decay, optimizer.lr)?;
@@ -62,11 +65,12 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
         name: name(v)?,
         seed: v.integer("seed", 0..=i64::MAX)?,
         objective: objective(v, data.as_ref())?,
-        init: init(v, kinds)?,
+        init,
         sampling: sampling(v, kinds)?,
         checkpoint: checkpoint(v, schedule.steps)?,
         cluster: cluster(v)?,
         model,
+        adapters,
         data,
         optimizer,
         skip: skip(v)?,
@@ -112,6 +116,35 @@ pub(super) fn check_elements(v: &Values, model: &ModelRecipe, vocab_size: usize)
         return Err(v.refuse("model.width", reason));
     }
     Ok(())
+}
+
+fn adapters(
+    v: &Values,
+    kinds: Kinds,
+    model: &ModelRecipe,
+    has_init: bool,
+) -> Result<Option<AdapterConfig>, RecipeError> {
+    let rank: usize = v.integer("adapters.rank", 0..=MAX_WIDTH)?;
+    if !kinds.adapted {
+        return Ok(None);
+    }
+    if !has_init {
+        let reason = "adapters are trained beside a model that has learned something, and init names none";
+        return Err(v.refuse_for("adapters.rank", reason, "init = \"runs/quickstart-1\", or adapters.rank = 0"));
+    }
+    let there = all_targets(&model.0);
+    let mut targets = v.texts("adapters.targets")?;
+    if targets.is_empty() {
+        targets.clone_from(&there);
+    }
+    let alpha = v.number("adapters.alpha", "above 0", |alpha| alpha > 0.0)?;
+    // No model that writes has a score's head.
+    let whole = if kinds.stage == Stage::Reward { vec![SCORE_HEAD.into()] } else { Vec::new() };
+    let adapters = AdapterConfig { rank, alpha, targets, whole };
+    adapters.check(&model.0).map_err(|error| {
+        v.refuse_for("adapters.targets", error, format!("adapters.targets = [\"{}\"]", there.join("\", \"")))
+    })?;
+    Ok(Some(adapters))
 }
 
 /// It becomes part of a directory's name.

@@ -95,6 +95,7 @@ impl Values {
         Ok(Kinds {
             stage: self.choice("stage")?,
             model: self.choice("model.kind")?,
+            adapted: self.read("adapters.rank")?.as_integer().is_some_and(|rank| rank > 0),
             tokenizer: self.choice("tokenizer.kind")?,
             optimizer: self.choice("optimizer.kind")?,
             decay: self.choice("schedule.decay")?,

@@ -23,6 +23,11 @@ fn train(run: &Path, device: &str, workers: &str) -> Vec<f64> {
     let arguments = ["train", "--device", device, "--workers", workers, "--threads", "1", "--run", path(run)];
     let shorter = ["schedule.steps=12", "evaluation.every_steps=6", "checkpoint.every_steps=0"];
     succeed(lockstep(&arguments, &[SMALL, &shorter].concat()));
+    losses(run)
+}
+
+/// Of steps and validations.
+fn losses(run: &Path) -> Vec<f64> {
     let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     lines.filter_map(|line| line["loss"].as_f64().or(line["val_loss"].as_f64())).collect()
@@ -50,6 +55,26 @@ fn a_gpu_computes_what_the_cpu_does() {
         text(&succeed(lockstep(&[&arguments[..], &["--tokens", "40", "--samples", "2"]].concat(), &[])).stdout)
     };
     assert_eq!(generate("wgpu:0"), generate("cpu"), "beyond the context, too, on {adapter}");
+}
+
+#[test]
+fn adapters_on_a_gpu_are_as_on_the_cpu() {
+    let Some(adapter) = adapter("adapters_on_a_gpu_are_as_on_the_cpu") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let [base, gpu, twice, cpu] = ["base", "gpu", "twice", "cpu"].map(|name| dir.path().join(name));
+    train(&base, "cpu", "1");
+    let init = format!("init={}", path(&base));
+    let adapters = |run: &Path, device: &str, workers: &str| {
+        let arguments = ["train", "--device", device, "--workers", workers, "--threads", "1", "--run", path(run)];
+        succeed(lockstep(&arguments, &[SMALL, &["schedule.steps=12", "adapters.rank=4", &init]].concat()));
+        losses(run)
+    };
+    let (on_gpu, on_cpu) = (adapters(&gpu, "wgpu:0", "1"), adapters(&cpu, "cpu", "1"));
+    let worst = on_gpu.iter().zip(&on_cpu).map(|(gpu, cpu)| (gpu / cpu - 1.0).abs()).fold(0.0, f64::max);
+    assert!(worst <= LOSS_TOLERANCE && on_gpu.len() == 15, "{on_gpu:?} is not {on_cpu:?}");
+    println!("{adapter}: with adapters, losses differ from the CPU's by at most {worst:.1e}");
+    adapters(&twice, "wgpu:0", "2");
+    assert_eq!(fingerprint(&twice), fingerprint(&gpu), "two workers on {adapter}");
 }
 
 /// Attention scores of 34 GB are more than any adapter takes in one piece.

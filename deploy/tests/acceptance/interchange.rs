@@ -339,6 +339,29 @@ fn an_imported_model_is_trained_further() {
     assert!(said.contains("was imported, and trained on nothing yet"), "{said}");
 }
 
+/// What `transformers` says of an exported model that has adapters merged into it.
+#[test]
+fn a_model_with_adapters_is_exported_as_one() {
+    const TEST: &str = "a_model_with_adapters_is_exported_as_one";
+    let (Some(folder), Some(python)) = (data(TEST, STORIES), python(TEST, PEER)) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (imported, story, run) = (dir.path().join("imported"), dir.path().join("story.txt"), dir.path().join("run"));
+    import(&folder, &imported);
+    std::fs::write(&story, "Once upon a time a girl named Lily liked to play in the park. ".repeat(60)).unwrap();
+    let input = format!("data.input={}", path(&story));
+    let sets =
+        ["model.context=32", "schedule.steps=8", "schedule.warmup_steps=0", "optimizer.lr=1e-2", "adapters.rank=4"];
+    let recipe = imported.join("recipe.toml");
+    let arguments = ["train", path(&recipe), "--device", "cpu", "--workers", "1", "--run"];
+    succeed(lockstep(&[&arguments[..], &[path(&run)]].concat(), &[&sets[..], &[&input]].concat()));
+    let exported = export(&run, &dir.path().join("hf"), "hf", &[]);
+    let model = Model::of(&run);
+    assert_ne!(model.parameters, Model::of(&imported).parameters);
+    model.check(&python, &exported);
+    let file = export(&run, &dir.path().join("gguf"), "gguf", &[]);
+    peer(&python, &["gguf", path(&file), path(&exported)], "");
+}
+
 /// Nothing is left behind where an import or an export fails.
 #[test]
 fn what_cannot_be_read_or_written_is_named_and_leaves_nothing() {

@@ -3,6 +3,7 @@
 //! Tests that need a corpus take it from the directory named by `LOCKSTEP_DATA`, and those that need Python from the
 //! interpreter named by `LOCKSTEP_PYTHON` (or `python3`); without them they say why they skip.
 
+mod adapters;
 mod bad_input;
 mod bench;
 mod cluster;

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
 
+use lockstep_model::adapters::{AdapterConfig, trained_layout};
 use lockstep_model::batch::{Batch, Column, Values};
 use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
 use lockstep_model::config::{LlamaConfig, ModelConfig, OptimizerConfig, ScheduleConfig};
@@ -50,6 +51,10 @@ fn model_of(case: &Value) -> ModelConfig {
     serde_json::from_value(case["config"].clone()).unwrap()
 }
 
+fn adapters_of(case: &Value) -> Option<AdapterConfig> {
+    serde_json::from_value(case["adapters"].clone()).unwrap()
+}
+
 /// Loss and gradient of a case, as a worker computes them.
 fn compute(case: &Value) -> SlotGradient {
     let count = |key: &str| case[key].as_u64().unwrap() as usize;
@@ -69,7 +74,13 @@ fn compute(case: &Value) -> SlotGradient {
     let device = ComputeDevice::open(DeviceChoice::Cpu).unwrap();
     let mut computer = Computer::new(&model_of(case), &device);
     let scale = case["parameter_scale"].as_f64().unwrap();
-    computer.load(&hashed_vector(0, computer.layout().len(), scale)).unwrap();
+    let mut first = 0;
+    if let Some(adapters) = adapters_of(case) {
+        first = computer.layout().len();
+        computer = computer.with_adapters(&adapters);
+        computer.stand_on(computer.base(&hashed_vector(0, first, scale)).unwrap());
+    }
+    computer.load(&hashed_vector(first as u64, computer.layout().len(), scale)).unwrap();
     computer.gradient(&Batch { columns }, SlotKey { seed: 0, step: 1, slot: 0 }).unwrap()
 }
 
@@ -92,7 +103,7 @@ fn loss_and_gradients_are_pytorchs() {
         assert!(loss_error <= LOSS_TOLERANCE, "{}: loss {} is not {loss}", case["name"], ours.sums.loss);
 
         let tensors = case["tensors"].as_array().unwrap();
-        let layout = Layout::of(&model_of(case));
+        let layout = trained_layout(&model_of(case), adapters_of(case).as_ref());
         assert_eq!(layout.tensors.len(), tensors.len());
         let mut worst = (0.0, "");
         for (ours_spec, tensor) in layout.tensors.iter().zip(tensors) {
@@ -130,10 +141,14 @@ fn pytorch_agrees_on_the_spot() {
         },
         "parameter_scale": 0.5, "rows": 2, "length": 32, "weighted": true
     });
+    let mut adapted = larger_llama.clone();
+    adapted["name"] = "larger_llama_with_adapters".into();
+    adapted["adapters"] =
+        json!({ "rank": 8, "alpha": 16.0, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"] });
     let golden = golden("gradients.json");
-    let with_ours = cases(&golden).iter().chain([&larger, &larger_llama]).map(|case| {
+    let with_ours = cases(&golden).iter().chain([&larger, &larger_llama, &adapted]).map(|case| {
         let ours = compute(case);
-        let layout = Layout::of(&model_of(case));
+        let layout = trained_layout(&model_of(case), adapters_of(case).as_ref());
         let tensors = layout.tensors.iter();
         let tensors: Vec<Value> =
             tensors.map(|t| json!({ "name": t.name, "gradient": ours.gradient[t.range()] })).collect();
@@ -183,15 +198,21 @@ fn pytorch_trains_to_the_same_losses() {
     prepare.args(&texts);
     succeed(prepare);
     let input = format!("data.input={}", path(&corpus));
-    for recipe in ["quickstart", "quickstart-llama"] {
-        let run = dir.path().join(recipe);
+    let init = format!("init={}", path(&dir.path().join("quickstart")));
+    let adapted = [init.as_str(), "adapters.rank=4", "optimizer.lr=1e-2"];
+    for (name, recipe, more) in [
+        ("quickstart", "quickstart", &[][..]),
+        ("quickstart-llama", "quickstart-llama", &[]),
+        ("adapters", "quickstart", &adapted),
+    ] {
+        let run = dir.path().join(name);
         let arguments = ["train", recipe, "--device", "cpu", "--workers", "2", "--run", path(&run)];
-        succeed(lockstep(&arguments, &[SMALL, &[&input]].concat()));
+        succeed(lockstep(&arguments, &[SMALL, &[&input], more].concat()));
         let script = workspace("deploy/tests/peer/torch_curve.py");
         let output = Command::new(&python).args([path(&script), path(&run)]).output().expect("Python starts");
         let said = text(&output.stdout);
-        assert!(output.status.success(), "{recipe}: {said}{}", text(&output.stderr));
-        println!("{recipe}: {}", said.lines().last().unwrap_or_default());
+        assert!(output.status.success(), "{name}: {said}{}", text(&output.stderr));
+        println!("{name}: {}", said.lines().last().unwrap_or_default());
     }
 }
 

@@ -21,8 +21,9 @@ struct Shared {
 #[derive(Default)]
 struct State {
     links: Vec<Link>,
-    /// Pieces forwarded on all links so far.
+    /// Pieces forwarded on all links so far, and the bytes in them.
     passed: u64,
+    passed_bytes: u64,
     closed: bool,
 }
 
@@ -53,6 +54,11 @@ impl Proxy {
             }
         });
         Self { address, shared }
+    }
+
+    /// Bytes forwarded on all links so far, in both directions.
+    pub(crate) fn passed_bytes(&self) -> u64 {
+        self.shared.state().passed_bytes
     }
 
     /// The links that are open, by number.
@@ -120,7 +126,9 @@ impl Shared {
         let mut piece = vec![0; 1 << 16];
         while let Ok(read @ 1..) = from.read(&mut piece) {
             let waited = self.changed.wait_while(self.state(), |state| state.links[link].held);
-            waited.unwrap_or_else(PoisonError::into_inner).passed += 1;
+            let mut state = waited.unwrap_or_else(PoisonError::into_inner);
+            (state.passed, state.passed_bytes) = (state.passed + 1, state.passed_bytes + read as u64);
+            drop(state);
             self.changed.notify_all();
             if to.write_all(&piece[..read]).is_err() {
                 break;

@@ -23,7 +23,7 @@ const STORIES: &str = "weights-tinystories-656k";
 const LOSS_TOLERANCE: f64 = 1e-4;
 
 /// A small model that learns to answer in some seconds.
-const SMALL: &[&str] = &[
+pub(crate) const SMALL: &[&str] = &[
     "model.layers=2",
     "model.heads=2",
     "model.width=48",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-INITIALISATION, TRAINING_WINDOWS, VALIDATION_WINDOWS = 1, 2, 3
+INITIALISATION, TRAINING_WINDOWS, VALIDATION_WINDOWS, ADAPTERS = 1, 2, 3, 11
 """Purposes."""
 
 Words = NDArray[np.uint64]
@@ -45,6 +45,15 @@ class Draws:
         a, b, _, _ = self.words(high, np.array([low], np.uint64))
         return (int(a[0]) | int(b[0]) << 32) * bound >> 64
 
+    def uniform(self, high: int, count: int) -> NDArray[np.float64]:
+        """Numbers from 0 to below 1: draw (high, n) gives those at 2n and 2n + 1."""
+        a, b, c, d = self.words(high, np.arange((count + 1) // 2, dtype=np.uint64))
+
+        def unit(low: Words, high: Words) -> NDArray[np.float64]:
+            return ((low | high << HIGH) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+        return np.stack([unit(a, b), unit(c, d)], axis=1).reshape(-1)[:count]
+
     def normal(self, high: int, count: int) -> NDArray[np.float64]:
         """Numbers with mean 0 and variance 1, by Box and Muller: draw (high, n) gives those at 2n and 2n + 1."""
         a, b, c, d = self.words(high, np.arange((count + 1) // 2, dtype=np.uint64))
@@ -67,6 +76,19 @@ def initial_parameters(shapes: Mapping[str, tuple[int, ...]], layers: int, seed:
         to_residual = name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2.0 * layers) if to_residual else 0.02
         parameters[name] = (std * draws.normal(index, math.prod(shape))).astype(np.float32).reshape(shape)
+    return parameters
+
+
+def initial_adapters(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, NDArray[np.float32]]:
+    """What adapters of this layout begin with."""
+    draws = Draws(seed, ADAPTERS)
+    parameters = {}
+    for index, (name, shape) in enumerate(shapes.items()):
+        if name.endswith(".lora_B.weight"):
+            parameters[name] = np.zeros(shape, np.float32)
+            continue
+        values = (2.0 * draws.uniform(index, math.prod(shape)) - 1.0) * (1.0 / math.sqrt(shape[0]))
+        parameters[name] = values.astype(np.float32).reshape(shape)
     return parameters
 
 

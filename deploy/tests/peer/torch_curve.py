@@ -4,7 +4,8 @@
 
 RUN is the directory of a run over one prepared corpus, in random order and without dropout. Its recipe is read, its
 corpus, and its losses to compare with; weights and windows are drawn anew (draws.py), the model is models.py's, the
-optimizer and the schedule are PyTorch's own, all in f32 unless --f64 is given.
+optimizer and the schedule are PyTorch's own, all in f32 unless --f64 is given. Where the run trains adapters, its base is
+read, too, and adapters.py adds them to it.
 
 Exits with 1 where a loss is off by more than 1e-3 in the first 50 steps or 5e-3 later.
 
@@ -22,6 +23,7 @@ Whose roundings are the smaller, a run in f64 shows that both are compared with:
 
 import argparse
 import json
+import math
 import sys
 import time
 import tomllib
@@ -38,6 +40,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 import draws
+from adapters import Adapters
 from models import ModelConfig, config_of
 from torch_optim import Case, Muon, Schedule, optimizers_of
 
@@ -51,6 +54,7 @@ class Run:
     """What is read of a run's directory."""
 
     recipe: dict[str, Any]
+    directory: Path
     losses: dict[int, float]
     """Training loss by step, from 1."""
     val_losses: dict[int, float]
@@ -67,14 +71,14 @@ class Run:
             sys.exit(f"{directory}: its data.input must be one corpus written by `lockstep prepare`, not {inputs}")
         if recipe["data"]["order"] != "random" or recipe["model"]["dropout"] != 0.0:
             sys.exit(f"{directory}: only runs in random order and without dropout can be repeated here")
-        if recipe.get("init"):
+        if recipe.get("init") and not recipe["adapters"]["rank"]:
             sys.exit(f"{directory}: runs that begin with parameters of another model cannot be repeated here")
         if recipe["data"].get("separate_documents"):
             sys.exit(f"{directory}: runs that keep documents apart cannot be repeated here")
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
         val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-        return cls(recipe, losses, val_losses, corpora[0])
+        return cls(recipe, directory, losses, val_losses, corpora[0])
 
     def model(self, vocab_size: int) -> ModelConfig:
         """The model, with the values that a recipe's zeros stand for."""
@@ -83,6 +87,24 @@ class Run:
             values["kv_heads"] = values["kv_heads"] or values["heads"]
             values["ffn_width"] = values["ffn_width"] or -(-8 * values["width"] // 3 // 32) * 32
         return config_of(values)
+
+    def adapters(self) -> Adapters | None:
+        """The adapters that are trained alone, if there are any."""
+        checkpoint = max((self.directory / "checkpoints").glob("step-*"))
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        return Adapters(**manifest["adapters"]) if "adapters" in manifest else None
+
+    def base(self) -> dict[str, NDArray[np.float32]]:
+        """The parameters that adapters are trained beside, out of a safetensors file: the length of a header, the header, bytes."""
+        data = (self.directory / "base" / "model.safetensors").read_bytes()
+        begin = 8 + int.from_bytes(data[:8], "little")
+        tensors = {name: about for name, about in json.loads(data[8:begin]).items() if name != "__metadata__"}
+        return {
+            name: np.frombuffer(data[begin:], np.float32, math.prod(about["shape"]), about["data_offsets"][0]).reshape(
+                about["shape"]
+            )
+            for name, about in tensors.items()
+        }
 
     def case(self) -> Case:
         """Optimizer and schedule."""
@@ -131,18 +153,23 @@ class Batches:
         return torch.from_numpy(windows.astype(np.int64))
 
 
-def mean_loss(config: ModelConfig, parameters: dict[str, Tensor], windows: Tensor) -> Tensor:
-    """Mean cross-entropy of the tokens that follow."""
-    logits = config.logits(parameters, windows[:, :-1])
-    return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-
-
 def train(run: Run, steps: int, dtype: torch.dtype, write: Path | None) -> tuple[dict[int, float], dict[int, float]]:
     """Training losses by step and validation losses by version, the latter where the run has them."""
     tokens, vocab_size = read_tokens(run.corpus)
     config, batches = run.model(vocab_size), Batches(run.recipe, tokens)
-    initial = draws.initial_parameters(config.layout(), config.layers, run.recipe["seed"])
+    adapters, seed = run.adapters(), run.recipe["seed"]
+    if adapters:
+        initial, base = draws.initial_adapters(adapters.layout(config), seed), run.base()
+    else:
+        initial, base = draws.initial_parameters(config.layout(), config.layers, seed), {}
     parameters = {name: torch.from_numpy(values).to(dtype).requires_grad_() for name, values in initial.items()}
+    frozen = {name: torch.from_numpy(values.copy()).to(dtype) for name, values in base.items()}
+
+    def mean_loss(windows: Tensor) -> Tensor:
+        """Mean cross-entropy of the tokens that follow."""
+        logits = config.logits(adapters.apply(frozen, parameters) if adapters else parameters, windows[:, :-1])
+        return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
     case = run.case()
     optimizers = optimizers_of(case, parameters, Muon)
     schedulers = [case.schedule.scheduler(optimizer, case.lr) for optimizer in optimizers]
@@ -153,7 +180,7 @@ def train(run: Run, steps: int, dtype: torch.dtype, write: Path | None) -> tuple
     @torch.no_grad()
     def validate(version: int) -> None:
         if version in run.val_losses:
-            slots = [mean_loss(config, parameters, windows).item() for windows in batches.for_validation()]
+            slots = [mean_loss(windows).item() for windows in batches.for_validation()]
             val_losses[version] = sum(slots) / len(slots)
             difference = val_losses[version] - run.val_losses[version]
             print(f"{version:6}  {run.val_losses[version]:.6f}  {val_losses[version]:.6f}  {difference:+.1e}  validation")
@@ -164,7 +191,7 @@ def train(run: Run, steps: int, dtype: torch.dtype, write: Path | None) -> tuple
     for step in range(1, steps + 1):
         total = 0.0
         for windows in batches.of_step(step):
-            loss = mean_loss(config, parameters, windows) / batches.slots
+            loss = mean_loss(windows) / batches.slots
             loss.backward()
             total += loss.item()
         losses[step] = total

@@ -10,7 +10,8 @@ A case's batch has `rows` sequences of `length` positions, element i (row by row
     tokens[i]  = (i * 7919 + 13) mod vocab_size
     targets[i] = (i * 104729 + 7) mod vocab_size
     weights[i] = [1.0, 0.5, 0.0, 2.0][i mod 4] where `weighted`, else 1.0
-and its parameters are `golden.hashed(i, parameter_scale)`, rounded to f32, over the flat vector in layout order.
+and its parameters are `golden.hashed(i, parameter_scale)`, rounded to f32, over the flat vector in layout order. Where it has
+`adapters`, these are frozen, and those of the adapters go on with i where they end: gradients are of the adapters alone.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import golden
+from adapters import Adapters
 from models import GptConfig, LlamaConfig, ModelConfig, config_of
 
 TOLERANCE = 1e-4
@@ -42,6 +44,7 @@ class Case:
     rows: int
     length: int
     weighted: bool
+    adapters: Adapters | None = None
 
 
 WITH_BIAS = GptConfig(11, 8, 2, 2, 16, bias=True, tied_head=False, gelu="exact", norm_epsilon=1e-5)
@@ -65,20 +68,47 @@ CASES = [
     Case("probe_llama_grouped_qk_norm_tied", GROUPED, golden.PROBE_SCALE, rows=3, length=8, weighted=False),
     Case("large_llama_grouped_qk_norm_tied_weighted", GROUPED, 2.0, rows=3, length=8, weighted=True),
     Case("large_llama_untied_short_rows", UNTIED, 2.0, rows=2, length=5, weighted=False),
+    Case(
+        "adapters_of_all_projections_weighted",
+        WITH_BIAS,
+        0.8,
+        rows=3,
+        length=8,
+        weighted=True,
+        adapters=Adapters(3, 6.0, ("c_attn", "c_proj", "c_fc")),
+    ),
+    Case(
+        "adapters_of_some_projections_of_a_llama",
+        GROUPED,
+        0.8,
+        rows=3,
+        length=8,
+        weighted=False,
+        adapters=Adapters(2, 3.0, ("q_proj", "v_proj", "self_attn.o_proj", "gate_proj", "down_proj")),
+    ),
 ]
 
 
-def case_parameters(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The case's parameters, rounded to f32 whatever `dtype` they are computed with."""
-    parameters = {}
+def case_parameters(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model's parameters, rounded to f32 whatever `dtype` they are computed with, and those that are trained."""
     offset = 0
-    for name, shape in case.config.layout().items():
-        count = math.prod(shape)
-        values = [golden.hashed(offset + i, case.parameter_scale) for i in range(count)]
-        tensor = torch.tensor(values, dtype=torch.float32).to(dtype).view(shape)
-        parameters[name] = tensor.requires_grad_()
-        offset += count
-    return parameters
+
+    def tensors(layout: dict[str, tuple[int, ...]], trained: bool) -> dict[str, Tensor]:
+        nonlocal offset
+        parameters = {}
+        for name, shape in layout.items():
+            count = math.prod(shape)
+            values = [golden.hashed(offset + i, case.parameter_scale) for i in range(count)]
+            tensor = torch.tensor(values, dtype=torch.float32).to(dtype).view(shape)
+            parameters[name] = tensor.requires_grad_(trained)
+            offset += count
+        return parameters
+
+    base = tensors(case.config.layout(), trained=case.adapters is None)
+    if case.adapters is None:
+        return base, base
+    trained = tensors(case.adapters.layout(case.config), trained=True)
+    return case.adapters.apply(base, trained), trained
 
 
 def case_batch(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,12 +124,12 @@ def case_batch(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 def compute(case: Case, dtype: torch.dtype) -> tuple[float, float, dict[str, Tensor]]:
     """Weighted loss sum, weight sum, and the gradient of the loss sum for each tensor, computed in `dtype`."""
-    parameters = case_parameters(case, dtype)
+    parameters, trained = case_parameters(case, dtype)
     tokens, targets, weights = case_batch(case, dtype)
     losses = cross_entropy(case.config.logits(parameters, tokens).flatten(0, 1), targets.flatten(), reduction="none")
     loss_sum = (losses * weights.flatten()).sum()
     loss_sum.backward()
-    gradients = {name: tensor.grad for name, tensor in parameters.items() if tensor.grad is not None}
+    gradients = {name: tensor.grad for name, tensor in trained.items() if tensor.grad is not None}
     return loss_sum.item(), weights.sum().item(), gradients
 
 
@@ -130,7 +160,10 @@ def golden_case(case: Case) -> dict[str, Any]:
         for name, gradient in gradients.items()
     ]
     sums = {"weight_sum": weight_sum, "loss_sum": loss_sum, "loss_sum_f32": loss_sum_f32}
-    return asdict(case) | sums | {"tensors": tensors}
+    about = {key: value for key, value in asdict(case).items() if value is not None}
+    # Sizes that are as the others make them.
+    about["config"] = {key: value for key, value in about["config"].items() if key not in ("head_width", "rope_scaling")}
+    return about | sums | {"tensors": tensors}
 
 
 def write_golden() -> None:
@@ -151,6 +184,7 @@ def check_case(found: dict[str, Any]) -> float:
         rows=found["rows"],
         length=found["length"],
         weighted=found["weighted"],
+        adapters=Adapters(**found["adapters"]) if "adapters" in found else None,
     )
     loss_sum, weight_sum, gradients = compute(case, torch.float64)
     ours = {tensor["name"]: torch.tensor(tensor["gradient"], dtype=torch.float64) for tensor in found["tensors"]}

@@ -7,8 +7,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::CheckpointError;
+use crate::adapters::{AdapterConfig, trained_layout};
 use crate::config::ModelConfig;
 use crate::digest::{bytes_sha256, hex};
+use crate::layout::Layout;
 use crate::ledger::Ledger;
 use crate::partial_dir::sync_file;
 use crate::step_filter::StepFilter;
@@ -37,6 +39,10 @@ pub struct Manifest {
     pub validation: Option<Validation>,
     /// The model.
     pub model: ModelConfig,
+    /// The adapters that are trained alone, if there are any. Then vectors of the checkpoint are theirs, and the model's own
+    /// parameters, whose digest is `initial_sha256`, are the run's [base](super::BaseFile).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapters: Option<AdapterConfig>,
     /// How text becomes tokens.
     pub tokenizer: Option<Tokenizer>,
     /// SHA-256 of the corpus' tokens, hexadecimal; empty of a model that was imported.
@@ -65,7 +71,7 @@ pub struct Manifest {
     pub ledger_seal: String,
     /// Seal of the last line of the run's metrics; empty before the first.
     pub metrics_seal: String,
-    /// SHA-256 of the parameters as little-endian f32 in layout order, hexadecimal.
+    /// SHA-256 of what is trained as little-endian f32 in layout order, hexadecimal.
     pub params_sha256: String,
     /// SHA-256 of first and second moments likewise, one after the other.
     pub optimizer_sha256: String,
@@ -85,6 +91,7 @@ impl Manifest {
             train_loss: None,
             validation: None,
             model,
+            adapters: None,
             tokenizer: None,
             corpus_sha256: String::new(),
             initial_sha256: None,
@@ -103,6 +110,11 @@ impl Manifest {
             files: BTreeMap::new(),
             seal: String::new(),
         }
+    }
+
+    /// The layout of what is trained, and so of the checkpoint's vectors.
+    pub fn layout(&self) -> Layout {
+        trained_layout(&self.model, self.adapters.as_ref())
     }
 
     /// Whether the validation loss of these very parameters is known.

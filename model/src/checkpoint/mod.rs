@@ -4,6 +4,7 @@
 //! disk, and renamed: a name that looks right is whole, whatever happened in between. The manifest holds the SHA-256 of
 //! each file and its own, and reading checks them.
 
+mod base;
 mod manifest;
 mod tensors;
 
@@ -14,10 +15,11 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
+pub use self::base::{BASE, BaseFile, keep_base};
 pub use self::manifest::{FORMAT_VERSION, FileSeal, Manifest, Validation, read_manifest};
 use self::tensors::{Tensors, flatten, has_prefix};
+use crate::adapters::AdaptedLayout;
 use crate::digest::{bytes_sha256, hex, vector_sha256, vectors_sha256};
-use crate::layout::Layout;
 use crate::optimizer::OptimizerState;
 use crate::partial_dir::{self, PartialDir, Refused, sync_directory, sync_file};
 
@@ -31,7 +33,7 @@ const SECOND_MOMENT: &str = "second_moment.";
 pub struct Checkpoint {
     /// What it says of itself.
     pub manifest: Manifest,
-    /// Flat parameters in layout order.
+    /// What is trained, flat in [the manifest's layout](Manifest::layout): the model's parameters, or its adapters'.
     pub parameters: Vec<f32>,
     /// Moments.
     pub optimizer: OptimizerState,
@@ -133,14 +135,24 @@ impl Staged {
 /// If the system refuses, for example because the disk is full; nothing is then left behind.
 pub fn write(
     directory: &Path,
+    manifest: Manifest,
+    parameters: &[f32],
+    optimizer: &OptimizerState,
+) -> Result<Staged, CheckpointError> {
+    fs::create_dir_all(directory).map_err(CheckpointError::io(directory, "create the directory"))?;
+    write_to(&directory.join(directory_name(manifest.step)), manifest, parameters, optimizer)
+}
+
+/// The same as the directory `target`.
+fn write_to(
+    target: &Path,
     mut manifest: Manifest,
     parameters: &[f32],
     optimizer: &OptimizerState,
 ) -> Result<Staged, CheckpointError> {
     manifest.params_sha256 = hex(&vector_sha256(parameters));
     manifest.optimizer_sha256 = hex(&vectors_sha256(&[&optimizer.first_moment, &optimizer.second_moment]));
-    fs::create_dir_all(directory).map_err(CheckpointError::io(directory, "create the directory"))?;
-    let partial = PartialDir::create(&directory.join(directory_name(manifest.step)))?;
+    let partial = PartialDir::create(target)?;
     write_files(partial.path(), manifest, parameters, optimizer)?;
     Ok(Staged(partial))
 }
@@ -151,7 +163,7 @@ fn write_files(
     parameters: &[f32],
     optimizer: &OptimizerState,
 ) -> Result<(), CheckpointError> {
-    let layout = Layout::of(&manifest.model);
+    let layout = manifest.layout();
     let tensors = |prefix: &str, vector| Tensors { prefix: prefix.into(), layout: &layout, vector };
     let moments = [(FIRST_MOMENT, &optimizer.first_moment), (SECOND_MOMENT, &optimizer.second_moment)];
     let moments = moments.into_iter().filter(|(_, vector)| !vector.is_empty());
@@ -174,8 +186,8 @@ fn write_files(
 /// # Errors
 /// If it is not there, unreadable or damaged.
 pub fn read(path: &Path) -> Result<Checkpoint, CheckpointError> {
-    let (manifest, parameters) = read_parameters(path)?;
-    let layout = Layout::of(&manifest.model);
+    let (manifest, parameters) = read_trained(path)?;
+    let layout = manifest.layout();
     let (optimizer_path, moments) = read_sealed(path, &manifest, OPTIMIZER)?;
     let moment = |prefix: &str| match has_prefix(&optimizer_path, &moments, prefix)? {
         true => flatten(&optimizer_path, &moments, prefix, &layout),
@@ -188,14 +200,25 @@ pub fn read(path: &Path) -> Result<Checkpoint, CheckpointError> {
     Ok(Checkpoint { manifest, parameters, optimizer })
 }
 
-/// Reads a checkpoint without the optimizer's state, and checks the digests of what it reads.
+/// Reads the model of a checkpoint, without the optimizer's state, and checks the digests of what it reads: its parameters,
+/// flat in the model's layout, with adapters [merged](AdaptedLayout::merge) into the base.
 ///
 /// # Errors
-/// If it is not there, unreadable or damaged.
+/// If it, or its base, is not there, unreadable or damaged.
 pub fn read_parameters(path: &Path) -> Result<(Manifest, Vec<f32>), CheckpointError> {
+    let (manifest, trained) = read_trained(path)?;
+    let Some(adapters) = &manifest.adapters else { return Ok((manifest, trained)) };
+    let layout = AdaptedLayout::of(&manifest.model, adapters);
+    let base = BaseFile::of_checkpoint(path, &manifest, &layout.base)?;
+    let merged = layout.merge(base.parameters(), &trained);
+    Ok((manifest, merged))
+}
+
+/// Reads what is trained.
+fn read_trained(path: &Path) -> Result<(Manifest, Vec<f32>), CheckpointError> {
     let manifest = read_manifest(path)?;
     let (file, bytes) = read_sealed(path, &manifest, PARAMETERS)?;
-    let parameters = flatten(&file, &bytes, "", &Layout::of(&manifest.model))?;
+    let parameters = flatten(&file, &bytes, "", &manifest.layout())?;
     match hex(&vector_sha256(&parameters)) == manifest.params_sha256 {
         true => Ok((manifest, parameters)),
         false => Err(CheckpointError::damaged(path, "parameters have another SHA-256 than the manifest says")),
@@ -358,7 +381,8 @@ fn seal(path: &Path) -> Result<FileSeal, CheckpointError> {
 mod tests {
     use super::manifest::MANIFEST;
     use super::*;
-    use crate::config::{LineConfig, ModelConfig};
+    use crate::adapters::AdapterConfig;
+    use crate::config::{Gelu, GptConfig, LineConfig, ModelConfig};
 
     fn manifest(step: u64, val_loss: Option<f64>) -> Manifest {
         Manifest {
@@ -425,6 +449,41 @@ mod tests {
         fs::write(dir.path().join(MANIFEST), r#"{"format_version": 1, "run_id": "r"}"#).unwrap();
         let said = read(dir.path()).unwrap_err().to_string();
         assert!(said.contains("format version 1") && said.contains("reads 2"), "{said}");
+    }
+
+    #[test]
+    fn adapters_are_merged_into_their_base_as_a_model_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = ModelConfig::Gpt(GptConfig {
+            vocab_size: 3,
+            context: 2,
+            layers: 1,
+            heads: 1,
+            width: 2,
+            bias: false,
+            tied_head: true,
+            gelu: Gelu::Exact,
+            norm_epsilon: 1e-5,
+            dropout: 0.0,
+        });
+        let adapters = AdapterConfig { rank: 1, alpha: 2.0, targets: vec!["c_fc".into()], whole: Vec::new() };
+        let layout = AdaptedLayout::of(&model, &adapters);
+        let base: Vec<f32> = (0..layout.base.len()).map(|i| i as f32).collect();
+        keep_base(dir.path(), Manifest::new("r".into(), model.clone()), &base).unwrap();
+        let initial_sha256 = Some(hex(&vector_sha256(&base)));
+        let manifest = Manifest { adapters: Some(adapters), initial_sha256, ..Manifest::new("r".into(), model) };
+        let trained: Vec<f32> = (0..layout.trained.len()).map(|i| i as f32 / 2.0).collect();
+        let optimizer = OptimizerState { first_moment: vec![0.5; trained.len()], second_moment: Vec::new() };
+        let path = publish(&dir.path().join("checkpoints"), manifest, &trained, &optimizer);
+        let back = read(&path).unwrap();
+        assert_eq!((&back.parameters, &back.optimizer), (&trained, &optimizer));
+        assert_eq!(back.manifest.params_sha256, hex(&vector_sha256(&trained)));
+        let (manifest, parameters) = read_parameters(&path).unwrap();
+        assert_eq!((parameters.len(), manifest), (base.len(), back.manifest));
+        assert_eq!(parameters, layout.merge(base.clone(), &trained));
+        assert_ne!(parameters, base);
+        fs::remove_dir_all(dir.path().join(BASE)).unwrap();
+        assert!(read_parameters(&path).unwrap_err().to_string().contains("lockstep merge"));
     }
 
     #[test]

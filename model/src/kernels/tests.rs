@@ -24,13 +24,19 @@ fn read(tensor: Tensor<1>) -> Vec<f32> {
 
 /// The result, and the gradients of its product with fixed weights.
 fn evaluate(function: Function<'_>, inputs: &[Vec<f32>], device: &Device) -> Vec<Vec<f32>> {
+    evaluate_with(function, inputs, None, device)
+}
+
+/// The same, without that of the input that is frozen.
+fn evaluate_with(function: Function<'_>, inputs: &[Vec<f32>], frozen: Option<usize>, device: &Device) -> Vec<Vec<f32>> {
     let tensor = |values: &Vec<f32>| Tensor::<1>::from_data(TensorData::new(values.clone(), [values.len()]), device);
-    let leaves: Vec<_> = inputs.iter().map(|values| tensor(values).require_grad()).collect();
+    let leaf = |(index, values)| tensor(values).set_require_grad(Some(index) != frozen);
+    let leaves: Vec<_> = inputs.iter().enumerate().map(leaf).collect();
     let result = function(&leaves);
     let mut weights = vec![0.0; result.dims()[0]];
     normal(8, Stream::Initialisation, 0, 1.0, &mut weights);
     let mut gradients = (result.clone() * tensor(&weights)).sum().backward();
-    let gradients = leaves.iter().map(|leaf| read(leaf.grad_remove(&mut gradients).unwrap()));
+    let gradients = leaves.iter().filter_map(|leaf| leaf.grad_remove(&mut gradients).map(read));
     std::iter::once(read(result.inner())).chain(gradients).collect()
 }
 
@@ -46,8 +52,15 @@ fn assert_close(found: &[f32], expected: &[f32], what: &str) {
 fn check(name: &str, lengths: &[usize], fused: Function<'_>, plain: Function<'_>) {
     let (device, inputs) = (Device::flex().autodiff(), inputs(lengths));
     let found = evaluate(fused, &inputs, &device);
+    assert_eq!(found.len(), 1 + inputs.len());
     for (index, (found, expected)) in found.iter().zip(evaluate(plain, &inputs, &device)).enumerate() {
         assert_close(found, &expected, &format!("{name}, {lengths:?}, result {index}"));
+    }
+    for frozen in (0..inputs.len()).filter(|_| inputs.len() > 1) {
+        let mut expected = found.clone();
+        expected.remove(1 + frozen);
+        let found = evaluate_with(fused, &inputs, Some(frozen), &device);
+        assert_eq!(found, expected, "{name}, {lengths:?}: input {frozen} is frozen");
     }
 
     let inference = |inputs: &[Vec<f32>]| {
@@ -78,6 +91,24 @@ fn check(name: &str, lengths: &[usize], fused: Function<'_>, plain: Function<'_>
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let again = pool.install(|| evaluate(fused, &inputs, &device));
         assert_eq!(again, found, "{name}: {threads} threads");
+    }
+}
+
+/// What a frozen weight saves: its gradient is not computed, and its layer's input not kept for it.
+#[test]
+fn a_frozen_weight_has_no_gradient() {
+    use super::cpu::{CpuTensor, Operation, cross_entropy::CrossEntropy, linear::Linear};
+
+    let tensor = |shape: [usize; 2]| CpuTensor::from_data(TensorData::new(vec![0.5f32; shape[0] * shape[1]], shape));
+    let linear = Linear { transposed: false, has_bias: false, has_residual: false };
+    for wanted in [[true, false], [false, true]] {
+        let (y, saved) = linear.forward([tensor([3, 4]), tensor([4, 5])], wanted);
+        let gradients = <Linear as Operation<2>>::backward(saved, y, wanted);
+        assert_eq!(gradients.map(|gradient| gradient.is_some()), wanted);
+        let loss = CrossEntropy { targets: vec![0, 1, 2], weights: None };
+        let (sum, saved) = loss.forward([tensor([3, 4]), tensor([5, 4])], wanted);
+        let gradients = CrossEntropy::backward(saved, sum, wanted);
+        assert_eq!(gradients.map(|gradient| gradient.is_some()), wanted);
     }
 }
 

@@ -1,8 +1,9 @@
 //! The device's thread on the straight line, whose sums can be checked against a plain loop.
 
+use lockstep_model::adapters::{AdapterConfig, all_targets};
 use lockstep_model::batch::{Batch, Column, Values};
 use lockstep_model::compute::SlotGradient;
-use lockstep_model::config::LineConfig;
+use lockstep_model::config::{Gelu, GptConfig, LineConfig};
 use lockstep_model::device::DeviceChoice;
 use lockstep_model::tree::{Block, add_vectors};
 
@@ -10,6 +11,10 @@ use super::*;
 use crate::lease::{Lease, Parameters};
 
 const LINE: ModelConfig = ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 });
+
+fn line() -> Setting {
+    Setting { model: LINE, objective: Objective::NextToken, adapters: None }
+}
 
 fn batch(slot: u32) -> Batch {
     let column =
@@ -50,7 +55,7 @@ async fn a_block_is_summed_in_tree_order() {
     let mut computer = Computer::new(&LINE, &cpu());
     computer.load(&parameters).unwrap();
     let device = DeviceThread::start(cpu()).unwrap();
-    device.probe(LINE, Objective::NextToken, Vec::new()).await.unwrap();
+    device.probe(line(), Vec::new()).await.unwrap();
     device.load(parameters.to_vec()).await.unwrap();
 
     let blocks = [(3, 0, 7), (2, 1, 7), (1, 3, 7), (0, 5, 7), (2, 1, 5), (3, 0, 5)];
@@ -69,7 +74,7 @@ async fn a_block_is_summed_in_tree_order() {
 #[tokio::test]
 async fn an_evaluation_has_sums_and_no_gradient() {
     let device = DeviceThread::start(cpu()).unwrap();
-    device.probe(LINE, Objective::NextToken, Vec::new()).await.unwrap();
+    device.probe(line(), Vec::new()).await.unwrap();
     device.load(vec![1.9, 0.2]).await.unwrap();
     let outcome = device.compute(work(Task::Evaluate, Block::root(3), 3), Stop::default(), Span::none()).await.unwrap();
     assert_eq!(outcome.sums.weight, 6.0);
@@ -90,13 +95,13 @@ async fn the_probe_is_the_digest_of_sums_and_gradients_with_the_probes_parameter
 
     let device = DeviceThread::start(cpu()).unwrap();
     let leases = leases.iter().map(|work| Work::clone(work)).collect();
-    assert_eq!(device.probe(LINE, Objective::NextToken, leases).await.unwrap(), expected.finish());
+    assert_eq!(device.probe(line(), leases).await.unwrap(), expected.finish());
 }
 
 #[tokio::test]
 async fn a_failure_is_told_and_the_thread_goes_on_after_another_load() {
     let device = DeviceThread::start(cpu()).unwrap();
-    device.probe(LINE, Objective::NextToken, Vec::new()).await.unwrap();
+    device.probe(line(), Vec::new()).await.unwrap();
     device.load(vec![0.35, 0.01]).await.unwrap();
     let good = work(Task::Gradient, Block::leaf(0), 1);
     let mut bad = Work::clone(&good);
@@ -114,13 +119,8 @@ async fn a_failure_is_told_and_the_thread_goes_on_after_another_load() {
 /// The thread's state without the thread, with parameters loaded.
 fn device_worker() -> DeviceWorker {
     let (device, handles) = (cpu(), Weak::new());
-    let mut worker = DeviceWorker {
-        device,
-        handles,
-        model: Some((LINE, Objective::NextToken)),
-        computer: None,
-        kept: Kept::default(),
-    };
+    let setting = Some(line());
+    let mut worker = DeviceWorker { device, handles, setting, computer: None, base: None, kept: Kept::default() };
     worker.load(&[0.35, 0.01]).unwrap();
     worker
 }
@@ -144,7 +144,7 @@ fn a_computation_is_cut_short_between_two_slots_and_leaves_the_parameters_where_
 #[tokio::test]
 async fn a_computation_that_is_stopped_gives_nothing_and_is_not_kept() {
     let device = DeviceThread::start(cpu()).unwrap();
-    device.probe(LINE, Objective::NextToken, Vec::new()).await.unwrap();
+    device.probe(line(), Vec::new()).await.unwrap();
     device.load(vec![0.35, 0.01]).await.unwrap();
     let stop = Stop::default();
     stop.set();
@@ -157,7 +157,7 @@ async fn a_computation_that_is_stopped_gives_nothing_and_is_not_kept() {
 #[tokio::test]
 async fn a_gradient_is_kept_though_nobody_waits_for_it_and_an_evaluation_is_cut_short() {
     let device = DeviceThread::start(cpu()).unwrap();
-    device.probe(LINE, Objective::NextToken, Vec::new()).await.unwrap();
+    device.probe(line(), Vec::new()).await.unwrap();
     device.load(vec![0.35, 0.01]).await.unwrap();
     assert_eq!(device.enter("run".into()).await.unwrap(), []);
     drop(device.compute(work(Task::Gradient, Block::leaf(0), 2), Stop::default(), Span::none()));
@@ -194,4 +194,87 @@ fn a_panic_of_the_backend_names_the_device_and_the_setting_to_change() {
     let expected = "wgpu (a GPU) failed: out of memory: 7 bytes; if memory ran out, lower batch.sequences_per_slot in the \
                     recipe (and raise batch.slots); else start this worker with --device cpu";
     assert_eq!(failure.to_string(), expected);
+}
+
+fn adapted() -> (ModelConfig, Adapters) {
+    let model = ModelConfig::Gpt(GptConfig {
+        vocab_size: 7,
+        context: 4,
+        layers: 1,
+        heads: 1,
+        width: 4,
+        bias: false,
+        tied_head: true,
+        gelu: Gelu::Exact,
+        norm_epsilon: 1e-5,
+        dropout: 0.0,
+    });
+    let config = AdapterConfig { rank: 2, alpha: 2.0, targets: all_targets(&model), whole: Vec::new() };
+    let base = BaseName { blake3: [5; 32], elements: Layout::of(&model).len() };
+    (model, Adapters { config, base })
+}
+
+/// Some text as slot 0.
+fn text(task: Task) -> Arc<Work> {
+    let column = |name: &str, values: [u32; 4]| Column {
+        name: name.into(),
+        shape: [1, 4],
+        values: Values::U32(values.to_vec()),
+    };
+    let batch = Batch { columns: vec![column("tokens", [1, 2, 3, 4]), column("targets", [2, 3, 4, 5])] };
+    let mut work = Work::clone(&work(task, Block::leaf(0), 1));
+    work.slots[0].batch = batch;
+    Arc::new(work)
+}
+
+#[tokio::test]
+async fn a_base_is_held_over_memberships_and_until_a_failure() {
+    let (model, adapters) = adapted();
+    let (config, name) = (&adapters.config, adapters.base);
+    let base: Vec<f32> = (0..name.elements).map(|i| (i as f32 * 0.7).sin() / 4.0).collect();
+    let mut computer = Computer::new(&model, &cpu()).with_adapters(config);
+    let trained: Vec<f32> = (0..computer.layout().len()).map(|i| (i as f32 * 0.3).cos() / 4.0).collect();
+    computer.stand_on(computer.base(&base).unwrap());
+    computer.load(&trained).unwrap();
+    let gradient = text(Task::Gradient);
+    let key = SlotKey { seed: 1, step: 1, slot: 0 };
+    let expected = Some(Gradient::from(computer.gradient(&gradient.slots[0].batch, key).unwrap().gradient));
+    let computed = async |device: &DeviceThread| {
+        device.load(trained.clone()).await.unwrap();
+        device.compute(gradient.clone(), Stop::default(), Span::none()).await.unwrap().gradient
+    };
+
+    // What the probe says is of the probe's base.
+    computer.stand_on(computer.base(&probe::parameters(name.elements)).unwrap());
+    computer.load(&probe::parameters(computer.layout().len())).unwrap();
+    let mut digest = probe::Digest::new();
+    let of_probe = computer.gradient(&gradient.slots[0].batch, key).unwrap();
+    digest.add_sums(of_probe.sums);
+    digest.add_vector(&of_probe.gradient);
+    let digest = digest.finish();
+
+    let device = DeviceThread::start(cpu()).unwrap();
+    let setting = |adapters| Setting { model: model.clone(), objective: Objective::NextToken, adapters };
+    let join = async |adapters: &Adapters| {
+        let leases = vec![Work::clone(&gradient)];
+        device.probe(setting(Some(adapters.clone())), leases).await.unwrap()
+    };
+    assert_eq!(join(&adapters).await, digest);
+    assert!(!device.holds(name).await.unwrap(), "a probe's base is none");
+    device.load_base(name, base.clone()).await.unwrap();
+    assert_eq!(computed(&device).await, expected);
+    assert_eq!(join(&adapters).await, digest);
+    assert!(device.holds(name).await.unwrap(), "the next membership finds it");
+    assert_eq!(computed(&device).await, expected);
+
+    let mut bad = Work::clone(&gradient);
+    bad.slots[0].batch.columns.pop();
+    device.compute(Arc::new(bad), Stop::default(), Span::none()).await.unwrap_err();
+    assert!(!device.holds(name).await.unwrap(), "what a failure leaves behind is not used again");
+    assert!(device.load_base(name, base[1..].to_vec()).await.is_err());
+    device.load_base(name, base).await.unwrap();
+    assert_eq!(computed(&device).await, expected);
+    let another = Adapters { base: BaseName { blake3: [6; 32], ..name }, ..adapters };
+    join(&another).await;
+    assert!(!device.holds(name).await.unwrap() && !device.holds(another.base).await.unwrap());
 }

@@ -45,6 +45,7 @@ fn wire_invitation() -> v1::Invitation {
         heartbeat_interval_ms: 500,
         liveness_timeout_ms: 3000,
         objective: None,
+        adapters: None,
     }
 }
 
@@ -188,6 +189,74 @@ fn another_layout_is_refused_by_its_first_difference() {
     refused(
         with_layout(|layout| layout.total_elements = 3),
         &expect!["the layout has 2 tensors of 3 elements in all where this build has 2 of 2"],
+    );
+}
+
+#[test]
+fn adapters_name_projections_and_what_they_stand_on() {
+    let spec = |name: &str, shape: Vec<u32>, offset_elements| v1::TensorSpec {
+        name: name.into(),
+        decay: shape.len() == 2,
+        shape,
+        offset_elements,
+        trainable: true,
+    };
+    let adapters = || v1::Adapters {
+        rank: 2,
+        alpha: 8.0,
+        targets: vec!["c_fc".into()],
+        whole: vec!["ln_f.weight".into()],
+        base: Some(v1::Layout {
+            tensors: vec![
+                spec("wte.weight", vec![65, 4], 0),
+                spec("wpe.weight", vec![8, 4], 260),
+                spec("h.0.ln_1.weight", vec![4], 292),
+                spec("h.0.attn.c_attn.weight", vec![4, 12], 296),
+                spec("h.0.attn.c_proj.weight", vec![4, 4], 344),
+                spec("h.0.ln_2.weight", vec![4], 360),
+                spec("h.0.mlp.c_fc.weight", vec![4, 16], 364),
+                spec("h.0.mlp.c_proj.weight", vec![16, 4], 428),
+            ],
+            total_elements: 492,
+        }),
+        base_blake3: vec![9; 32],
+    };
+    let gpt = v1::Gpt { tied_head: true, ..wire_gpt() };
+    let with = |adapters| v1::Invitation {
+        model: Some(v1::Model { kind: Some(v1::model::Kind::Gpt(gpt)) }),
+        layout: Some(v1::Layout {
+            tensors: vec![
+                spec("h.0.mlp.c_fc.lora_A.weight", vec![4, 2], 0),
+                spec("h.0.mlp.c_fc.lora_B.weight", vec![2, 16], 8),
+                spec("ln_f.weight", vec![4], 40),
+            ],
+            total_elements: 44,
+        }),
+        adapters: Some(adapters),
+        ..wire_invitation()
+    };
+    let read = invitation(with(adapters())).unwrap();
+    let Adapters { config, base } = read.adapters.unwrap();
+    assert_eq!((read.elements, base), (44, BaseName { blake3: [9; 32], elements: 492 }));
+    assert_eq!((config.rank, config.alpha), (2, 8.0));
+    refused(
+        invitation(with(v1::Adapters { targets: vec!["q_proj".into()], ..adapters() })),
+        &expect![[r#"adapters: "q_proj" is no projection of this model; there are c_attn, c_proj, c_fc"#]],
+    );
+    refused(invitation(with(v1::Adapters { rank: 0, ..adapters() })), &expect!["adapters of rank 0 and alpha 8"]);
+    refused(
+        invitation(with(v1::Adapters { rank: 3, ..adapters() })),
+        &expect![[
+            r#"the layout has TensorSpec { name: "h.0.mlp.c_fc.lora_A.weight", shape: [4, 2], offset: 0, decay: true, trainable: true } where this build has TensorSpec { name: "h.0.mlp.c_fc.lora_A.weight", shape: [4, 3], offset: 0, decay: true, trainable: true }"#
+        ]],
+    );
+    refused(
+        invitation(with(v1::Adapters { base: Some(v1::Layout::default()), ..adapters() })),
+        &expect!["the layout has 0 tensors of 0 elements in all where this build has 8 of 492"],
+    );
+    refused(
+        invitation(with(v1::Adapters { base_blake3: vec![9; 31], ..adapters() })),
+        &expect!["base_blake3 has 31 bytes, not 32"],
     );
 }
 

@@ -180,6 +180,7 @@ pub(crate) fn invitation() -> v1::Invitation {
         heartbeat_interval_ms: 50,
         liveness_timeout_ms: 60_000,
         objective: None,
+        adapters: None,
     }
 }
 

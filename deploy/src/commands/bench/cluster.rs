@@ -160,6 +160,7 @@ fn run_config(measurement: &Measurement, shape: &Shape, run: &Path) -> RunConfig
         seed: 1,
         model: shape.model.clone(),
         initial: None,
+        adapters: None,
         tokenizer: None,
         source: Arc::new(Source::Tokens(source)),
         objective: Objective::NextToken,

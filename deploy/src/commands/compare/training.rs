@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::time::Instant;
 
+use lockstep_model::adapters::AdaptedLayout;
 use lockstep_model::batch::Batch;
-use lockstep_model::checkpoint::{self, Checkpoint};
+use lockstep_model::checkpoint::{self, BaseFile, Checkpoint};
 use lockstep_model::compute::{BlockGradient, Computer, SlotGradient, SlotKey};
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::digest::{hex, vector_sha256};
@@ -31,6 +32,11 @@ pub(super) fn measure(args: &Compare, path: &Path, recipe: &Recipe) -> anyhow::R
     let slots: Vec<Batch> = (0..recipe.batch.slots).map(|slot| shape.batch(slot)).collect();
     let device = ComputeDevice::open(args.device)?;
     let mut computer = Computer::new(&manifest.model, &device);
+    if let Some(adapters) = &manifest.adapters {
+        computer = computer.with_adapters(adapters);
+        let layout = AdaptedLayout::of(&manifest.model, adapters).base;
+        computer.stand_on(computer.base(&BaseFile::of_checkpoint(path, &manifest, &layout)?.parameters())?);
+    }
     computer.load(&parameters)?;
 
     let first = manifest.step + 1;
@@ -64,7 +70,8 @@ pub(super) fn measure(args: &Compare, path: &Path, recipe: &Recipe) -> anyhow::R
     }
 
     let tokens = slots.len() * shape.tokens();
-    let worker = WorkerMemory::of(&manifest.model, recipe.batch, recipe.rows_per_sequence());
+    let worker =
+        WorkerMemory::of(&manifest.model, manifest.adapters.as_ref(), recipe.batch, recipe.rows_per_sequence());
     Ok(Report {
         device: device.description.clone(),
         memory: Memory {

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use lockstep_coordinator::journal::{self, Entry};
 use lockstep_coordinator::{ledger, metrics, run_dir};
-use lockstep_model::checkpoint::{self, Manifest};
+use lockstep_model::adapters::AdaptedLayout;
+use lockstep_model::checkpoint::{self, BaseFile, Manifest};
 use serde::de::DeserializeOwned;
 
 use super::report::{Count, Report};
@@ -42,6 +43,18 @@ pub(super) fn checkpoints(run: &Path, run_id: &str, report: &mut Report) -> anyh
         }
     }
     Ok(manifests)
+}
+
+/// Looks at what adapters stand on, if the run trains such.
+pub(super) fn base(run: &Path, newest: Option<&Manifest>, report: &mut Report) {
+    let Some((manifest, adapters)) = newest.and_then(|manifest| Some((manifest, manifest.adapters.as_ref()?))) else {
+        return;
+    };
+    let layout = AdaptedLayout::of(&manifest.model, adapters).base;
+    let checkpoint = run_dir::checkpoints(run).join(checkpoint::directory_name(manifest.step));
+    if let Err(error) = BaseFile::of_checkpoint(&checkpoint, manifest, &layout) {
+        report.damaged(run_dir::base(run).display(), error);
+    }
 }
 
 /// The ledger's lines that can be read, in order, checked together with the metrics.

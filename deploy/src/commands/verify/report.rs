@@ -101,7 +101,8 @@ pub(super) fn verify(run: &Path, overrides: &[String], progress: &mut Progress) 
         // Imported: nothing was drawn.
         return Ok(report);
     }
-    match assemble::data(&recipe) {
+    files::base(run, manifests.last(), &mut report);
+    match assemble::data(&assemble::on_own_base(&recipe, run)) {
         Ok(data) => {
             let found = hex(&data.source.sha256());
             if let Some(saved) = manifests.last().filter(|manifest| manifest.corpus_sha256 != found) {

@@ -68,7 +68,7 @@ struct View<'a> {
 impl Operation<1> for PackedAttention {
     type Saved = Saved<1>;
 
-    fn forward(self, [qkv]: [CpuTensor; 1]) -> (CpuTensor, Saved<1>) {
+    fn forward(self, [qkv]: [CpuTensor; 1], _wanted: [bool; 1]) -> (CpuTensor, Saved<1>) {
         let qkv = row_major(qkv);
         let (heads, shape) = (self.heads, shape(&qkv));
         let (batch, length, head_width) = (shape[0], shape[1], shape[2] / 3 / heads);
@@ -77,7 +77,7 @@ impl Operation<1> for PackedAttention {
         (output, Saved { inputs: [qkv], sizes, rules: self.rules, statistics })
     }
 
-    fn backward(saved: Saved<1>, gradient: CpuTensor) -> [CpuTensor; 1] {
+    fn backward(saved: Saved<1>, gradient: CpuTensor, _wanted: [bool; 1]) -> [Option<CpuTensor>; 1] {
         let (sizes, [qkv]) = (saved.sizes, &saved.inputs);
         let parts = backward(sizes, &saved.rules, packed_views(sizes, qkv), &saved.statistics, gradient);
         let (length, width) = (sizes.length, sizes.heads * sizes.head_width);
@@ -88,14 +88,14 @@ impl Operation<1> for PackedAttention {
                 interleave(sizes, sizes.heads, values, rows, 3 * width, part * width);
             }
         });
-        [tensor(packed, &[sizes.batch, length, 3 * width])]
+        [Some(tensor(packed, &[sizes.batch, length, 3 * width]))]
     }
 }
 
 impl Operation<3> for GroupedAttention {
     type Saved = Saved<3>;
 
-    fn forward(self, inputs: [CpuTensor; 3]) -> (CpuTensor, Saved<3>) {
+    fn forward(self, inputs: [CpuTensor; 3], _wanted: [bool; 3]) -> (CpuTensor, Saved<3>) {
         let inputs = inputs.map(row_major);
         let (queries, keys) = (shape(&inputs[0]), shape(&inputs[1]));
         let (batch, heads, length, head_width) = (queries[0], queries[1], queries[2], queries[3]);
@@ -105,12 +105,12 @@ impl Operation<3> for GroupedAttention {
         (output, Saved { inputs, sizes, rules: self.rules, statistics })
     }
 
-    fn backward(saved: Saved<3>, gradient: CpuTensor) -> [CpuTensor; 3] {
+    fn backward(saved: Saved<3>, gradient: CpuTensor, _wanted: [bool; 3]) -> [Option<CpuTensor>; 3] {
         let Sizes { batch, heads, kv_heads, length, head_width } = saved.sizes;
         let views = saved.inputs.each_ref().map(|input| head_view(saved.sizes, input));
         let [q, k, v] = backward(saved.sizes, &saved.rules, views, &saved.statistics, gradient);
         let keys = [batch, kv_heads, length, head_width];
-        [tensor(q, &[batch, heads, length, head_width]), tensor(k, &keys), tensor(v, &keys)]
+        [tensor(q, &[batch, heads, length, head_width]), tensor(k, &keys), tensor(v, &keys)].map(Some)
     }
 }
 

@@ -31,33 +31,32 @@ pub(crate) struct CrossEntropy {
 }
 
 impl Operation<2> for CrossEntropy {
-    type Saved = [CpuTensor; 2]; // The gradients of x and the table, if the sum's is 1.
+    type Saved = [Option<CpuTensor>; 2]; // The gradients of x and the table, if the sum's is 1.
 
-    fn forward(self, [x, table]: [CpuTensor; 2]) -> (CpuTensor, [CpuTensor; 2]) {
-        let (x, table) = (row_major(x), row_major(table));
-        let [mut of_x, mut of_table] = [&x, &table].map(|input| Buffer::of_any(input.storage::<f32>().len()));
-        let loss = self.losses(&x, &table, Some([&mut of_x, &mut of_table]));
-        (loss, [tensor(of_x, &shape(&x)), tensor(of_table, &shape(&table))])
+    fn forward(self, [x, table]: [CpuTensor; 2], wanted: [bool; 2]) -> (CpuTensor, Self::Saved) {
+        let inputs = [row_major(x), row_major(table)];
+        let buffer = |input: usize| wanted[input].then(|| Buffer::of_any(inputs[input].storage::<f32>().len()));
+        let [mut of_x, mut of_table] = [buffer(0), buffer(1)];
+        let loss = self.losses(&inputs, [of_x.as_deref_mut(), of_table.as_deref_mut()]);
+        let as_tensor = |(gradient, input): (Buffer, usize)| tensor(gradient, &shape(&inputs[input]));
+        (loss, [of_x.map(|of_x| as_tensor((of_x, 0))), of_table.map(|of_table| as_tensor((of_table, 1)))])
     }
 
-    fn result(self, [x, table]: [CpuTensor; 2]) -> CpuTensor {
-        self.losses(&row_major(x), &row_major(table), None)
-    }
-
-    fn backward(gradients: [CpuTensor; 2], gradient: CpuTensor) -> [CpuTensor; 2] {
+    fn backward(gradients: Self::Saved, gradient: CpuTensor, _wanted: [bool; 2]) -> [Option<CpuTensor>; 2] {
         let factor = row_major(gradient).storage::<f32>()[0];
-        gradients.map(|mut gradient| {
+        gradients.map(|gradient| {
+            let mut gradient = gradient?;
             if factor != 1.0 {
                 gradient.storage_mut::<f32>().par_iter_mut().for_each(|gradient| *gradient *= factor);
             }
-            gradient
+            Some(gradient)
         })
     }
 }
 
 impl CrossEntropy {
-    /// The sum of losses, and in `gradients` those of x and the table.
-    fn losses(self, x: &CpuTensor, table: &CpuTensor, mut gradients: Option<[&mut [f32]; 2]>) -> CpuTensor {
+    /// The sum of losses, and the gradients of x and the table where there is a place for them.
+    fn losses(self, [x, table]: &[CpuTensor; 2], [mut of_x, mut of_table]: [Option<&mut [f32]>; 2]) -> CpuTensor {
         let [vocab_size, width] = shape(table)[..] else { unreachable!("the table is a matrix") };
         let table = Matrix::new(table.storage(), width);
         let weights = self.weights.unwrap_or_else(|| vec![1.0; self.targets.len()]);
@@ -69,9 +68,11 @@ impl CrossEntropy {
             let (x, logits) = (Matrix::new(x, width), &mut logits[..targets.len() * vocab_size]);
             multiply(logits, Before::Replaced, x, table.transposed());
             losses.extend(losses_of(logits, targets, weights));
-            if let Some([of_x, of_table]) = &mut gradients {
-                let upper = Matrix::new(logits, vocab_size);
+            let upper = Matrix::new(logits, vocab_size);
+            if let Some(of_x) = &mut of_x {
                 multiply(&mut of_x[part * rows * width..][..targets.len() * width], Before::Replaced, upper, table);
+            }
+            if let Some(of_table) = &mut of_table {
                 let before = if part == 0 { Before::Replaced } else { Before::Kept };
                 multiply(of_table, before, upper.transposed(), x);
             }

@@ -37,7 +37,7 @@ impl Embed {
 impl<const N: usize> Operation<N> for Embed {
     type Saved = (Self, [Vec<usize>; N]);
 
-    fn forward(self, tables: [CpuTensor; N]) -> (CpuTensor, Self::Saved) {
+    fn forward(self, tables: [CpuTensor; N], _wanted: [bool; N]) -> (CpuTensor, Self::Saved) {
         let tables = tables.map(row_major);
         let shapes = tables.each_ref().map(shape);
         let width = shapes[0][1];
@@ -55,12 +55,12 @@ impl<const N: usize> Operation<N> for Embed {
         (tensor(output, &[b, t, width]), (self, shapes))
     }
 
-    fn backward((embed, shapes): Self::Saved, gradient: CpuTensor) -> [CpuTensor; N] {
+    fn backward((embed, shapes): Self::Saved, gradient: CpuTensor, wanted: [bool; N]) -> [Option<CpuTensor>; N] {
         let gradient = row_major(gradient);
-        let mut all_rows = embed.rows().into_iter();
+        let mut all_rows = embed.rows().into_iter().zip(wanted);
         shapes.map(|shape| {
-            let rows = all_rows.next().expect("two tables at most");
-            tensor(sums(rows, gradient.storage(), shape[0], shape[1]), &shape)
+            let (rows, wanted) = all_rows.next().expect("two tables at most");
+            wanted.then(|| tensor(sums(rows, gradient.storage(), shape[0], shape[1]), &shape))
         })
     }
 }

@@ -18,7 +18,7 @@ pub(crate) struct Gelu(pub(crate) config::Gelu);
 impl Operation<1> for Gelu {
     type Saved = CpuTensor; // The derivative.
 
-    fn forward(self, [x]: [CpuTensor; 1]) -> (CpuTensor, CpuTensor) {
+    fn forward(self, [x]: [CpuTensor; 1], _wanted: [bool; 1]) -> (CpuTensor, CpuTensor) {
         let x = row_major(x);
         let shape = shape(&x);
         let x = x.storage::<f32>();
@@ -28,13 +28,13 @@ impl Operation<1> for Gelu {
         (tensor(value, &shape), tensor(slope, &shape))
     }
 
-    fn backward(slope: CpuTensor, gradient: CpuTensor) -> [CpuTensor; 1] {
+    fn backward(slope: CpuTensor, gradient: CpuTensor, _wanted: [bool; 1]) -> [Option<CpuTensor>; 1] {
         let mut gradient = row_major(gradient);
         let blocks = gradient.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(slope.storage::<f32>().par_chunks(BLOCK));
         blocks.for_each(|(gradient, slope)| {
             gradient.iter_mut().zip(slope).for_each(|(gradient, slope)| *gradient *= slope);
         });
-        [gradient]
+        [Some(gradient)]
     }
 }
 

@@ -25,8 +25,12 @@ pub(crate) struct Linear {
 #[derive(Clone, Debug)]
 pub(crate) struct Saved {
     linear: Linear,
-    x: CpuTensor,
-    weight: CpuTensor,
+    /// For the gradient of W.
+    x: Option<CpuTensor>,
+    /// For the gradient of x.
+    weight: Option<CpuTensor>,
+    shape_of_x: Vec<usize>,
+    shape_of_weight: Vec<usize>,
 }
 
 impl Linear {
@@ -40,14 +44,15 @@ impl Linear {
 impl<const N: usize> Operation<N> for Linear {
     type Saved = Saved;
 
-    fn forward(self, inputs: [CpuTensor; N]) -> (CpuTensor, Saved) {
+    fn forward(self, inputs: [CpuTensor; N], wanted: [bool; N]) -> (CpuTensor, Saved) {
         let mut inputs = inputs.into_iter().map(row_major);
         let mut next = || inputs.next().expect("as many inputs as the layer has");
         let (x, weight) = (next(), next());
         let bias = self.has_bias.then(&mut next);
         let residual = self.has_residual.then(next);
 
-        let (matrix, mut shape) = (self.matrix(&weight), shape(&x));
+        let (shape_of_x, shape_of_weight) = (shape(&x), shape(&weight));
+        let (matrix, mut shape) = (self.matrix(&weight), shape_of_x.clone());
         let (inputs, width) = (Matrix::new(x.storage(), matrix.rows()), matrix.columns());
         let rows = inputs.rows();
         shape.splice(shape.len() - 1.., [width]);
@@ -67,30 +72,33 @@ impl<const N: usize> Operation<N> for Linear {
             }
         };
         multiply(&mut y, before, inputs, matrix);
-        (tensor(y, &shape), Saved { linear: self, x, weight })
+        let (weight, x) = (wanted[0].then_some(weight), wanted[1].then_some(x));
+        (tensor(y, &shape), Saved { linear: self, x, weight, shape_of_x, shape_of_weight })
     }
 
-    fn backward(saved: Saved, gradient: CpuTensor) -> [CpuTensor; N] {
-        let Saved { linear, x, weight } = saved;
+    fn backward(saved: Saved, gradient: CpuTensor, wanted: [bool; N]) -> [Option<CpuTensor>; N] {
+        let Saved { linear, x, weight, shape_of_x, shape_of_weight } = saved;
         let gradient = row_major(gradient);
-        let (matrix, shape_of_x) = (linear.matrix(&weight), shape(&x));
-        let (inputs, width) = (Matrix::new(x.storage(), matrix.rows()), matrix.columns());
-        let upper = Matrix::new(gradient.storage(), width);
-
-        let mut of_x = Buffer::of_any(x.storage::<f32>().len());
-        multiply(&mut of_x, Before::Replaced, upper, matrix.transposed());
-        let mut of_weight = Buffer::of_any(weight.storage::<f32>().len());
-        if linear.transposed {
-            multiply(&mut of_weight, Before::Replaced, upper.transposed(), inputs);
-        } else {
-            multiply(&mut of_weight, Before::Replaced, inputs.transposed(), upper);
-        }
-        let mut gradients = vec![tensor(of_x, &shape_of_x), tensor(of_weight, &shape(&weight))];
+        let axes = if linear.transposed { [1, 0] } else { [0, 1] };
+        let [from, to] = axes.map(|axis| shape_of_weight[axis]);
+        let upper = Matrix::new(gradient.storage(), to);
+        let of_x = weight.map(|weight| {
+            let mut of_x = Buffer::of_any(upper.rows() * from);
+            multiply(&mut of_x, Before::Replaced, upper, linear.matrix(&weight).transposed());
+            tensor(of_x, &shape_of_x)
+        });
+        let of_weight = x.map(|x| {
+            let (inputs, mut of_weight) = (Matrix::new(x.storage(), from), Buffer::of_any(from * to));
+            let (left, right) = if linear.transposed { (upper, inputs) } else { (inputs, upper) };
+            multiply(&mut of_weight, Before::Replaced, left.transposed(), right);
+            tensor(of_weight, &shape_of_weight)
+        });
+        let mut gradients = vec![of_x, of_weight];
         if linear.has_bias {
-            gradients.push(tensor(sum_of_rows(gradient.storage(), width), &[width]));
+            gradients.push(wanted[2].then(|| tensor(sum_of_rows(gradient.storage(), to), &[to])));
         }
         if linear.has_residual {
-            gradients.push(gradient);
+            gradients.push(Some(gradient));
         }
         gradients.try_into().expect("as many gradients as inputs")
     }

@@ -35,16 +35,17 @@ pub(super) trait Operation<const N: usize>: Debug + Send + Sized + 'static {
     /// What backward needs of forward.
     type Saved: Clone + Debug + Send + 'static;
 
-    /// The result, and what backward needs.
-    fn forward(self, inputs: [CpuTensor; N]) -> (CpuTensor, Self::Saved);
+    /// The result, and what backward needs for the gradients of the inputs that are `wanted`.
+    fn forward(self, inputs: [CpuTensor; N], wanted: [bool; N]) -> (CpuTensor, Self::Saved);
 
     /// The result alone.
     fn result(self, inputs: [CpuTensor; N]) -> CpuTensor {
-        self.forward(inputs).0
+        self.forward(inputs, [false; N]).0
     }
 
-    /// The gradients of the inputs, of the result's.
-    fn backward(saved: Self::Saved, gradient: CpuTensor) -> [CpuTensor; N];
+    /// The gradients of the inputs, of the result's: of those that are `wanted`, as forward was told; none need be there of
+    /// others, such as frozen weights.
+    fn backward(saved: Self::Saved, gradient: CpuTensor, wanted: [bool; N]) -> [Option<CpuTensor>; N];
 }
 
 /// Whether `x` is on the CPU backend, so that [`run`] takes it.
@@ -68,10 +69,11 @@ pub(super) fn run<const N: usize, const D: usize, O: Operation<N>>(
     let tensors = primitives::<Autodiff<Flex>, N>(&inputs).expect("all inputs are on the CPU backend");
     drop(inputs);
     let nodes = tensors.each_ref().map(|tensor| tensor.node());
+    let wanted = tensors.each_ref().map(|tensor| tensor.is_tracked());
     let tensors = tensors.map(|tensor| tensor.into_parts().0);
     let output = match Recorded::<O>(PhantomData).prepare::<NoCheckpointing>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(step) => {
-            let (output, saved) = operation.forward(tensors);
+            let (output, saved) = operation.forward(tensors, wanted);
             step.finish(saved, output)
         }
         OpsKind::UnTracked(step) => step.finish(operation.result(tensors)),
@@ -101,9 +103,10 @@ impl<const N: usize, O: Operation<N>> Backward<Flex, N> for Recorded<O> {
 
     fn backward(self, ops: Ops<O::Saved, N>, gradients: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let gradient = gradients.consume::<Flex>(&ops.node);
-        for (parent, gradient) in ops.parents.into_iter().zip(O::backward(ops.state, gradient)) {
+        let wanted = ops.parents.each_ref().map(Option::is_some);
+        for (parent, gradient) in ops.parents.into_iter().zip(O::backward(ops.state, gradient, wanted)) {
             if let Some(parent) = parent {
-                gradients.register::<Flex>(parent.id, gradient);
+                gradients.register::<Flex>(parent.id, gradient.expect("a gradient that is wanted is computed"));
             }
         }
     }

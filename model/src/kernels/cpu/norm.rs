@@ -38,12 +38,12 @@ pub(crate) struct Saved {
 impl Operation<2> for Norm {
     type Saved = Saved;
 
-    fn forward(self, [x, weight]: [CpuTensor; 2]) -> (CpuTensor, Saved) {
+    fn forward(self, [x, weight]: [CpuTensor; 2], _wanted: [bool; 2]) -> (CpuTensor, Saved) {
         self.normalise(x, weight, None)
     }
 
-    fn backward(saved: Saved, gradient: CpuTensor) -> [CpuTensor; 2] {
-        let [x, weight, _] = saved.backward(gradient);
+    fn backward(saved: Saved, gradient: CpuTensor, [_, of_weight]: [bool; 2]) -> [Option<CpuTensor>; 2] {
+        let [x, weight, _] = saved.backward(gradient, of_weight);
         [x, weight]
     }
 }
@@ -51,12 +51,12 @@ impl Operation<2> for Norm {
 impl Operation<3> for Norm {
     type Saved = Saved;
 
-    fn forward(self, [x, weight, bias]: [CpuTensor; 3]) -> (CpuTensor, Saved) {
+    fn forward(self, [x, weight, bias]: [CpuTensor; 3], _wanted: [bool; 3]) -> (CpuTensor, Saved) {
         self.normalise(x, weight, Some(bias))
     }
 
-    fn backward(saved: Saved, gradient: CpuTensor) -> [CpuTensor; 3] {
-        saved.backward(gradient)
+    fn backward(saved: Saved, gradient: CpuTensor, [_, of_weight, of_bias]: [bool; 3]) -> [Option<CpuTensor>; 3] {
+        saved.backward(gradient, of_weight || of_bias)
     }
 }
 
@@ -77,8 +77,8 @@ impl Norm {
 }
 
 impl Saved {
-    /// The gradients of x, weight and bias.
-    fn backward(self, gradient: CpuTensor) -> [CpuTensor; 3] {
+    /// The gradients of x, and where they are wanted, of weight and bias.
+    fn backward(self, gradient: CpuTensor, of_parameters: bool) -> [Option<CpuTensor>; 3] {
         let mut gradient = row_major(gradient);
         let (x, weights) = (self.x.storage::<f32>(), self.weight.storage::<f32>());
         let (norm, width) = (self.norm, weights.len());
@@ -86,14 +86,17 @@ impl Saved {
         let blocks = gradient.storage_mut::<f32>().par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width));
         let blocks = blocks.zip(self.statistics.par_chunks(ROWS)).zip(shares.par_chunks_mut(2 * width));
         blocks.for_each(|(((gradient, x), statistics), share)| {
-            AutoArch::new().dispatch(Backward { norm, x, weights, statistics, gradient, share });
+            AutoArch::new().dispatch(Backward { norm, x, weights, statistics, gradient, share, of_parameters });
         });
+        if !of_parameters {
+            return [Some(gradient), None, None];
+        }
         let mut sums = vec![0.0; 2 * width];
         for share in shares.chunks_exact(2 * width) {
             sums.iter_mut().zip(share).for_each(|(sum, share)| *sum += share);
         }
         let biases = sums.split_off(width);
-        [gradient, tensor(sums, &[width]), tensor(biases, &[width])]
+        [gradient, tensor(sums, &[width]), tensor(biases, &[width])].map(Some)
     }
 }
 
@@ -141,6 +144,8 @@ struct Backward<'a> {
     gradient: &'a mut [f32],
     /// The weights' gradient, then the biases'.
     share: &'a mut [f32],
+    /// Whether these are computed.
+    of_parameters: bool,
 }
 
 impl WithSimd for Backward<'_> {
@@ -153,10 +158,12 @@ impl WithSimd for Backward<'_> {
         let (weight_sums, bias_sums) = self.share.split_at_mut(width);
         let rows = self.x.chunks_exact(width).zip(self.gradient.chunks_exact_mut(width));
         for ((x, gradient), &[mean, scale]) in rows.zip(self.statistics) {
-            let sums = weight_sums.iter_mut().zip(&mut *bias_sums);
-            for (((weight_sum, bias_sum), gradient), x) in sums.zip(&*gradient).zip(x) {
-                *weight_sum = ((x - mean) * scale).mul_add(*gradient, *weight_sum);
-                *bias_sum += gradient;
+            if self.of_parameters {
+                let sums = weight_sums.iter_mut().zip(&mut *bias_sums);
+                for (((weight_sum, bias_sum), gradient), x) in sums.zip(&*gradient).zip(x) {
+                    *weight_sum = ((x - mean) * scale).mul_add(*gradient, *weight_sum);
+                    *bias_sum += gradient;
+                }
             }
             for (gradient, weight) in gradient.iter_mut().zip(self.weights) {
                 *gradient *= weight;

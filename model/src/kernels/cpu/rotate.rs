@@ -23,12 +23,12 @@ pub(crate) struct Rotate {
 impl Operation<1> for Rotate {
     type Saved = Self;
 
-    fn forward(self, [x]: [CpuTensor; 1]) -> (CpuTensor, Self) {
+    fn forward(self, [x]: [CpuTensor; 1], _wanted: [bool; 1]) -> (CpuTensor, Self) {
         (self.turn(x, 1.0), self)
     }
 
-    fn backward(saved: Self, gradient: CpuTensor) -> [CpuTensor; 1] {
-        [saved.turn(gradient, -1.0)]
+    fn backward(saved: Self, gradient: CpuTensor, _wanted: [bool; 1]) -> [Option<CpuTensor>; 1] {
+        [Some(saved.turn(gradient, -1.0))]
     }
 }
 

@@ -19,7 +19,7 @@ pub(crate) struct SwiGlu;
 impl Operation<2> for SwiGlu {
     type Saved = [CpuTensor; 2]; // The inputs.
 
-    fn forward(self, inputs: [CpuTensor; 2]) -> (CpuTensor, [CpuTensor; 2]) {
+    fn forward(self, inputs: [CpuTensor; 2], _wanted: [bool; 2]) -> (CpuTensor, [CpuTensor; 2]) {
         let inputs = inputs.map(row_major);
         let [gate, up] = inputs.each_ref().map(|input| input.storage::<f32>());
         let mut value = Buffer::of_any(gate.len());
@@ -29,7 +29,7 @@ impl Operation<2> for SwiGlu {
         (tensor(value, &shape), inputs)
     }
 
-    fn backward(inputs: [CpuTensor; 2], gradient: CpuTensor) -> [CpuTensor; 2] {
+    fn backward(inputs: [CpuTensor; 2], gradient: CpuTensor, _wanted: [bool; 2]) -> [Option<CpuTensor>; 2] {
         let [gate, up] = inputs.each_ref().map(|input| input.storage::<f32>());
         let mut gradient = row_major(gradient);
         let mut of_up = Buffer::of_any(up.len());
@@ -39,7 +39,7 @@ impl Operation<2> for SwiGlu {
             AutoArch::new().dispatch(Backward { gate, up, gradient, of_up });
         });
         let shape = shape(&gradient);
-        [gradient, tensor(of_up, &shape)]
+        [Some(gradient), Some(tensor(of_up, &shape))]
     }
 }
 
