@@ -205,6 +205,42 @@ fn dpo_learns_to_give_the_answers_that_people_prefer() {
     assert!(said.contains("references.json") && said.contains("is not what the run was trained with"), "{said}");
 }
 
+/// By adapters, beside a model that is not there any more when the run goes on; a score's head is trained whole.
+#[test]
+fn adapters_learn_what_people_prefer() {
+    let dir = tempfile::tempdir().unwrap();
+    let answering = answering(dir.path());
+    let held_out = preferences(dir.path(), "held-out.jsonl", 8);
+    let [init, input] = [("init", &answering), ("data.input", &preferences(dir.path(), "pairs.jsonl", 40))]
+        .map(|(key, value)| format!("{key}={}", path(value)));
+    let sets = [SMALL, PREFERRING, &["sampling.every_steps=0", "adapters.rank=8", "optimizer.lr=5e-3", &init, &input]];
+    let sets = sets.concat();
+    let [mut whole, mut resumed] = [Vec::new(), Vec::new()];
+    for stage in ["reward", "dpo"] {
+        let [one, two] = ["whole", "resumed"].map(|name| dir.path().join(format!("{stage}-{name}")));
+        let train = |run: &Path, workers: &str, more: &[&str]| {
+            let arguments = ["train", stage, "--device", "cpu", "--workers", workers, "--run", path(run)];
+            succeed(lockstep(&arguments, &[&sets[..], more].concat()));
+        };
+        train(&one, "1", &[]);
+        train(&two, "2", &["checkpoint.stop_after=7"]);
+        let scored = score(&one, &["--preferences", path(&held_out)]);
+        assert_eq!(scored["rewards/accuracies"].as_f64(), Some(1.0), "{stage}: {scored}");
+        metrics_tell_of_learning(&one);
+        let shown = inspect(&one);
+        assert_eq!(shown["adapters"]["whole"].as_array().map(Vec::len), (stage == "reward").then_some(1), "{shown}");
+        whole.push(one);
+        resumed.push(two);
+    }
+    fs::remove_dir_all(&answering).unwrap();
+    for (whole, resumed) in whole.iter().zip(&resumed) {
+        let arguments = ["train", "--resume", "--device", "cpu", "--workers", "1", "--run", path(resumed)];
+        succeed(lockstep(&arguments, &["checkpoint.stop_after=0"]));
+        assert_eq!(fingerprint(resumed), fingerprint(whole));
+        succeed(lockstep(&["verify", path(resumed)], &[]));
+    }
+}
+
 /// The coordinator dies once references are computed, and before there is a checkpoint.
 #[test]
 fn references_are_computed_once() {
