@@ -244,6 +244,7 @@ mod tests {
             width: 4,
             bias: true,
             tied_head: false,
+            score_head: false,
             gelu: Gelu::Exact,
             norm_epsilon: 1e-5,
             dropout: 0.0,

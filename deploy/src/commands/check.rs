@@ -46,7 +46,7 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<()> {
 /// Tokens a second of this machine, on the recipe's own first slot.
 fn measure(recipe: &Recipe, data: &assemble::Data, device: &ComputeDevice) -> anyhow::Result<f64> {
     let model = recipe.model.with_vocabulary(data.vocab_size());
-    let mut computer = Computer::new(&model, device);
+    let mut computer = Computer::new(&model, device).with_objective(recipe.objective);
     let parameters = initial_parameters(&model, recipe.seed);
     if let Some(adapters) = &recipe.adapters {
         let layout = AdaptedLayout::of(&model, adapters);

@@ -350,7 +350,7 @@ fn a_model_with_adapters_is_exported_as_one() {
     std::fs::write(&story, "Once upon a time a girl named Lily liked to play in the park. ".repeat(60)).unwrap();
     let input = format!("data.input={}", path(&story));
     let sets =
-        ["model.context=32", "schedule.steps=8", "schedule.warmup_steps=0", "optimizer.lr=1e-2", "adapters.rank=4"];
+        ["model.context=64", "schedule.steps=8", "schedule.warmup_steps=0", "optimizer.lr=1e-2", "adapters.rank=4"];
     let recipe = imported.join("recipe.toml");
     let arguments = ["train", path(&recipe), "--device", "cpu", "--workers", "1", "--run"];
     succeed(lockstep(&[&arguments[..], &[path(&run)]].concat(), &[&sets[..], &[&input]].concat()));

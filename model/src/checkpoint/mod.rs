@@ -462,6 +462,7 @@ mod tests {
             width: 2,
             bias: false,
             tied_head: true,
+            score_head: false,
             gelu: Gelu::Exact,
             norm_epsilon: 1e-5,
             dropout: 0.0,

@@ -205,6 +205,7 @@ fn adapted() -> (ModelConfig, Adapters) {
         width: 4,
         bias: false,
         tied_head: true,
+        score_head: false,
         gelu: Gelu::Exact,
         norm_epsilon: 1e-5,
         dropout: 0.0,
