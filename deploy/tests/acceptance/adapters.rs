@@ -287,10 +287,10 @@ fn only_adapters_travel() {
     assert_eq!(fetched, 1);
     // Each step a version is pulled and a gradient pushed, by the one worker; the base is pulled once.
     let [all, trained] = ["parameters", "trained"].map(|key| 4 * shown[key].as_u64().unwrap());
-    let saved = 2 * STEPS * (all - trained) - all;
-    let found = all_bytes - bytes;
+    let (least_all, least) = (2 * STEPS * all, 2 * STEPS * trained + all);
     println!("{STEPS} steps: {all_bytes} bytes, with adapters {bytes}, of vectors of {all} and {trained}");
-    assert!(found.abs_diff(saved) * 50 < saved, "{found} bytes saved, and {saved} should be");
+    // Besides, tokens, the invitation, and what a busy machine has sent again.
+    assert!(all_bytes >= least_all && (least..least + 2 * all).contains(&bytes), "at least {least_all} and {least}");
 
     let run = dir.path().join("restarted");
     let sets = [SMALL, ADAPTERS, &wider, &["schedule.steps=120"]].concat();
