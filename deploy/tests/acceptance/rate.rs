@@ -8,7 +8,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::cluster::{fail, lockstep, path, python, succeed, workspace};
+use crate::cluster::{fail, lockstep, path, python, succeed, text, workspace};
 use crate::server::{Server, answer, chromium, send, tiny_model};
 
 const PROMPTS: [&str; 5] =
@@ -154,6 +154,12 @@ fn each_judgement_is_a_line_and_a_restart_goes_on() {
     let said = &server.process.said;
     assert!(said.contains("by rater 5: 2 choices, 2 ties, 1 times both bad"), "{said}");
     assert!(said.contains("lockstep train dpo --set init=") && said.contains("preferences.jsonl"), "{said}");
+    // What it says is trained on reads the same there.
+    let sets = [format!("init={}", path(&place.run)), format!("data.input={}", path(&place.out()))];
+    let sets = [&*sets[0], &*sets[1], "data.train_fraction=0.5"];
+    let check = succeed(lockstep(&["check", "dpo", "--worker-tokens-per-sec", "1000"], &sets));
+    let found = "6 judgements found, of which 3 prefer neither answer, 1 were taken back, 0 have equal answers, 0 an empty turn";
+    assert!(text(&check.stderr).contains(found), "{}", text(&check.stderr));
 }
 
 #[test]
