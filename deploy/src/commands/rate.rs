@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
@@ -189,7 +189,7 @@ fn links(raters: &Raters, address: std::net::SocketAddr) -> String {
 }
 
 /// What is in the file at the end, and what to do with it.
-fn summary(room: &Room, run: &Path, out: &PathBuf) -> String {
+fn summary(room: &Room, run: &Path, out: &Path) -> String {
     let desks = room.desks();
     let live = || desks.values().flat_map(Desk::live);
     let count =
