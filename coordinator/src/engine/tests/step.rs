@@ -60,7 +60,21 @@ fn the_first_version_is_asked_first_and_once() {
     life += &run.done(1);
     life += &run.done(2);
     life += &run.done(1);
-    expect![[r#""#]].assert_eq(&life);
+    expect![[r#"
+        admit worker 1 of class 0707070707070707
+        admit worker 2 of class 0707070707070707
+        worker 1: lease 1: reference of block 0/0 of step 0 with version 0
+        worker 2: lease 2: reference of block 0/1 of step 0 with version 0
+        accept lease 1 of worker 1: block 0/0 of step 0
+        accept lease 2 of worker 2: block 0/1 of step 0
+        every reference is here
+        worker 1: lease 3: evaluation of block 0/0 of step 0 with version 0
+        accept lease 3 of worker 1: block 0/0 of step 0
+        validation at step 0, loss 1 over 1
+        worker 1: lease 4: gradient of block 1/0 of step 1 with version 0
+        worker 2: lease 5: gradient of block 1/1 of step 1 with version 0
+    "#]]
+    .assert_eq(&life);
     // It is known by the time that the coordinator starts again.
     let mut run = Run::new(EngineConfig { reference_slots: 0, min_workers: 1, ..config });
     assert!(run.join().contains("evaluation of block 0/0 of step 0"));
