@@ -38,7 +38,7 @@ without_tests() {
     sed -i '/^#\[cfg(test)\]$/{N;/\nmod tests;$/d}' "$1"
 }
 
-crate model libm serde sha2 thiserror
+crate model bytemuck libm serde sha2 thiserror
 crate coordinator lockstep-model
 crate worker lockstep-model
 crate sim lockstep-coordinator lockstep-model lockstep-worker
