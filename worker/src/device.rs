@@ -99,7 +99,7 @@ type Reply<T> = oneshot::Sender<Result<T, DeviceFailure>>;
 
 #[derive(Debug)]
 enum Job {
-    Probe { setting: Setting, leases: Vec<Work>, reply: Reply<[u8; 32]> },
+    Probe { setting: Box<Setting>, leases: Vec<Work>, reply: Reply<[u8; 32]> },
     Holds { base: BaseName, reply: Reply<bool> },
     LoadBase { base: BaseName, parameters: Vec<f32>, reply: Reply<()> },
     Enter { run_id: String, reply: Reply<Vec<KeptGradient>> },
@@ -139,7 +139,7 @@ impl DeviceThread {
     /// Says what is computed from now on, computes `leases` with the probe's parameters and gives the digest of the results.
     /// Parameters must be loaded before anything else is computed.
     pub(crate) async fn probe(&self, setting: Setting, leases: Vec<Work>) -> Result<[u8; 32], DeviceFailure> {
-        self.ask(|reply| Job::Probe { setting, leases, reply }).await
+        self.ask(|reply| Job::Probe { setting: Box::new(setting), leases, reply }).await
     }
 
     /// Whether the device holds what adapters stand on. It does from [`Self::load_base`] until it fails, or another base is
@@ -220,7 +220,7 @@ impl DeviceWorker {
                 self.computer = None;
                 let named = setting.adapters.as_ref().map(|adapters| adapters.base);
                 self.base = self.base.take().filter(|(held, _)| Some(*held) == named);
-                self.setting = Some(setting);
+                self.setting = Some(*setting);
                 let _ = reply.send(self.guarded(|this| this.probe(&leases)));
             }
             Job::Holds { base, reply } => {
