@@ -254,7 +254,7 @@ mod tests {
         assert_eq!((source.training.len(), source.validation.len()), (18, 2));
         expect_test::expect![[r#"
             25 judgements found, of which 1 prefer neither answer, 1 were taken back, 1 have equal answers, 1 an empty turn, 1 are too long; those are left out
-            18 pairs to train on and 2 to validate on, written as dialogue: once through them in 3 steps
+            18 pairs to train on and 2 to validate on, written as dialogue: once through them in 2 steps
             the first of them, with what is compared marked:"#]]
         .assert_eq(&report.to_string());
         let marked = report.example.each_ref().map(|runs| lessons::marked(runs, ["⟦", "⟧"]));
