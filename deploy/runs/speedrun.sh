@@ -6,7 +6,7 @@ set -euo pipefail
 usage() {
     cat <<'TEXT'
 Trains a small model through all stages, on examples that the program makes up, and measures each stage on what was not
-learned. Some 15 minutes on two cores; nothing is downloaded.
+learned. Some 10 minutes on two cores; nothing is downloaded.
 
 Usage: speedrun.sh [--seed N] [--workers N] [--out DIR] [--quick]
 

@@ -30,6 +30,7 @@ pub(crate) fn run(args: &Import) -> anyhow::Result<()> {
     let imported = read_folder(&args.folder)?;
     let recipe = recipe(&args.out, &imported.model)?;
     let Imported { model, parameters, tokenizer } = imported;
+    let scores = model.has_score_head();
 
     let tokenizer_path = staged.path().join(TOKENIZER);
     fs::write(&tokenizer_path, tokenizer.to_json())
@@ -47,6 +48,10 @@ pub(crate) fn run(args: &Import) -> anyhow::Result<()> {
     let out = args.out.display();
     println!("imported    {} to {out}", args.folder.display());
     println!("parameters  {elements}");
+    if scores {
+        println!("\nTry it with:\n  lockstep eval {out} --preferences FILE");
+        return Ok(());
+    }
     println!("\nTry it, and train it further, with:\n  lockstep generate --run {out} --prompt \"…\"");
     println!("  lockstep train {} --set data.input=TEXT --run NEW", run_dir::recipe(&args.out).display());
     Ok(())

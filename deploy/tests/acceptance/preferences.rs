@@ -54,6 +54,10 @@ fn write(dir: &Path, name: &str, lines: impl Iterator<Item = Value>) -> PathBuf 
 
 /// A model that has learned to answer, both ways.
 fn answering(dir: &Path) -> PathBuf {
+    answering_with(dir, &[])
+}
+
+fn answering_with(dir: &Path, overrides: &[&str]) -> PathBuf {
     let lines = (0..32).map(|number| {
         let answer = answers(number / 2)[number % 2].clone();
         json!({ "question": format!("May I have {}?", number / 2 % 4), "answer": answer })
@@ -61,7 +65,7 @@ fn answering(dir: &Path) -> PathBuf {
     let input = format!("data.input={}", path(&write(dir, "chats.jsonl", lines)));
     let run = dir.join("sft");
     let arguments = ["train", "sft", "--device", "cpu", "--workers", "1", "--run", path(&run)];
-    succeed(lockstep(&arguments, &[SMALL, ANSWERING, &[&input]].concat()));
+    succeed(lockstep(&arguments, &[SMALL, ANSWERING, &[&input], overrides].concat()));
     run
 }
 
@@ -162,7 +166,9 @@ fn a_reward_model_learns_what_people_prefer() {
     assert_eq!((scored["pairs"].as_u64(), scored["rewards/accuracies"].as_f64()), (Some(8), Some(1.0)), "{scored}");
     let said = fail(lockstep(&["generate", "--run", path(&run), "--prompt", "May"], &[]), 1);
     assert!(said.contains("scores answers, and writes none"), "{said}");
-    let said = fail(lockstep(&["eval", path(&run), "--data", path(&held_out)], &[]), 1);
+    let story = dir.path().join("story.txt");
+    fs::write(&story, "Here is bread.").unwrap();
+    let said = fail(lockstep(&["eval", path(&run), "--data", path(&story)], &[]), 1);
     assert!(said.contains("scores texts"), "{said}");
 }
 
@@ -286,6 +292,40 @@ fn what_cannot_be_learned_from_is_refused() {
     assert!(said.contains("bad.jsonl: line 2: there is no rejected; expected prompt, chosen and rejected"), "{said}");
     let said = fail(train("reward", &[&model[..], &[&input, "sampling.every_steps=3"]].concat()), 2);
     assert!(said.contains("a model that scores answers writes none"), "{said}");
+}
+
+/// Scores here, in `transformers`, and here again after the way there and back.
+#[test]
+fn a_reward_model_scores_elsewhere_as_it_does_here() {
+    let Some(python) = python("a_reward_model_scores_elsewhere_as_it_does_here", &["torch", "transformers"]) else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let answering =
+        answering_with(dir.path(), &["tokenizer.kind=bpe", "tokenizer.vocab_size=300", "schedule.steps=30"]);
+    let pairs = preferences(dir.path(), "pairs.jsonl", 40);
+    let [init, input] =
+        [("init", &answering), ("data.input", &pairs)].map(|(key, value)| format!("{key}={}", path(value)));
+    let [run, folder, back] = ["run", "folder", "back"].map(|name| dir.path().join(name));
+    let train = ["train", "reward", "--device", "cpu", "--workers", "1", "--run", path(&run)];
+    succeed(lockstep(&train, &[SMALL, PREFERRING, &[&init, &input]].concat()));
+    succeed(lockstep(&["export", path(&run), "--format", "hf", "--out", path(&folder)], &[]));
+    succeed(lockstep(&["import", path(&folder), "--out", path(&back)], &[]));
+
+    let [chosen, rejected] = answers(0);
+    let pair = json!({ "prompt": "May I have 0?", "chosen": chosen, "rejected": rejected });
+    let one = write(dir.path(), "one.jsonl", [pair].into_iter());
+    let text_of = |answer: &str| Value::from(format!("User: May I have 0?\n\nAssistant: {answer}<|endoftext|>"));
+    let texts = write(dir.path(), "texts.jsonl", [text_of(&chosen), text_of(&rejected)].into_iter());
+    let mut peer = Command::new(python);
+    peer.arg(workspace("deploy/tests/peer/torch_reward.py")).args([&folder, &texts]);
+    let theirs: Vec<f64> = serde_json::from_slice(&succeed(peer).stdout).unwrap();
+    for run in [run, back] {
+        let ours = score(&run, &["--preferences", path(&one)]);
+        for (ours, theirs) in ["rewards/chosen", "rewards/rejected"].map(|key| number(&ours, key)).iter().zip(&theirs) {
+            assert!((ours - theirs).abs() < 1e-5 && theirs.abs() > 0.01, "{ours} here, {theirs} there");
+        }
+    }
 }
 
 /// All stages one after the other, with few examples and steps.
