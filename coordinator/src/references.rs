@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use lockstep_model::checkpoint::Manifest;
 use lockstep_model::digest::{hex, vector_sha256};
 use lockstep_model::sampler::Source;
 use lockstep_model::tree::Block;
@@ -30,15 +31,20 @@ struct Saved {
 /// Where the numbers of a run are, or will be.
 #[derive(Clone, Debug)]
 pub struct ReferenceFile<'a> {
-    /// The file.
-    pub path: &'a Path,
+    path: &'a Path,
     /// SHA-256 of the parameters that the run begins with, hexadecimal.
-    pub params_sha256: &'a str,
+    params_sha256: &'a str,
     /// SHA-256 of the rows, hexadecimal.
-    pub corpus_sha256: &'a str,
+    corpus_sha256: &'a str,
 }
 
-impl ReferenceFile<'_> {
+impl<'a> ReferenceFile<'a> {
+    /// That of the run which `manifest` is of, at `path`.
+    pub fn of(path: &'a Path, manifest: &'a Manifest) -> Self {
+        let params_sha256 = manifest.initial_sha256.as_deref().unwrap_or_default();
+        Self { path, params_sha256, corpus_sha256: &manifest.corpus_sha256 }
+    }
+
     /// The numbers of `source`'s rows, if they are there, and their SHA-256, hexadecimal.
     ///
     /// # Errors

@@ -31,7 +31,7 @@ use crate::metrics::{Line, Metrics, ValidationLine};
 use crate::observe::{Observer, RunEvent, Sample};
 use crate::pair_means::PairMeans;
 use crate::plot;
-use crate::references::{self, Collected};
+use crate::references::{self, Collected, ReferenceFile};
 use crate::report;
 use crate::run::Summary;
 use crate::run_dir::RunDir;
@@ -360,7 +360,7 @@ impl Runtime {
                 self.run_dir.fence().check()?;
                 let path = self.run_dir.references();
                 let collected = std::mem::take(&mut self.references);
-                let (references, sha256) = collected.finish(&start::reference_file(&path, &self.manifest))?;
+                let (references, sha256) = collected.finish(&ReferenceFile::of(&path, &self.manifest))?;
                 self.config.source = Arc::new(self.config.source.with_references(references));
                 self.manifest.references_sha256 = Some(sha256);
             }

@@ -1,7 +1,6 @@
 //! How a run starts, or goes on: from its configuration and what lies in its directory.
 
 use std::hash::BuildHasher as _;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
@@ -140,7 +139,7 @@ fn known_references(
         return Ok(None);
     }
     let path = run_dir.references();
-    let known = reference_file(&path, manifest).read(&config.source)?;
+    let known = ReferenceFile::of(&path, manifest).read(&config.source)?;
     let sha256 = known.as_ref().map(|(_, sha256)| sha256);
     if manifest.references_sha256.as_ref().is_some_and(|saved| Some(saved) != sha256) {
         bail!(
@@ -152,12 +151,6 @@ fn known_references(
         manifest.references_sha256 = Some(sha256);
         references
     }))
-}
-
-/// Where it is kept.
-pub(crate) fn reference_file<'a>(path: &'a Path, manifest: &'a Manifest) -> ReferenceFile<'a> {
-    let params_sha256 = manifest.initial_sha256.as_deref().unwrap_or_default();
-    ReferenceFile { path, params_sha256, corpus_sha256: &manifest.corpus_sha256 }
 }
 
 /// What adapters stand on, which the run keeps from its first start on.

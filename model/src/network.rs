@@ -107,8 +107,9 @@ impl Text<'_> {
         Ok(TextColumns { tokens, targets, weights, segments, shape })
     }
 
-    /// What the head makes logits of, `[B·T, C]`.
-    fn hidden(&self, columns: &TextColumns<'_>, dropout: Dropout, device: &Device) -> Tensor<2> {
+    /// What the head makes logits of, `[B·T, C]`; dropout is active where there is a key.
+    fn hidden(&self, columns: &TextColumns<'_>, key: Option<SlotKey>, device: &Device) -> Tensor<2> {
+        let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(self.dropout, key));
         let positions = self.positions(columns.shape, columns.segments, device);
         self.transformer.hidden(columns.tokens, &positions, dropout)
     }
@@ -117,7 +118,7 @@ impl Text<'_> {
     pub(crate) fn row_losses(&self, batch: &Batch, device: &Device) -> Result<Vec<(Tensor<1>, f64)>, ComputeError> {
         self.gives_logits()?;
         let columns = self.columns(batch)?;
-        let hidden = self.hidden(&columns, Dropout::inactive(), device);
+        let hidden = self.hidden(&columns, None, device);
         let weights = columns.counted().map(|counted| total(columns.weights(counted.clone()), counted.len()));
         Ok(self.losses(&columns, &hidden, self.transformer.head(), device).zip(weights).collect())
     }
@@ -232,8 +233,7 @@ impl Text<'_> {
     ) -> Result<(Tensor<1>, f64), ComputeError> {
         self.gives_logits()?;
         let columns = self.columns(batch)?;
-        let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(self.dropout, key));
-        let hidden = self.hidden(&columns, dropout, device);
+        let hidden = self.hidden(&columns, key, device);
         let loss = cross_entropy(hidden, self.transformer.head(), columns.targets, columns.weights);
         Ok((loss, total(columns.weights, columns.tokens.len())))
     }

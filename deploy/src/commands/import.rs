@@ -4,18 +4,17 @@
 //! the same folder gives the same run.
 
 use std::fs;
-use std::path::{Path, absolute};
+use std::path::Path;
 
 use anyhow::Context as _;
 use lockstep_coordinator::run_dir;
-use lockstep_model::checkpoint::{self, Manifest};
 use lockstep_model::config::ModelConfig;
-use lockstep_model::digest::{bytes_sha256, hex, vector_sha256};
+use lockstep_model::digest::{hex, vector_sha256};
 use lockstep_model::interchange::{Imported, StagedDir, read_folder};
-use lockstep_model::optimizer::OptimizerState;
 use toml::{Table, Value};
 
 use super::initial;
+use super::new_run::{self, NewRun};
 use crate::cli::Import;
 use crate::recipe::Recipe;
 use crate::telemetry;
@@ -35,15 +34,9 @@ pub(crate) fn run(args: &Import) -> anyhow::Result<()> {
     let tokenizer_path = staged.path().join(TOKENIZER);
     fs::write(&tokenizer_path, tokenizer.to_json())
         .with_context(|| format!("{}: cannot write", tokenizer_path.display()))?;
-    let digests = format!("{}{}", hex(&vector_sha256(&parameters)), tokenizer.sha256());
-    let run_id = hex(&bytes_sha256(digests.as_bytes())[..16]);
-    let (recipe_name, recipe) = (recipe.name.clone(), recipe.to_toml());
-    run_dir::write_new(staged.path(), &run_id, &recipe)?;
+    let identity = format!("{}{}", hex(&vector_sha256(&parameters)), tokenizer.sha256());
     let elements = parameters.len();
-    let manifest = Manifest { tokenizer: Some(tokenizer), recipe_name, recipe, ..Manifest::new(run_id, model) };
-    let checkpoints = run_dir::checkpoints(staged.path());
-    checkpoint::write(&checkpoints, manifest, &parameters, &OptimizerState::default())?.publish()?;
-    staged.publish()?;
+    NewRun { identity, recipe, model, tokenizer: Some(tokenizer), parameters }.publish(staged)?;
 
     let out = args.out.display();
     println!("imported    {} to {out}", args.folder.display());
@@ -59,13 +52,7 @@ pub(crate) fn run(args: &Import) -> anyhow::Result<()> {
 
 /// A recipe that trains the model in `run` further: its shape as it is, all else to be chosen.
 fn recipe(run: &Path, model: &ModelConfig) -> anyhow::Result<Recipe> {
-    // Named in full, so that it holds from wherever the recipe is used.
-    let run = absolute(run).with_context(|| format!("{}: is no path", run.display()))?;
-    let text = |path: &Path| -> anyhow::Result<Value> {
-        let text = path.to_str().with_context(|| format!("{}: a recipe names paths in UTF-8 alone", path.display()))?;
-        Ok(text.into())
-    };
-    let stem = run.file_name().map_or("model".into(), |name| name.to_string_lossy());
+    let text = |path: &Path| anyhow::Ok(Value::from(new_run::in_recipe(path)?));
     let sections: [(&str, Vec<(&str, Value)>); 6] = [
         ("model", initial::model_keys(model)?),
         ("data", vec![("input", crate::builtin::KJV.into())]),
@@ -81,6 +68,6 @@ fn recipe(run: &Path, model: &ModelConfig) -> anyhow::Result<Recipe> {
             (section.to_string(), keys.into())
         })
         .collect();
-    table.insert("init".into(), text(&run)?);
-    Ok(Recipe::from_toml(stem.trim_start_matches('.'), &table.to_string(), &[])?)
+    table.insert("init".into(), text(run)?);
+    Ok(Recipe::from_toml(&new_run::name(run), &table.to_string(), &[])?)
 }

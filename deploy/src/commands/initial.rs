@@ -21,18 +21,16 @@ use super::inspect;
 /// # Errors
 /// If there are none, or they belong to another model or tokenizer.
 pub(super) fn read(path: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> anyhow::Result<Initial> {
-    let (found, parameters, its_tokenizer, sha256) = if interchange::is_folder(path) {
+    let (found, parameters, its_tokenizer, known_sha256) = if interchange::is_folder(path) {
         let Imported { model, parameters, tokenizer } = interchange::read_folder(path)?;
-        let sha256 = hex(&vector_sha256(&parameters));
-        (model, parameters, Some(tokenizer), sha256)
+        (model, parameters, Some(tokenizer), None)
     } else {
         let (manifest, parameters) = checkpoint::read_parameters(&inspect::locate(path)?)?;
         // With adapters, the checkpoint's own digest is that of the adapters.
-        let sha256 = manifest.adapters.map_or(manifest.params_sha256, |_| hex(&vector_sha256(&parameters)));
+        let sha256 = Some(manifest.params_sha256).filter(|_| manifest.adapters.is_none());
         (manifest.model, parameters, manifest.tokenizer, sha256)
     };
     let shown = path.display();
-    let found_layout = Layout::of(&found);
     if let Some((key, theirs, ours)) = first_difference(&found, model)? {
         bail!(
             "init = \"{shown}\": its model has {key} = {theirs}, and the one that the recipe describes has {ours}; change [model] \
@@ -45,11 +43,11 @@ pub(super) fn read(path: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> a
              prepare corpora with that"
         );
     }
-    if found.has_score_head() == model.has_score_head() {
-        return Ok(Initial { parameters: Arc::new(parameters), sha256 });
-    }
-    let parameters = with_score_head(&found_layout, &parameters, model);
-    let sha256 = hex(&vector_sha256(&parameters));
+    let (parameters, known_sha256) = match found.has_score_head() == model.has_score_head() {
+        true => (parameters, known_sha256),
+        false => (with_score_head(&Layout::of(&found), &parameters, model), None),
+    };
+    let sha256 = known_sha256.unwrap_or_else(|| hex(&vector_sha256(&parameters)));
     Ok(Initial { parameters: Arc::new(parameters), sha256 })
 }
 

@@ -15,6 +15,7 @@ mod import;
 mod initial;
 mod inspect;
 mod merge;
+mod new_run;
 mod open_model;
 mod prepare;
 mod rate;

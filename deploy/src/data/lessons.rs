@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use lockstep_coordinator::config::Turns;
 use lockstep_model::chat_template::Message;
+use lockstep_model::sampler::Permutation;
 use lockstep_model::tokenizer::{self, Tokenizer};
 
 use super::conversations::Found;
@@ -34,10 +35,10 @@ pub(super) fn files(data: &DataRecipe) -> anyhow::Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// If it cannot be read or learned.
-pub(super) fn tokenizer<'a>(
+pub(super) fn tokenizer(
     data: &DataRecipe,
     known: Option<Tokenizer>,
-    conversations: impl FnOnce() -> &'a [Found<Vec<Message>>],
+    conversations: impl FnOnce() -> Vec<Found<Vec<Message>>>,
 ) -> anyhow::Result<Tokenizer> {
     let named = match known {
         Some(known) => Some(known),
@@ -69,22 +70,25 @@ pub(super) fn tokenizer<'a>(
     }
 }
 
-/// Refuses to learn from, or to validate on, none of so many `things`.
+/// Things in an order drawn from the seed, parted into those to train on and those to validate on.
 ///
 /// # Errors
-/// Names the key.
-pub(super) fn check_split(
+/// If one part that is wanted has none of the `things`; names the key.
+pub(super) fn split<'a, T>(
     recipe: &Recipe,
     data: &DataRecipe,
-    [training, validation]: [usize; 2],
+    all: &'a [T],
     things: &str,
-) -> anyhow::Result<()> {
-    let without = match (training, validation) {
+) -> anyhow::Result<(Vec<&'a T>, Vec<&'a T>)> {
+    let (share, count) = (data.train_fraction, all.len());
+    let order = Permutation::of_conversations(recipe.seed, count.max(1) as u64);
+    let mut training: Vec<&T> = (0..count).map(|place| &all[order.at(place as u64) as usize]).collect();
+    let validation = training.split_off((count as f64 * share) as usize);
+    let without = match (training.len(), validation.len()) {
         (0, _) => "train",
         (_, 0) if recipe.evaluation.slots > 0 => "validate",
-        _ => return Ok(()),
+        _ => return Ok((training, validation)),
     };
-    let (share, count) = (data.train_fraction, training + validation);
     bail!("data.train_fraction = {share:?}: of {count} {things} none is left to {without} on; give more of them")
 }
 

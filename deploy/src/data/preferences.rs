@@ -10,7 +10,6 @@ use lockstep_model::chat_template::Message;
 use lockstep_model::comparison::{self, Comparison};
 use lockstep_model::packing::Example;
 use lockstep_model::pairs::{Pair, PairSource, Reading};
-use lockstep_model::sampler::Permutation;
 use lockstep_model::tokenizer::Tokenizer;
 
 use super::conversations::{self, Found};
@@ -77,8 +76,7 @@ pub(crate) fn load(
     reading: Reading,
 ) -> anyhow::Result<Preferences> {
     let judgements = Judgements::read(&lessons::files(data)?)?;
-    let conversations = judgements.conversations();
-    let tokenizer = lessons::tokenizer(data, known, || &conversations)?;
+    let tokenizer = lessons::tokenizer(data, known, || judgements.conversations())?;
     let template = Template::of(&tokenizer)?;
     let Read { pairs, counts } = judgements.pairs(&template, context, reading)?;
     let Some(first) = pairs.first() else {
@@ -88,10 +86,7 @@ pub(crate) fn load(
         );
     };
     let example = [0, 1].map(|answer| learned::runs(&tokenizer, &first[answer]));
-    let order = Permutation::of_conversations(recipe.seed, pairs.len() as u64);
-    let order: Vec<&Pair> = (0..pairs.len()).map(|place| &pairs[order.at(place as u64) as usize]).collect();
-    let (training, validation) = order.split_at((pairs.len() as f64 * data.train_fraction) as usize);
-    lessons::check_split(recipe, data, [training.len(), validation.len()], "preferences")?;
+    let (training, validation) = lessons::split(recipe, data, &pairs, "preferences")?;
     let report = Report {
         counts,
         training: training.len(),
@@ -101,8 +96,8 @@ pub(crate) fn load(
         example,
     };
     let source = PairSource {
-        training: training.iter().copied().cloned().collect(),
-        validation: validation.iter().copied().cloned().collect(),
+        training: training.into_iter().cloned().collect(),
+        validation: validation.into_iter().cloned().collect(),
         reading,
         context,
         order: data.order,

@@ -5,8 +5,7 @@ use std::fmt;
 use anyhow::{Context as _, bail};
 use indicatif::HumanCount;
 use lockstep_coordinator::config::Turns;
-use lockstep_model::packing::{Example, PackedRows, PackedSource};
-use lockstep_model::sampler::Permutation;
+use lockstep_model::packing::{PackedRows, PackedSource};
 use lockstep_model::tokenizer::Tokenizer;
 
 use super::conversations::{self, Found};
@@ -64,7 +63,7 @@ pub(crate) fn load(
     known: Option<Tokenizer>,
 ) -> anyhow::Result<Supervised> {
     let found = conversations::read(&lessons::files(data)?)?;
-    let tokenizer = lessons::tokenizer(data, known, || &found)?;
+    let tokenizer = lessons::tokenizer(data, known, || found.clone())?;
     let template = Template::of(&tokenizer)?;
     let (mut counts, mut examples) = (Counts { found: found.len(), ..Counts::default() }, Vec::new());
     for Found { what: messages, place } in &found {
@@ -80,14 +79,11 @@ pub(crate) fn load(
         }
     }
     let shown = examples.first().map(|example| learned::runs(&tokenizer, example)).unwrap_or_default();
-    let order = Permutation::of_conversations(recipe.seed, examples.len().max(1) as u64);
-    let order: Vec<&Example> = (0..examples.len()).map(|place| &examples[order.at(place as u64) as usize]).collect();
-    let (training, validation) = order.split_at((examples.len() as f64 * data.train_fraction) as usize);
     if examples.is_empty() {
         let counts = counts.in_words();
         bail!("data.input: no token of any conversation is learned, with a context of {context} tokens: {counts}");
     }
-    lessons::check_split(recipe, data, [training.len(), validation.len()], "conversations")?;
+    let (training, validation) = lessons::split(recipe, data, &examples, "conversations")?;
     let source = PackedSource {
         training: PackedRows::pack(training.iter().copied(), context),
         validation: PackedRows::pack(validation.iter().copied(), context),

@@ -8,7 +8,6 @@ use super::{Text, TextColumns};
 use crate::batch::Batch;
 use crate::compute::{ComputeError, SlotKey, floats};
 use crate::config::Objective;
-use crate::dropout::Dropout;
 use crate::kernels::cross_entropy;
 use crate::preference::{PairLoss, dpo_loss, reward_loss};
 use crate::traffic::{self, upload};
@@ -32,8 +31,7 @@ impl Text<'_> {
         device: &Device,
     ) -> Result<ReadRows<'b>, ComputeError> {
         let columns = self.columns(batch)?;
-        let dropout = key.map_or(Dropout::inactive(), |key| Dropout::training(self.dropout, key));
-        let hidden = self.hidden(&columns, dropout, device);
+        let hidden = self.hidden(&columns, key, device);
         let untracked = |tensor: Tensor<2>| if key.is_some() { tensor.inner() } else { tensor };
         let (inner, head) = (untracked(hidden.clone()), untracked(self.transformer.head()));
         let values = match self.scores {

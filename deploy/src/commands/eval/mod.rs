@@ -17,8 +17,8 @@ use lockstep_model::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use self::choices::AnswerScore;
-use self::preferences::PairScore;
-use self::problems::ProblemScore;
+use self::preferences::{PairScore, Pairs};
+use self::problems::{ProblemScore, Problems};
 use self::texts::{TextScore, Texts};
 use super::{Caller, Usage, inspect, use_threads};
 use crate::cli::Eval;
@@ -95,6 +95,8 @@ fn score(args: &Eval) -> anyhow::Result<Summary> {
     // All input is looked at before anything is computed.
     let texts = Texts::open(&args.data, &subject.tokenizer)?;
     let files = args.choices.iter().map(|path| choices::read(path)).collect::<anyhow::Result<Vec<_>>>()?;
+    let problems = Problems::read(&args.problems, &checkpoint, &subject)?;
+    let pairs = Pairs::read(args, &subject, &device)?;
     let mut progress = Progress::new();
     let texts = (!args.data.is_empty()).then(|| texts.score(&subject, stride, &mut progress)).transpose()?;
     let choices = args
@@ -104,8 +106,8 @@ fn score(args: &Eval) -> anyhow::Result<Summary> {
         .map(|(path, questions)| choices::score(path, questions, &subject, &mut progress));
     let choices = choices.collect::<anyhow::Result<Vec<_>>>()?;
     let answer_tokens = args.answer_tokens as usize;
-    let problems = problems::score(&args.problems, &checkpoint, answer_tokens, &device, &mut progress)?;
-    let preferences = preferences::score(args, &subject, &device, &mut progress)?;
+    let problems = problems.score(&subject, &manifest.model, answer_tokens, &device, &mut progress)?;
+    let preferences = pairs.score(&subject, &mut progress)?;
     progress.finish();
     let Manifest { step, params_sha256, .. } = manifest;
     Ok(Summary {

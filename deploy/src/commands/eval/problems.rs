@@ -6,12 +6,13 @@ use std::slice;
 
 use anyhow::{Context as _, bail};
 use lockstep_model::chat_template::Message;
-use lockstep_model::checkpoint;
+use lockstep_model::config::ModelConfig;
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::inference::{Engine, Finish, Limits, Overflow, Request, Sampling, SequenceId, TextStream};
 use lockstep_model::tokenizer::Tokenizer;
 use serde::Serialize;
 
+use super::Subject;
 use crate::chat::template::{Template, today};
 use crate::data::conversations::{self, Found};
 use crate::data::progress::Progress;
@@ -49,35 +50,49 @@ struct Answering {
     tokens: u64,
 }
 
-/// Puts the problems of each file to the model of the checkpoint at `path`, for answers of at most `max_tokens`, of which each
-/// token is the likeliest.
-///
-/// # Errors
-/// If a file cannot be read, or has a conversation without an answer that holds a number; or if the model writes no text.
-pub(super) fn score(
-    files: &[PathBuf],
-    path: &Path,
-    max_tokens: usize,
-    device: &ComputeDevice,
-    progress: &mut Progress,
-) -> anyhow::Result<Vec<ProblemScore>> {
-    if files.is_empty() {
-        return Ok(Vec::new());
+/// Problems to be put, in the order of the command line.
+pub(super) struct Problems {
+    files: Vec<(PathBuf, Vec<Problem>)>,
+    template: Template,
+}
+
+impl Problems {
+    /// Reads the problems of each file, for the model of the checkpoint at `path`, which is to solve them.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or has a conversation without an answer that holds a number; or if the model writes no text.
+    pub(super) fn read(files: &[PathBuf], path: &Path, subject: &Subject) -> anyhow::Result<Self> {
+        if !files.is_empty() && subject.scores {
+            bail!("{}: the run's model scores answers, and writes none", path.display());
+        }
+        let template = Template::of(&subject.tokenizer)?;
+        let files = files.iter().map(|file| Ok((file.clone(), read(file, &template)?)));
+        Ok(Self { files: files.collect::<anyhow::Result<_>>()?, template })
     }
-    let (manifest, parameters) = checkpoint::read_parameters(path)?;
-    let tokenizer = manifest.tokenizer.context("the run's model reads no text")?;
-    if manifest.model.has_score_head() {
-        bail!("{}: the run's model scores answers, and writes none", path.display());
+
+    /// Has them solved in answers of at most `max_tokens`, of which each token is the likeliest.
+    ///
+    /// # Errors
+    /// If a problem is too long for the model, or the device fails.
+    pub(super) fn score(
+        &self,
+        subject: &Subject,
+        model: &ModelConfig,
+        max_tokens: usize,
+        device: &ComputeDevice,
+        progress: &mut Progress,
+    ) -> anyhow::Result<Vec<ProblemScore>> {
+        if self.files.is_empty() {
+            return Ok(Vec::new());
+        }
+        let limits = Limits { sequences: AT_ONCE, ..Limits::default() };
+        let mut engine = Engine::new(model, &subject.computer.parameters()?, device, limits)?;
+        let of_file = |(file, problems): &(PathBuf, Vec<Problem>)| {
+            progress.begin("solving", problems.iter().map(|problem| problem.bytes).sum());
+            of_problems(file, problems, max_tokens, &subject.tokenizer, &self.template, &mut engine, progress)
+        };
+        self.files.iter().map(of_file).collect()
     }
-    let limits = Limits { sequences: AT_ONCE, ..Limits::default() };
-    let mut engine = Engine::new(&manifest.model, &parameters, device, limits)?;
-    let template = Template::of(&tokenizer)?;
-    let of_file = |file: &PathBuf| {
-        let problems = read(file, &template)?;
-        progress.begin("solving", problems.iter().map(|problem| problem.bytes).sum());
-        of_problems(file, &problems, max_tokens, &tokenizer, &template, &mut engine, progress)
-    };
-    files.iter().map(of_file).collect()
 }
 
 fn read(file: &PathBuf, template: &Template) -> anyhow::Result<Vec<Problem>> {

@@ -124,9 +124,7 @@ pub(super) fn verify(run: &Path, overrides: &[String], progress: &mut Progress) 
 fn with_references(run: &Path, source: Source, newest: Option<&Manifest>, report: &mut Report) -> Source {
     let Some(newest) = newest.filter(|_| source.reference_slots() > 0) else { return source };
     let path = run_dir::references(run);
-    let params_sha256 = newest.initial_sha256.as_deref().unwrap_or_default();
-    let file = ReferenceFile { path: &path, params_sha256, corpus_sha256: &newest.corpus_sha256 };
-    match file.read(&source) {
+    match ReferenceFile::of(&path, newest).read(&source) {
         Ok(Some((references, sha256))) => {
             if newest.references_sha256.as_ref() != Some(&sha256) {
                 report.damaged(path.display(), "it holds other numbers than the run was trained with");
