@@ -6,7 +6,8 @@
 //! | conversation and answers | `{"messages"` or `"conversations", "chosen", "rejected"}`, of which the last two are a text, a message or a list |
 //!
 //! Each may have a `system` text besides. What `lockstep rate` writes has further keys: a line without `chosen` whose `choice`
-//! is `tie` or `both_bad` prefers neither, and `{"undo": ID}` takes back the line with that `id`. Other keys are passed over.
+//! is `tie` or `both_bad` prefers neither, `{"undo": ID}` takes back the line with that `id`, and `finish` says of the first and
+//! the second answer, of which `choice` is one, whether it was cut off: `length`. Other keys are passed over.
 
 use std::collections::HashSet;
 
@@ -24,6 +25,8 @@ pub struct Comparison {
     pub chosen: Vec<Message>,
     /// The other one.
     pub rejected: Vec<Message>,
+    /// Of these two, whether it was cut off before its end.
+    pub cut: [bool; 2],
 }
 
 /// What a line says.
@@ -79,7 +82,17 @@ pub fn judgement(object: &Value) -> Result<Judgement, Malformed> {
         }
     };
     let (chosen, rejected) = (answer(chosen, "chosen")?, answer(rejected, "rejected")?);
-    Ok(Judgement::Preferred(Comparison { prompt, chosen, rejected }, id))
+    Ok(Judgement::Preferred(Comparison { prompt, chosen, rejected, cut: cut(fields) }, id))
+}
+
+/// Whether the better answer and the other one were cut off; not, where nothing says so.
+fn cut(fields: &Map<String, Value>) -> [bool; 2] {
+    let was_cut = |shown: usize| fields.get("finish").is_some_and(|finish| finish[shown] == "length");
+    match fields.get("choice").and_then(Value::as_str) {
+        Some("first") => [was_cut(0), was_cut(1)],
+        Some("second") => [was_cut(1), was_cut(0)],
+        _ => [false; 2],
+    }
 }
 
 /// An answer, perhaps after its prompt.
@@ -147,6 +160,7 @@ mod tests {
             prompt: vec![message("user", "q")],
             chosen: vec![message("assistant", "a")],
             rejected: vec![message("assistant", "b")],
+            cut: [false; 2],
         };
         for object in [
             json!({ "prompt": "q", "chosen": "a", "rejected": "b" }),
@@ -162,6 +176,11 @@ mod tests {
         let with_system = json!({ "system": "s", "prompt": "q", "chosen": "a", "rejected": "b" });
         assert_eq!(read(with_system).prompt, [message("system", "s"), message("user", "q")]);
         assert_eq!(read(json!({ "chosen": "a", "rejected": "b" })).prompt, []);
+        for (choice, cut) in [("first", [false, true]), ("second", [true, false])] {
+            let finish = ["stop", "length"];
+            let line = json!({ "prompt": "q", "chosen": "a", "rejected": "b", "choice": choice, "finish": finish });
+            assert_eq!(read(line).cut, cut);
+        }
     }
 
     #[test]

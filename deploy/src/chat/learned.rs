@@ -4,6 +4,8 @@
 //! model reads; what the answer adds to that text is what it says. Texts become tokens piece by piece in this order, so
 //! that what is read stands there as in a prompt.
 
+use std::ops::Range;
+
 use lockstep_model::bpe::END_OF_TEXT;
 use lockstep_model::chat_template::{ChatTemplateError, Day, Message};
 use lockstep_model::packing::Example;
@@ -35,6 +37,12 @@ pub(crate) enum LearnError {
         /// The turn, from 1.
         turn: usize,
     },
+    /// The template changes an answer that was cut off.
+    #[error(
+        "the chat template does not write the last answer as it is, so where it was cut off is not certain; leave the line out, \
+         or give the model another template"
+    )]
+    NoCut,
 }
 
 /// The conversation as a model learns it by `template`; empty where it has no answer to learn.
@@ -42,27 +50,27 @@ pub(crate) enum LearnError {
 /// # Errors
 /// If it cannot be written down for the model.
 pub(crate) fn example(template: &Template, messages: &[Message]) -> Result<Example, LearnError> {
-    example_after(template, messages, 0)
+    let mut script = Script::of(template);
+    script.read_and_say(messages, 0..messages.len())?;
+    Ok(script.example())
 }
 
-/// The same, of which no answer among the first `read` messages is learned: they are read as a prompt.
+/// The messages of `answer` as a model learns them after `prompt`, of which no answer is learned; without its end, if the last
+/// of them was cut off.
 ///
 /// # Errors
-/// If it cannot be written down for the model.
-pub(crate) fn example_after(template: &Template, messages: &[Message], read: usize) -> Result<Example, LearnError> {
-    let mut script =
-        Script { template, text: String::new(), tokens: Vec::new(), learned: Vec::new(), ends: Vec::new() };
-    let answers: Vec<usize> = (read..messages.len()).filter(|&turn| messages[turn].role == "assistant").collect();
-    for &turn in &answers {
-        let no_prefix = LearnError::NoPrefix { turn: turn + 1 };
-        let prompt = template.render(&messages[..turn], true, DAY)?;
-        let whole = template.render(&messages[..=turn], false, DAY)?;
-        let Some(answer) = whole.strip_prefix(&prompt) else { return Err(no_prefix) };
-        if !script.read(&prompt)? {
-            return Err(no_prefix);
-        }
-        script.say(answer)?;
-        script.say_text_end(messages.get(turn + 1).map(|next| next.role.as_str()))?;
+/// If they cannot be written down for the model.
+pub(crate) fn answer(
+    template: &Template,
+    prompt: &[Message],
+    answer: &[Message],
+    is_cut: bool,
+) -> Result<Example, LearnError> {
+    let messages = [prompt, answer].concat();
+    let (mut script, whole) = (Script::of(template), messages.len() - usize::from(is_cut));
+    script.read_and_say(&messages, prompt.len()..whole)?;
+    if is_cut {
+        script.say_beginning(&messages)?;
     }
     Ok(script.example())
 }
@@ -78,7 +86,45 @@ struct Script<'a> {
     ends: Vec<(usize, u32)>,
 }
 
-impl Script<'_> {
+impl<'a> Script<'a> {
+    fn of(template: &'a Template) -> Self {
+        Self { template, text: String::new(), tokens: Vec::new(), learned: Vec::new(), ends: Vec::new() }
+    }
+
+    /// The model reads `messages` up to each answer among `turns`, and says it.
+    fn read_and_say(&mut self, messages: &[Message], turns: Range<usize>) -> Result<(), LearnError> {
+        for turn in turns.filter(|&turn| messages[turn].role == "assistant") {
+            let answer = self.read_up_to(messages, turn)?;
+            self.say(&answer)?;
+            self.say_text_end(messages.get(turn + 1).map(|next| next.role.as_str()))?;
+        }
+        Ok(())
+    }
+
+    /// The model reads `messages` up to the last of them, and says that without an end.
+    fn say_beginning(&mut self, messages: &[Message]) -> Result<(), LearnError> {
+        let turn = messages.len() - 1;
+        let answer = self.read_up_to(messages, turn)?;
+        let said = messages[turn].content.trim();
+        let end = answer.find(said).ok_or(LearnError::NoCut)? + said.len();
+        let from = self.tokens.len();
+        self.write(&answer[..end])?;
+        self.learned[from..].fill(true);
+        Ok(())
+    }
+
+    /// The model reads what comes before the answer `turn`. The text of that answer.
+    fn read_up_to(&mut self, messages: &[Message], turn: usize) -> Result<String, LearnError> {
+        let no_prefix = LearnError::NoPrefix { turn: turn + 1 };
+        let prompt = self.template.render(&messages[..turn], true, DAY)?;
+        let whole = self.template.render(&messages[..=turn], false, DAY)?;
+        let Some(answer) = whole.strip_prefix(&prompt) else { return Err(no_prefix) };
+        if !self.read(&prompt)? {
+            return Err(no_prefix);
+        }
+        Ok(answer.to_owned())
+    }
+
     /// The model reads on until the text is `whole`; false if it does not begin with what was written so far.
     fn read(&mut self, whole: &str) -> Result<bool, UnknownCharacter> {
         let Some(piece) = whole.strip_prefix(&self.text) else { return Ok(false) };
@@ -253,6 +299,26 @@ mod tests {
         assert_eq!(shown, "s\n\nUser: u\n\nAssistant:[ a\n\nUser:] v\n\nAssistant:[ b\n\nUser:]");
         let twice = &[("user", "u"), ("assistant", "a"), ("assistant", "b")];
         assert_eq!(marked(&Tokenizer::Bytes, twice), "User: u\n\nAssistant:[ a]\n\nAssistant:[ b\n\nUser:]");
+    }
+
+    #[test]
+    fn an_answer_that_was_cut_off_is_learned_without_an_end() {
+        let chatml = imported(&["</s>", "<|im_start|>", "<|im_end|>"], None);
+        for (tokenizer, expected) in [
+            (chatml, "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n[a b]"),
+            (imported(&["</s>"], None), "User: u\n\nAssistant:[ a b]"),
+            (Tokenizer::Bytes, "User: u\n\nAssistant:[ a b]"),
+        ] {
+            let [prompt, said] = [("user", "u"), ("assistant", "a b ")].map(|turn| messages(&[turn]));
+            let example = answer(&Template::of(&tokenizer).unwrap(), &prompt, &said, true).unwrap();
+            let runs = runs(&tokenizer, &example).into_iter();
+            let shown: String = runs.map(|(learned, text)| if learned { format!("[{text}]") } else { text }).collect();
+            assert_eq!(shown, expected);
+        }
+        let loud = "{% for m in messages %}{{ m.content | upper }}{% endfor %}";
+        let template = Template::of(&imported(&["</s>"], Some(loud))).unwrap();
+        let refused = answer(&template, &messages(&TALK[1..2]), &messages(&TALK[2..3]), true).unwrap_err();
+        assert!(matches!(refused, LearnError::NoCut), "{refused}");
     }
 
     #[test]

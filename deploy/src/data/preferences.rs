@@ -8,7 +8,6 @@ use indicatif::HumanCount;
 use lockstep_coordinator::config::Turns;
 use lockstep_model::chat_template::Message;
 use lockstep_model::comparison::{self, Comparison};
-use lockstep_model::packing::Example;
 use lockstep_model::pairs::{Pair, PairSource, Reading};
 use lockstep_model::tokenizer::Tokenizer;
 
@@ -131,7 +130,7 @@ impl Judgements {
 
     /// The prompts with both answers, as conversations.
     fn conversations(&self) -> Vec<Found<Vec<Message>>> {
-        let both = |(Comparison { prompt, chosen, rejected }, place): &(Comparison, Place)| {
+        let both = |(Comparison { prompt, chosen, rejected, .. }, place): &(Comparison, Place)| {
             [chosen, rejected].map(|answer| Found { what: [&prompt[..], answer].concat(), place: place.clone() })
         };
         self.preferred.iter().flat_map(both).collect()
@@ -144,17 +143,16 @@ impl Judgements {
     pub(crate) fn pairs(self, template: &Template, context: usize, reading: Reading) -> anyhow::Result<Read> {
         let Self { preferred, mut counts } = self;
         let mut pairs = Vec::with_capacity(preferred.len());
-        for (Comparison { prompt, chosen, rejected }, place) in preferred {
+        for (Comparison { prompt, chosen, rejected, cut }, place) in preferred {
             let is_empty = |message: &Message| message.content.trim().is_empty();
             if prompt.iter().chain(&chosen).chain(&rejected).any(is_empty) {
                 counts.empty += 1;
                 continue;
             }
-            let row = |answer: &[Message]| -> anyhow::Result<Example> {
-                let messages = [&prompt[..], answer].concat();
-                learned::example_after(template, &messages, prompt.len()).with_context(|| place.to_string())
+            let row = |answer: &[Message], is_cut: bool| {
+                learned::answer(template, &prompt, answer, is_cut).with_context(|| place.to_string())
             };
-            let pair = [row(&chosen)?, row(&rejected)?];
+            let pair = [row(&chosen, cut[0])?, row(&rejected, cut[1])?];
             if pair[0] == pair[1] {
                 counts.equal += 1;
             } else if pair.iter().any(|example| example.tokens.is_empty()) {
@@ -214,6 +212,8 @@ impl fmt::Display for Report {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_model::packing::Example;
+
     use super::*;
     use crate::recipe::tests::dpo;
 

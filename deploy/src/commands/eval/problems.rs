@@ -13,7 +13,8 @@ use lockstep_model::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use super::Subject;
-use crate::chat::template::{Template, today};
+use crate::chat::learned::DAY;
+use crate::chat::template::Template;
 use crate::data::conversations::{self, Found};
 use crate::data::progress::Progress;
 
@@ -102,7 +103,7 @@ fn read(file: &PathBuf, template: &Template) -> anyhow::Result<Vec<Problem>> {
         };
         let number = last_number(&answer.content)
             .with_context(|| format!("{place}: the answer has no number to compare with"))?;
-        let prompt = template.prompt(before, today()).with_context(|| place.to_string())?;
+        let prompt = template.prompt(before, DAY).with_context(|| place.to_string())?;
         let bytes = messages.iter().map(|message| message.content.len() as u64).sum();
         Ok(Problem { prompt, number, bytes })
     };
