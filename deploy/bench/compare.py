@@ -1,12 +1,13 @@
-"""Ours beside PyTorch on the same two cores, in turn, as ratios of one run on one machine: training steps, or generation.
+"""Ours beside PyTorch on the same two cores, in turn, as ratios of one run on one machine: training, exchange or generation.
 
-    python compare.py target/release/lockstep [compute|cluster|generate] [--shapes tiny small gpt2s] [--pairs 5] [--steps 20]
+    python compare.py target/release/lockstep [compute|cluster|wire|generate] [--shapes tiny small gpt2s] [--pairs 5] [--steps 20]
 
 Needs PyTorch. Each pair runs two workers of one thread each (`lockstep bench compute`, without exchange and optimizer; or
 `bench cluster`, with both), then PyTorch in its layouts (see torch_step.py). Prints a row of a Markdown table for each
 shape: medians over the pairs, and the median of the pairs' ratios. "better" is the faster of `single` and `ddp` in that
-pair. Generation (`lockstep bench generate`, torch_generate.py) is one process with two threads each, and `--steps` is how often a
-pair repeats it.
+pair. The exchange (`lockstep bench wire`, torch_wire.py) is that of vectors between two workers, whose lengths are the
+shapes. Generation (`lockstep bench generate`, torch_generate.py) is one process with two threads each, and `--steps` is how
+often a pair repeats it.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
 
 def result_of(command: Sequence[str]) -> dict[str, Any]:
     """What a command prints, as JSON."""
@@ -65,14 +68,29 @@ def row_of_generation(pairs: Sequence[dict[str, Any]]) -> list[str]:
     return [*row, f"{limit:,.0f}"]
 
 
+def row_of_wire(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """What a table says of a vector's length."""
+    ours = [[pair["ours"][rule]["exchange_ms_median"] for pair in pairs] for rule in ["sgd", "adamw"]]
+    theirs = [pair["single"]["all_reduce_ms_median"] for pair in pairs]
+    ratios = [statistics.median(our / their for our, their in zip(of_rule, theirs, strict=True)) for of_rule in ours]
+    memory = [pair["ours"]["peak_rss_bytes"] / (4 * pair["ours"]["floats"]) for pair in pairs]
+    medians = [f"{statistics.median(values):,.0f}" for values in [*ours, theirs]]
+    return [*medians, *(f"{ratio:.2f}" for ratio in ratios), f"{max(memory):.1f}"]
+
+
 HEADS = {
     "compute": ["ours, 2 × 1 thread", "PyTorch 1 × all", "DDP gloo, 2 × 1", "PyTorch alone, 2 × 1", "ours ÷ better",
                 "ours ÷ DDP", "ours ÷ alone", "products", "peak MB of a worker", "of PyTorch alone"],
     "cluster": ["ours, 2 × 1 thread", "PyTorch 1 × all", "DDP gloo, 2 × 1", "ours ÷ better", "ours ÷ DDP", "overhead",
                 "peak MB of the coordinator", "of a DDP process"],
+    "wire": ["ours with SGD, ms", "ours with AdamW", "gloo's all-reduce", "SGD ÷ gloo", "AdamW ÷ gloo",
+             "coordinator's peak ÷ bytes of the vector"],
     "generate": [f"{what}{of}" for what in GENERATED for of in [", ours", ", PyTorch", ": ours ÷ PyTorch"]]
                 + ["one, if weights were read alone"],
 }
+
+
+PEERS = {"wire": "torch_wire.py", "generate": "torch_generate.py"}
 
 
 def main() -> None:
@@ -83,10 +101,15 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
-    generates = args.measure == "generate"
-    peer = Path(__file__).with_name("torch_generate.py" if generates else "torch_step.py")
-    layouts = {"compute": ["single", "ddp", "alone"], "cluster": ["single", "ddp"], "generate": ["single"]}[args.measure]
-    steps = "--repetitions" if generates else "--steps"
+    peer = Path(__file__).with_name(PEERS.get(args.measure, "torch_step.py"))
+    layouts = {"compute": ["single", "ddp", "alone"], "cluster": ["single", "ddp"]}.get(args.measure, ["single"])
+    shape_option = "--floats" if args.measure == "wire" else "--shape"
+    steps = "--repetitions" if args.measure == "generate" else "--steps"
+    of_ours = {
+        "wire": ["--workers", "2"],
+        "generate": ["--device", "cpu", "--threads", "2"],
+    }.get(args.measure, ["--device", "cpu", "--workers", "2", "--threads", "1"])
+    row_of_measure = {"wire": row_of_wire, "generate": row_of_generation}.get(args.measure, partial(row_of, args.measure))
 
     print(f"{machine()}; PyTorch {torch.__version__}; {args.pairs} pairs of {args.steps} {steps[2:]}\n")
     heads = ["shape", *HEADS[args.measure]]
@@ -95,15 +118,13 @@ def main() -> None:
         pairs = []
         for number in range(args.pairs):
             print(f"{shape}: pair {number + 1} of {args.pairs}", file=sys.stderr, flush=True)
-            of_all = ["--shape", shape, steps, str(args.steps)]
-            layout_of_ours = ["--threads", "2"] if generates else ["--workers", "2", "--threads", "1"]
-            ours = [args.lockstep, "bench", args.measure, *of_all, "--device", "cpu", *layout_of_ours]
-            pair = {"ours": result_of([*ours, "--json"])}
+            of_all = [shape_option, shape, steps, str(args.steps)]
+            pair = {"ours": result_of([args.lockstep, "bench", args.measure, *of_all, *of_ours, "--json"])}
             for layout in layouts:
-                pair[layout] = result_of([sys.executable, str(peer), *of_all, *([] if generates else ["--layout", layout])])
+                of_layout = [] if args.measure in PEERS else ["--layout", layout]
+                pair[layout] = result_of([sys.executable, str(peer), *of_all, *of_layout])
             pairs.append(pair)
-        row = row_of_generation(pairs) if generates else row_of(args.measure, pairs)
-        print(f"| {' | '.join([shape, *row])} |", flush=True)
+        print(f"| {' | '.join([shape, *row_of_measure(pairs)])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -652,6 +652,8 @@ pub(crate) enum Bench {
     Compute(BenchCompute),
     /// Measure how fast a cluster trains, beside its workers without one.
     Cluster(BenchCluster),
+    /// Measure how fast vectors are gathered, added and sent back.
+    Wire(BenchWire),
     /// Measure how fast a model reads prompts and continues them.
     Generate(BenchGenerate),
 }
@@ -716,6 +718,40 @@ Examples:
 pub(crate) struct BenchCluster {
     #[command(flatten)]
     pub(crate) measurement: Measurement,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "A model whose weights are nearly all in one table trains on one token a slot, so that next to nothing is computed. The
+exchange is a step without loss and gradient: gradients sent and added, the optimizer (SGD, which is little; then AdamW),
+parameters published, fetched and loaded.
+
+Examples:
+  lockstep bench wire --floats 50_000_000
+  lockstep bench wire --floats 10_000_000 --workers 4 --json"
+)]
+pub(crate) struct BenchWire {
+    /// Elements of the vector that travels, at least.
+    #[arg(long, default_value_t = 10_000_000, value_parser = floats)]
+    pub(crate) floats: u64,
+    /// Workers, each a process with one CPU thread.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) workers: u32,
+    /// Steps with each optimizer.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) steps: u32,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A number, perhaps with `_` between its digits.
+fn floats(text: &str) -> Result<u64, String> {
+    let number = text.replace('_', "").parse::<u64>().map_err(|error| error.to_string())?;
+    match number {
+        100_000..=1_000_000_000 => Ok(number),
+        _ => Err("from 100_000 to 1_000_000_000 can be sent".into()),
+    }
 }
 
 #[derive(Args, Debug)]

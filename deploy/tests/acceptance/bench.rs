@@ -35,6 +35,20 @@ fn a_cluster_is_measured_beside_its_workers_alone() {
 }
 
 #[test]
+fn the_exchange_of_vectors_is_measured_with_two_optimizers() {
+    let arguments = ["bench", "wire", "--floats", "200_000", "--workers", "2", "--steps", "3", "--json"];
+    let result: Value = serde_json::from_str(&text(&succeed(lockstep(&arguments, &[])).stdout)).unwrap();
+    let number = |value: &Value, key: &str| value[key].as_f64().unwrap_or_else(|| panic!("{key} in {result}"));
+    assert!((200_000.0..200_064.0).contains(&number(&result, "floats")), "{result}");
+    for rule in ["sgd", "adamw"] {
+        let of = |key: &str| number(&result[rule], key);
+        assert!(of("exchange_ms_median") > of("upload_ms_median") && of("upload_ms_median") > 0.0, "{result}");
+        assert!(of("step_ms_median") > of("compute_ms_median"), "{result}");
+    }
+    assert!(fail(lockstep(&["bench", "wire", "--floats", "9"], &[]), 2).contains("100_000"));
+}
+
+#[test]
 fn generation_is_measured_alone_and_in_company() {
     let arguments =
         ["bench", "generate", "--shape", "tiny", "--device", "cpu", "--batch", "3", "--repetitions", "2", "--json"];

@@ -1,38 +1,15 @@
 //! `lockstep bench cluster`: how fast a cluster on this machine trains, beside its workers without one.
 
-use std::net::Ipv4Addr;
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-
-use anyhow::bail;
-use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, RunConfig, SamplingConfig};
-use lockstep_coordinator::engine::OnDispute;
-use lockstep_coordinator::engine::command::Outcome;
-use lockstep_coordinator::metrics::{self, Line, StepLine};
-use lockstep_coordinator::observe::RunEvent;
-use lockstep_coordinator::run_dir;
-use lockstep_model::config::{
-    AdamwConfig, BatchConfig, Decay, Objective, OptimizerConfig, ScheduleConfig, UpdateRule, WindowOrder,
-};
-use lockstep_model::sampler::{Source, TokenSource, WeightedCorpus};
-use lockstep_model::step_filter::SkipConfig;
-use lockstep_model::tokens::Tokens;
+use lockstep_coordinator::metrics::StepLine;
 use serde::Serialize;
-use tokio::net::TcpListener;
 
 use super::setting::Setting;
 use super::shape::Shape;
-use super::{compute, median, peak_rss_bytes};
-use crate::child::Watched;
+use super::training::{Trained, Training};
+use super::{ADAMW, compute, median};
 use crate::cli::Measurement;
 use crate::commands::block_on;
-use crate::{launcher, telemetry};
-
-/// Steps before the first that is measured: after as many a worker's gradients are in memory that was used before.
-const WARM_UP: u32 = 20;
-/// Windows of the corpus.
-const WINDOWS: usize = 64;
+use crate::telemetry;
 
 /// What was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -68,7 +45,15 @@ pub(crate) fn run(measurement: &Measurement) -> anyhow::Result<()> {
     let half = measurement.steps.div_ceil(2);
     let (alone, cluster) = block_on(async {
         let mut alone = compute::measure(measurement, half).await?;
-        let cluster = Cluster::measure(measurement, &shape).await?;
+        let training = Training {
+            shape: &shape,
+            rule: ADAMW,
+            workers: measurement.workers,
+            threads: measurement.threads(),
+            device: measurement.device,
+            steps: measurement.steps,
+        };
+        let cluster = training.measure().await?;
         for (worker, again) in alone.iter_mut().zip(compute::measure(measurement, half).await?) {
             worker.step_secs.extend(again.step_secs);
         }
@@ -83,115 +68,7 @@ pub(crate) fn run(measurement: &Measurement) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a cluster measured.
-struct Cluster {
-    /// From one commit to the next.
-    step_secs: Vec<f64>,
-    lines: Vec<StepLine>,
-    peak_rss_bytes: Option<u64>,
-    checkpoint_peak_rss_bytes: Option<u64>,
-}
-
-impl Cluster {
-    /// Trains with a coordinator in this process, and workers in processes of their own.
-    async fn measure(measurement: &Measurement, shape: &Shape) -> anyhow::Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let run = dir.path().join("run");
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-        let launch = launcher::Launch {
-            address: listener.local_addr()?,
-            device: measurement.device,
-            threads: measurement.threads(),
-            log_dir: dir.path().join("logs"),
-        };
-        let watched = (0..measurement.workers).map(|_| Watched::new().0).collect();
-        let last = u64::from(WARM_UP + measurement.steps);
-        let commits = Arc::new(Mutex::new((Vec::new(), None)));
-        let noted = commits.clone();
-        let observer = Arc::new(move |event: &RunEvent| {
-            if let RunEvent::Step { step, .. } = event {
-                let mut noted = noted.lock().unwrap_or_else(PoisonError::into_inner);
-                noted.0.push(Instant::now());
-                if *step == last {
-                    noted.1 = peak_rss_bytes();
-                }
-            }
-        });
-        let config = run_config(measurement, shape, &run);
-        let summary = tokio::select! {
-            summary = lockstep_coordinator::run(config, listener, std::future::pending(), observer) => summary?,
-            error = launcher::supervise(launch, watched) => return Err(error),
-        };
-        if !matches!(summary.outcome, Outcome::Completed) {
-            bail!("the run that was to be measured did not come to its end");
-        }
-        let lines = metrics::read(&run_dir::metrics(&run))?.into_iter().filter_map(|line| match line {
-            Line::Step(line) => Some(line),
-            Line::Validation(_) => None,
-        });
-        let (commits, peak_rss_bytes) = std::mem::take(&mut *commits.lock().unwrap_or_else(PoisonError::into_inner));
-        let measured = &commits[WARM_UP as usize - 1..];
-        Ok(Self {
-            step_secs: measured.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect(),
-            lines: lines.skip(WARM_UP as usize).collect(),
-            peak_rss_bytes,
-            checkpoint_peak_rss_bytes: super::peak_rss_bytes(),
-        })
-    }
-}
-
-/// One slot a worker, on tokens drawn at random.
-fn run_config(measurement: &Measurement, shape: &Shape, run: &Path) -> RunConfig {
-    let batch = BatchConfig { slots: measurement.workers, sequences_per_slot: shape.rows as u32 };
-    let tokens = Tokens::from(shape.draw(0, 0, WINDOWS * (shape.length + 1)));
-    let corpus = WeightedCorpus { weight: 1.0, training: tokens.clone(), validation: tokens };
-    let source = TokenSource {
-        corpora: vec![corpus],
-        context: shape.length,
-        order: WindowOrder::Random,
-        seed: 1,
-        batch,
-        separator: None,
-    };
-    let adamw = AdamwConfig { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
-    RunConfig {
-        recipe_name: measurement.shape.clone(),
-        recipe_toml: String::new(),
-        seed: 1,
-        model: shape.model.clone(),
-        initial: None,
-        adapters: None,
-        tokenizer: None,
-        source: Arc::new(Source::Tokens(source)),
-        objective: Objective::NextToken,
-        bytes_per_token: None,
-        optimizer: OptimizerConfig { rule: UpdateRule::Adamw(adamw), lr: 1e-3, grad_clip: None },
-        skip: SkipConfig { max_in_a_row: 3, above_median: None },
-        schedule: ScheduleConfig {
-            steps: u64::from(WARM_UP + measurement.steps),
-            warmup_steps: 0,
-            decay: Decay::Constant,
-            min_lr: 0.0,
-        },
-        batch,
-        evaluation: EvaluationConfig { every_steps: 0, slots: 0 },
-        sampling: SamplingConfig { every_steps: 0, prompts: Vec::new(), tokens: 0, temperature: 0.0, top_k: 0 },
-        turns: None,
-        checkpoint: CheckpointConfig { every_steps: 0, interval: None, keep_last: 1, stop_after: None },
-        cluster: ClusterConfig {
-            min_workers: measurement.workers,
-            exact: true,
-            audit: 0.0,
-            on_dispute: OnDispute::Wait,
-            heartbeat_interval: Duration::from_secs(1),
-            liveness_timeout: Duration::from_secs(60),
-        },
-        run_dir: run.into(),
-        resume: false,
-    }
-}
-
-fn summarise(measurement: &Measurement, shape: &Shape, alone: &[compute::Measured], cluster: &Cluster) -> Summary {
+fn summarise(measurement: &Measurement, shape: &Shape, alone: &[compute::Measured], cluster: &Trained) -> Summary {
     let tokens_per_step = shape.tokens() * measurement.workers as usize;
     let device = alone.first().map_or("", |worker| &worker.device);
     let step_secs = median(cluster.step_secs.clone());

@@ -6,8 +6,15 @@ mod generate;
 mod measured;
 mod setting;
 pub(super) mod shape;
+mod training;
+mod wire;
+
+use lockstep_model::config::{AdamwConfig, UpdateRule};
 
 use crate::cli::Bench;
+
+/// The optimizer of runs that are measured.
+const ADAMW: UpdateRule = UpdateRule::Adamw(AdamwConfig { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 });
 
 /// The value in the middle; 0 of none.
 pub(super) fn median(mut values: Vec<f64>) -> f64 {
@@ -27,6 +34,7 @@ pub(crate) fn run(bench: Bench) -> anyhow::Result<()> {
     match bench {
         Bench::Compute(args) => compute::run(&args),
         Bench::Cluster(args) => cluster::run(&args.measurement),
+        Bench::Wire(args) => wire::run(&args),
         Bench::Generate(args) => generate::run(&args),
     }
 }
