@@ -7,6 +7,7 @@ use std::time::Duration;
 use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::config::{BatchConfig, ModelConfig, Objective, OptimizerConfig, ScheduleConfig};
 use lockstep_model::sampler::Source;
+use lockstep_model::schedule::local_learning_rates;
 use lockstep_model::step_filter::SkipConfig;
 use lockstep_model::tokenizer::Tokenizer;
 
@@ -36,8 +37,10 @@ pub struct RunConfig {
     pub source: Arc<Source>,
     /// Bytes of text for each validation token, on average; `None` where there is no text.
     pub bytes_per_token: Option<f64>,
-    /// The update rule.
+    /// The update rule: of versions, or of each replica's local steps where there is an `outer` one.
     pub optimizer: OptimizerConfig,
+    /// How versions follow what replicas learned in their local steps; `None`: slots are no replicas, and have gradients.
+    pub outer: Option<OptimizerConfig>,
     /// What becomes of steps whose gradient is of no use.
     pub skip: SkipConfig,
     /// The learning rate over time.
@@ -58,6 +61,21 @@ pub struct RunConfig {
     pub run_dir: PathBuf,
     /// Continue from the newest valid checkpoint in `run_dir`.
     pub resume: bool,
+}
+
+impl RunConfig {
+    /// How one version of the parameters follows from the one before.
+    pub(crate) fn optimizer_of_versions(&self) -> &OptimizerConfig {
+        self.outer.as_ref().unwrap_or(&self.optimizer)
+    }
+
+    /// The learning rates of a replica's local steps in step `step`; none where slots are no replicas.
+    pub(crate) fn local_learning_rates(&self, step: u64) -> Vec<f64> {
+        match self.outer {
+            Some(_) => local_learning_rates(&self.schedule, self.optimizer.lr, self.batch.local_steps, step),
+            None => Vec::new(),
+        }
+    }
 }
 
 /// Parameters of another model that a run begins with, kept while it lasts: it may go back to its beginning.
@@ -142,7 +160,7 @@ impl RunConfig {
         use lockstep_model::config::{Decay, LineConfig, UpdateRule};
         use lockstep_model::sampler::LineSource;
 
-        let batch = BatchConfig { slots: 2, sequences_per_slot: 2 };
+        let batch = BatchConfig { slots: 2, sequences_per_slot: 2, local_steps: 1 };
         Self {
             recipe_name: "line".into(),
             recipe_toml: String::new(),
@@ -155,6 +173,7 @@ impl RunConfig {
             source: Arc::new(Source::Line(LineSource { batch })),
             bytes_per_token: None,
             optimizer: OptimizerConfig { rule: UpdateRule::Sgd, lr: 0.1, grad_clip: None },
+            outer: None,
             skip: SkipConfig { max_in_a_row: 0, above_median: None },
             schedule: ScheduleConfig { steps: 10, warmup_steps: 0, decay: Decay::Constant, min_lr: 0.0 },
             batch,

@@ -34,6 +34,8 @@ pub(crate) struct State {
 pub(crate) struct Rules {
     pub(crate) layout: Layout,
     pub(crate) optimizer: OptimizerConfig,
+    /// Whether slots are replicas, of whose pseudo-gradients the mean is taken; else it is that over all that has a weight.
+    pub(crate) replicas: bool,
     pub(crate) skip: SkipConfig,
     /// Of a step.
     pub(crate) slots: u32,
@@ -192,11 +194,13 @@ impl Plane {
         let draft = publication.draft(step, parameters.len());
         let (report, digests) = {
             let _span = tracing::info_span!(target: "lockstep", parent: span, "optimizer").entered();
-            let Rules { optimizer: config, layout, skip, .. } = &self.rules;
-            let update = Update { gradient_sum: &gradient, weight_sum: sums.weight, lr, step };
+            let Rules { optimizer: OptimizerConfig { rule, grad_clip, .. }, layout, replicas, skip, slots } =
+                &self.rules;
+            let weight_sum = if *replicas { f64::from(*slots) } else { sums.weight };
+            let update = Update { gradient_sum: &gradient, weight_sum, grad_clip: *grad_clip, lr, step };
             let accepts = |grad_norm| !filter.skips(*skip, StepNumbers { loss: sums.mean(), grad_norm });
             let add = |start, piece: &[f32]| draft.add(start, piece);
-            optimizer::step_if(config, layout, parameters, optimizer, update, accepts, add)
+            optimizer::step_if(rule, layout, parameters, optimizer, update, accepts, add)
         };
         self.spare.give_back(gradient);
         let optimize = start.elapsed();
@@ -214,23 +218,30 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use bytes::Bytes;
-    use lockstep_model::config::{LineConfig, ModelConfig, UpdateRule};
+    use lockstep_model::config::{LineConfig, ModelConfig, NesterovConfig, UpdateRule};
     use lockstep_proto::chunk;
 
     use super::*;
 
     /// A plane of three slots over two parameters, 1 and 2, and what it says of each step.
     fn plane() -> (DataPlane, Receiver<anyhow::Result<Applied>>) {
+        plane_of(false, UpdateRule::Sgd)
+    }
+
+    fn plane_of(replicas: bool, rule: UpdateRule) -> (DataPlane, Receiver<anyhow::Result<Applied>>) {
         let layout = Layout::of(&ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }));
-        let optimizer = OptimizerConfig { rule: UpdateRule::Sgd, lr: 0.5, grad_clip: None };
+        let optimizer = OptimizerConfig { rule, lr: 0.5, grad_clip: None };
         let skip = SkipConfig { max_in_a_row: 3, above_median: None };
         let (done, news) = channel();
-        let state =
-            State { parameters: vec![1.0, 2.0], optimizer: OptimizerState::default(), filter: StepFilter::default() };
-        let plane =
-            DataPlane::start(Rules { layout, optimizer, skip, slots: 3 }, 0, state, Arc::default(), move |applied| {
-                let _ = done.send(applied);
-            });
+        let state = State {
+            parameters: vec![1.0, 2.0],
+            optimizer: OptimizerState::new(&optimizer.rule, 2),
+            filter: StepFilter::default(),
+        };
+        let rules = Rules { layout, optimizer, replicas, skip, slots: 3 };
+        let plane = DataPlane::start(rules, 0, state, Arc::default(), move |applied| {
+            let _ = done.send(applied);
+        });
         (plane.unwrap(), news)
     }
 
@@ -259,6 +270,17 @@ mod tests {
 
         apply(&plane, 2);
         assert!(news.recv().unwrap().is_err(), "no slot of step 2 was added");
+    }
+
+    #[test]
+    fn what_replicas_learned_is_their_mean_whatever_they_read() {
+        let (plane, news) = plane_of(true, UpdateRule::Nesterov(NesterovConfig { momentum: 0.5 }));
+        plane.add(LEFT, vec![3.0, 1.5], &Span::none());
+        plane.add(RIGHT, vec![3.0, 0.0], &Span::none());
+        apply(&plane, 1);
+        assert_eq!(news.recv().unwrap().unwrap().grad_norm, (6f64.powi(2) + 1.5f64.powi(2)).sqrt() / 3.0);
+        // The mean over three, (2, 0.5), and half of it as momentum, at a rate of 0.5.
+        assert_eq!(published(&plane), (1, chunk::to_bytes(&[1.0 - 0.5 * 3.0, 2.0 - 0.5 * 0.75])));
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub async fn run(
 ) -> anyhow::Result<Summary> {
     let start = start::prepare(&mut config)?;
     let base = start.base.clone();
-    let invitation = start::invitation(&config, start.run_dir.identity(), base.as_deref());
+    let invitation = start::invitation(&config, start.run_dir.identity(), base.as_deref())?;
     let (inputs, mut queue) = mpsc::unbounded_channel();
     let staging = Arc::new(Staging::default());
     let mut runtime = Runtime::new(config, start, staging.clone(), inputs.clone(), observer)?;

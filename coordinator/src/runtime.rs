@@ -99,7 +99,8 @@ impl Runtime {
         let Start { run_dir, state, base, manifest, metrics, ledger, references, resumed } = start;
         let rules = Rules {
             layout: manifest.layout(),
-            optimizer: config.optimizer.clone(),
+            optimizer: config.optimizer_of_versions().clone(),
+            replicas: config.outer.is_some(),
             skip: config.skip,
             slots: config.batch.slots,
         };
@@ -346,7 +347,8 @@ impl Runtime {
             Command::ApplyStep { step, sums } => {
                 let lr = learning_rate(&self.config.schedule, self.config.optimizer.lr, step);
                 self.applying = Some((sums, lr));
-                self.plane.apply(step, lr, sums, &self.step.span);
+                let lr_of_versions = self.config.outer.as_ref().map_or(lr, |outer| outer.lr);
+                self.plane.apply(step, lr_of_versions, sums, &self.step.span);
             }
             Command::RecordValidation { step, sums } => {
                 let validation = Validation::new(step, sums.mean(), self.config.bytes_per_token);
@@ -427,7 +429,10 @@ impl Runtime {
     fn lease_message(&mut self, worker: WorkerId, lease: &Lease) -> v1::Lease {
         let source = &self.config.source;
         let (slots, task) = match lease.task {
-            Task::Gradient => (self.config.batch.slots, v1::lease::Task::Gradient(v1::GradientTask {})),
+            Task::Gradient => {
+                let learning_rates = self.config.local_learning_rates(lease.step);
+                (self.config.batch.slots, v1::lease::Task::Gradient(v1::GradientTask { learning_rates }))
+            }
             Task::Evaluate => (self.config.evaluation.slots, v1::lease::Task::Evaluate(v1::EvaluateTask {})),
             Task::Reference => (source.reference_slots(), v1::lease::Task::Reference(v1::ReferenceTask {})),
         };

@@ -121,7 +121,7 @@ pub(crate) fn prepare(config: &mut RunConfig) -> anyhow::Result<Start> {
             manifest.step
         );
     }
-    let rows_per_step = u64::from(config.batch.slots) * u64::from(config.batch.sequences_per_slot);
+    let rows_per_step = config.batch.sequences_per_step();
     let ledger =
         LedgerFile::open(&run_dir.ledger(), manifest.ledger, &manifest.ledger_seal, config.batch.slots, rows_per_step);
     let ledger = ledger.context("the ledger of the run cannot be opened")?;
@@ -197,7 +197,7 @@ pub(crate) fn initial_state(config: &RunConfig) -> State {
         (None, Some(initial)) => initial.parameters.to_vec(),
         (None, None) => initial_parameters(&config.model, config.seed),
     };
-    let optimizer = OptimizerState::new(&config.optimizer, parameters.len());
+    let optimizer = OptimizerState::new(&config.optimizer_of_versions().rule, parameters.len());
     State { parameters, optimizer, filter: StepFilter::default() }
 }
 
@@ -267,9 +267,19 @@ fn secret() -> u64 {
     std::collections::hash_map::RandomState::new().hash_one(unix_nanos())
 }
 
-/// What every joiner is told: the model, the adapters that stand on `base`, if such are trained, and a gradient and an
-/// evaluation of the run's own shapes as the probe.
-pub(crate) fn invitation(config: &RunConfig, identity: &Identity, base: Option<&BaseFile>) -> v1::Invitation {
+/// Local steps of a probe, which show as much as all of them would: moments are not 0 in the second one.
+const PROBE_LOCAL_STEPS: usize = 2;
+
+/// What every joiner is told: the model, the adapters that stand on `base`, if such are trained, and a gradient (or the first
+/// local steps of a replica) and an evaluation of the run's own shapes as the probe.
+///
+/// # Errors
+/// If the first slot has not the rows that it should have.
+pub(crate) fn invitation(
+    config: &RunConfig,
+    identity: &Identity,
+    base: Option<&BaseFile>,
+) -> anyhow::Result<v1::Invitation> {
     let probe = |task, batch| v1::Lease {
         lease_id: 0,
         step: 1,
@@ -281,13 +291,20 @@ pub(crate) fn invitation(config: &RunConfig, identity: &Identity, base: Option<&
         traceparent: traceparent(&identity.run_id, 0),
         parameters_blake3: Vec::new(),
     };
-    let gradient = v1::lease::Task::Gradient(v1::GradientTask {});
-    let mut probes = vec![probe(gradient, config.source.training_slot(1, 0))];
+    let mut slot = config.source.training_slot(1, 0);
+    let mut learning_rates = config.local_learning_rates(1);
+    if learning_rates.len() > PROBE_LOCAL_STEPS {
+        let rows = slot.columns.first().map_or(0, |column| column.shape[0]);
+        slot = slot.rows(0..rows / learning_rates.len() * PROBE_LOCAL_STEPS)?;
+        learning_rates.truncate(PROBE_LOCAL_STEPS);
+    }
+    let gradient = v1::lease::Task::Gradient(v1::GradientTask { learning_rates });
+    let mut probes = vec![probe(gradient, slot)];
     if config.evaluation.slots > 0 {
         let evaluate = v1::lease::Task::Evaluate(v1::EvaluateTask {});
         probes.push(probe(evaluate, config.source.validation_slot(0)));
     }
-    v1::Invitation {
+    Ok(v1::Invitation {
         run_id: identity.run_id.clone(),
         incarnation: identity.incarnation,
         model: Some(translate::model(&config.model)),
@@ -296,10 +313,11 @@ pub(crate) fn invitation(config: &RunConfig, identity: &Identity, base: Option<&
         heartbeat_interval_ms: config.cluster.heartbeat_interval.as_millis() as u32,
         liveness_timeout_ms: config.cluster.liveness_timeout.as_millis() as u32,
         objective: Some(translate::objective(config.objective)),
+        local_optimizer: config.outer.as_ref().map(|_| translate::local_optimizer(&config.optimizer)),
         adapters: config.adapters.as_ref().zip(base).map(|(adapters, base)| {
             translate::adapters(adapters, &AdaptedLayout::of(&config.model, adapters).base, base.blake3())
         }),
-    }
+    })
 }
 
 #[cfg(test)]
@@ -332,7 +350,7 @@ mod tests {
         assert_eq!(start.base.as_ref().unwrap().parameters(), [1.0], "the bias is trained, and no part of it");
         assert_eq!(*first.initial.as_ref().unwrap().parameters, [2.0], "what is trained whole begins as it was");
         assert_eq!((start.state.parameters, start.manifest.layout().len()), (vec![2.0], 1));
-        let invited = invitation(&first, start.run_dir.identity(), start.base.as_deref());
+        let invited = invitation(&first, start.run_dir.identity(), start.base.as_deref()).unwrap();
         let told = invited.adapters.unwrap();
         assert_eq!((told.base.unwrap().total_elements, invited.layout.unwrap().total_elements), (1, 1));
         assert_eq!(told.base_blake3, vector_blake3(&[1.0]));

@@ -2,7 +2,9 @@
 
 use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::batch::{Batch, Column, PairSums, Values};
-use lockstep_model::config::{DpoConfig, Gelu, ModelConfig, Objective};
+use lockstep_model::config::{
+    AdamwConfig, DpoConfig, Gelu, ModelConfig, MuonConfig, NesterovConfig, Objective, OptimizerConfig, UpdateRule,
+};
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
 use lockstep_proto::v1;
@@ -62,6 +64,27 @@ pub(crate) fn objective(objective: Objective) -> v1::Objective {
         }
     };
     v1::Objective { kind: Some(kind) }
+}
+
+/// How a replica takes its local steps, at the learning rates of its leases.
+pub(crate) fn local_optimizer(OptimizerConfig { rule, grad_clip, .. }: &OptimizerConfig) -> v1::LocalOptimizer {
+    let adamw = |&AdamwConfig { beta1, beta2, epsilon, weight_decay }: &AdamwConfig| v1::Adamw {
+        beta1,
+        beta2,
+        epsilon,
+        weight_decay,
+    };
+    let rule = match rule {
+        UpdateRule::Adamw(config) => v1::local_optimizer::Rule::Adamw(adamw(config)),
+        UpdateRule::Muon(MuonConfig { momentum, adamw: others }) => {
+            v1::local_optimizer::Rule::Muon(v1::Muon { momentum: *momentum, others: Some(adamw(others)) })
+        }
+        UpdateRule::Nesterov(NesterovConfig { momentum }) => {
+            v1::local_optimizer::Rule::Nesterov(v1::Nesterov { momentum: *momentum })
+        }
+        UpdateRule::Sgd => v1::local_optimizer::Rule::Sgd(v1::Sgd {}),
+    };
+    v1::LocalOptimizer { rule: Some(rule), grad_clip: *grad_clip }
 }
 
 /// What a worker sums up of pairs.

@@ -27,11 +27,13 @@ pub(crate) struct Plan {
     pub(crate) trained: u64,
     /// The adapters in words, where they are trained alone.
     pub(crate) adapters: Option<String>,
-    /// Optimizer steps of the run.
+    /// Steps of the run, each of which makes a version of the parameters; rounds, where there are local steps.
     pub(crate) steps: u64,
     /// Slots a step.
     pub(crate) slots: u32,
-    /// Sequences (rows) in each slot.
+    /// Of each slot in a step, where slots are replicas.
+    pub(crate) local_steps: Option<u32>,
+    /// Sequences (rows) in each slot, or local step of one.
     pub(crate) sequences_per_slot: u32,
     /// Tokens of a sequence, of both answers where it is a pair; 1 for a row of the straight line.
     pub(crate) tokens_per_sequence: u64,
@@ -60,6 +62,8 @@ pub(crate) struct WorkerMemory {
     pub(crate) gradients: u64,
     /// Activations of one slot, kept for the backward pass.
     pub(crate) activations: u64,
+    /// Where slots are replicas: the parameters that they begin with, their own, here and on the device, and their moments.
+    pub(crate) replica: u64,
 }
 
 /// What the coordinator holds. All in bytes.
@@ -105,11 +109,17 @@ impl WorkerMemory {
             parameters: 2 * vector + base,
             gradients: (2 + waiting_sums) * vector,
             activations: activation_bytes(model, u64::from(batch.sequences_per_slot) * rows_per_sequence as u64),
+            replica: 0,
         }
     }
 
+    /// The same where slots are replicas that follow this rule.
+    fn with_replicas(self, rule: &UpdateRule, trained: u64) -> Self {
+        Self { replica: 3 * trained * FLOAT_BYTES + moment_bytes(rule, trained as usize), ..self }
+    }
+
     fn total(&self) -> u64 {
-        self.parameters + self.gradients + self.activations
+        self.parameters + self.gradients + self.activations + self.replica
     }
 }
 
@@ -139,7 +149,10 @@ impl Plan {
         let adapters = recipe.adapters.as_ref();
         let trained = trained_layout(&model, adapters).len() as u64;
         let vector = trained * FLOAT_BYTES;
-        let moments = moment_bytes(&recipe.optimizer.rule, trained as usize);
+        let rule = &recipe.optimizer.rule;
+        let moments = moment_bytes(recipe.outer.as_ref().map_or(rule, |outer| &outer.rule), trained as usize);
+        let worker = WorkerMemory::of(&model, adapters, recipe.batch, recipe.rows_per_sequence());
+        let worker = if recipe.outer.is_some() { worker.with_replicas(rule, trained) } else { worker };
         let mut plan = Self {
             recipe: recipe.name.clone(),
             model: in_words(&model),
@@ -150,10 +163,11 @@ impl Plan {
             }),
             steps: recipe.schedule.steps,
             slots: recipe.batch.slots,
+            local_steps: recipe.outer.as_ref().map(|_| recipe.batch.local_steps),
             sequences_per_slot: recipe.batch.sequences_per_slot,
             tokens_per_sequence: (recipe.rows_per_sequence() * recipe.model.tokens_per_sequence()) as u64,
             bytes_per_token: recipe.bytes_per_token(),
-            worker: WorkerMemory::of(&model, adapters, recipe.batch, recipe.rows_per_sequence()),
+            worker,
             coordinator: CoordinatorMemory {
                 parameters: 2 * vector,
                 moments,
@@ -176,7 +190,7 @@ impl Plan {
     }
 
     fn tokens_per_slot(&self) -> u64 {
-        u64::from(self.sequences_per_slot) * self.tokens_per_sequence
+        u64::from(self.local_steps.unwrap_or(1)) * u64::from(self.sequences_per_slot) * self.tokens_per_sequence
     }
 
     /// One step with `workers` workers.
@@ -222,6 +236,7 @@ impl Plan {
 pub(crate) fn moment_bytes(rule: &UpdateRule, parameters: usize) -> u64 {
     match rule {
         UpdateRule::Adamw(_) | UpdateRule::Muon(_) => 2 * parameters as u64 * FLOAT_BYTES,
+        UpdateRule::Nesterov(_) => parameters as u64 * FLOAT_BYTES,
         UpdateRule::Sgd => 0,
     }
 }
@@ -277,6 +292,7 @@ impl fmt::Display for Plan {
         let [all, vector] = [self.parameters, self.trained].map(|elements| DecimalBytes(elements * FLOAT_BYTES));
         let (worker, coordinator) = (&self.worker, &self.coordinator);
         let useful = self.step(self.useful_workers);
+        let step_word = if self.local_steps.is_some() { "round" } else { "step" };
 
         writeln!(f, "recipe            {}", self.recipe)?;
         writeln!(f, "model             {}", self.model)?;
@@ -293,13 +309,25 @@ impl fmt::Display for Plan {
             1 => "rows".into(),
             length => format!("sequences of {length}"),
         };
-        writeln!(f, "tokens a step     {}: {slots} slots of {sequences_per_slot} {sequences}", HumanCount(tokens))?;
-        writeln!(f, "the run           {} steps, {all_tokens} tokens", HumanCount(*steps))?;
+        let tokens = HumanCount(tokens);
+        match self.local_steps {
+            None => {
+                writeln!(f, "tokens a step     {tokens}: {slots} slots of {sequences_per_slot} {sequences}")?;
+                writeln!(f, "the run           {} steps, {all_tokens} tokens", HumanCount(*steps))?;
+            }
+            Some(local) => {
+                let of_replica = format!("{local} local steps of {sequences_per_slot} {sequences}");
+                writeln!(f, "tokens a round    {tokens}: {slots} replicas, {of_replica}")?;
+                let all_steps = HumanCount(steps.saturating_mul(u64::from(local)));
+                let rounds = HumanCount(*steps);
+                writeln!(f, "the run           {rounds} rounds, {all_steps} local steps, {all_tokens} tokens")?;
+            }
+        }
         writeln!(f)?;
-        writeln!(f, "on the wire, a step")?;
+        writeln!(f, "on the wire, a {step_word}")?;
         writeln!(f, "  parameters      {vector} to each worker")?;
         writeln!(f, "  gradients       {vector} for each block of slots that is leased")?;
-        writeln!(f, "  tokens          {} in all", DecimalBytes(tokens * self.bytes_per_token))?;
+        writeln!(f, "  tokens          {} in all", DecimalBytes(tokens.0 * self.bytes_per_token))?;
         if self.adapters.is_some() {
             writeln!(f, "  and once        {all} to each worker: the model that adapters stand on")?;
         }
@@ -313,6 +341,9 @@ impl fmt::Display for Plan {
             DecimalBytes(worker.gradients),
             DecimalBytes(worker.activations)
         )?;
+        if self.local_steps.is_some() {
+            writeln!(f, "                  replica and moments {}", DecimalBytes(worker.replica))?;
+        }
         writeln!(
             f,
             "  the coordinator {}: parameters {}, moments {}, gradients of {} waiting blocks {}",
@@ -334,9 +365,10 @@ impl fmt::Display for Plan {
             self.worker_tokens_per_sec,
             self.bandwidth_bits_per_sec / 1e6
         )?;
-        writeln!(f, "  workers  blocks  wire a step     compute    transfer        step    tokens/s")?;
+        let wire = format!("wire a {step_word}");
+        writeln!(f, "  workers  blocks {wire:>12}     compute    transfer  {step_word:>10}    tokens/s")?;
         for step in &self.outlook {
-            let tokens_per_sec = (tokens as f64 / step.secs()).round();
+            let tokens_per_sec = (tokens.0 as f64 / step.secs()).round();
             writeln!(
                 f,
                 "  {:>7}  {:>6}  {:>11}  {:>10}  {:>10}  {:>10}  {:>10}",
@@ -349,7 +381,11 @@ impl fmt::Display for Plan {
                 HumanCount(tokens_per_sec as u64).to_string()
             )?;
         }
-        write!(f, "useful workers    {}: more shorten the step by less than 5 %, or not at all", self.useful_workers)
+        write!(
+            f,
+            "useful workers    {}: more shorten the {step_word} by less than 5 %, or not at all",
+            self.useful_workers
+        )
     }
 }
 
@@ -435,6 +471,19 @@ mod tests {
         assert_eq!(adapted.step(1).wire_bytes - tokens, 2 * 4 * adapted.trained);
         assert_eq!(all.step(1).wire_bytes - tokens, 2 * 4 * adapted.parameters);
         assert_eq!(adapted.trained, 4 * 4 * ((128 + 384) + (128 + 512)));
+    }
+
+    #[test]
+    fn the_plan_of_replicas() {
+        let sets = ["batch.local_steps=50", "schedule.steps=40", "schedule.warmup_steps=2"];
+        let local = plan("shakespeare-char-cpu", &sets, 1e7, 4000.0);
+        expect![[r#""#]].assert_eq(&local.to_string());
+        // As many bytes a round as a step has without, but for tokens; and fifty times as long to compute.
+        let all = plan("shakespeare-char-cpu", &[], 1e7, 4000.0);
+        let tokens = 4 * 3 * 64 * 8;
+        assert_eq!(local.step(4).wire_bytes - 50 * tokens, all.step(4).wire_bytes - tokens);
+        assert!((local.step(4).compute_secs / all.step(4).compute_secs - 50.0).abs() < 1e-9);
+        assert_eq!((all.useful_workers, local.useful_workers), (1, 4));
     }
 
     #[test]

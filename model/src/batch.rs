@@ -1,5 +1,7 @@
 //! What one slot is computed from: named columns of whole rows.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 /// Sums over the positions (or rows) of one or more slots.
@@ -128,6 +130,31 @@ pub enum BatchError {
         /// Its element count.
         found: usize,
     },
+    /// The rows cannot be cut so.
+    #[error(
+        "{rows} rows cannot be cut into {count} parts of equally many; coordinator and worker disagree on the step"
+    )]
+    Parts {
+        /// Rows there are.
+        rows: usize,
+        /// Parts wanted.
+        count: usize,
+    },
+}
+
+impl Column {
+    fn misshapen(&self) -> BatchError {
+        BatchError::Shape { name: self.name.clone(), shape: self.shape, found: self.values.len() }
+    }
+}
+
+impl Values {
+    fn len(&self) -> usize {
+        match self {
+            Self::U32(values) => values.len(),
+            Self::F32(values) => values.len(),
+        }
+    }
 }
 
 /// The elements of a column and its shape.
@@ -174,6 +201,37 @@ impl Batch {
         self.optional_f32(name)?.ok_or(BatchError::Missing { name, element: "f32" })
     }
 
+    /// Cuts the rows into `count` parts of consecutive rows, equally many.
+    ///
+    /// # Errors
+    /// If the rows cannot be cut so, or a column's size is not its shape's.
+    pub fn parts(&self, count: usize) -> Result<Vec<Self>, BatchError> {
+        let rows = self.columns.first().map_or(0, |column| column.shape[0]);
+        if count == 0 || rows == 0 || !rows.is_multiple_of(count) {
+            return Err(BatchError::Parts { rows, count });
+        }
+        let length = rows / count;
+        (0..count).map(|part| self.rows(part * length..(part + 1) * length)).collect()
+    }
+
+    /// Some of the rows.
+    ///
+    /// # Errors
+    /// If a column has not as many, or its size is not its shape's.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self, BatchError> {
+        let of_column = |column: &Column| {
+            let [_, length] = column.shape;
+            let range = rows.start * length..rows.end * length;
+            let values = match &column.values {
+                Values::U32(values) => values.get(range).map(|values| Values::U32(values.to_vec())),
+                Values::F32(values) => values.get(range).map(|values| Values::F32(values.to_vec())),
+            };
+            let values = values.ok_or_else(|| column.misshapen())?;
+            Ok(Column { name: column.name.clone(), shape: [rows.len(), length], values })
+        };
+        Ok(Self { columns: self.columns.iter().map(of_column).collect::<Result<_, _>>()? })
+    }
+
     /// How many positions (or rows) there are, weighted or not.
     pub fn positions(&self) -> usize {
         self.columns.first().map_or(0, |column| column.shape.iter().product())
@@ -186,16 +244,39 @@ impl Batch {
 
     fn column(&self, name: &'static str) -> Result<Option<(&Values, [usize; 2])>, BatchError> {
         let Some(column) = self.columns.iter().find(|column| column.name == name) else { return Ok(None) };
-        let found = match &column.values {
-            Values::U32(values) => values.len(),
-            Values::F32(values) => values.len(),
-        };
         let [rows, length] = column.shape;
         let [all_rows, full_length] = self.columns[0].shape;
         let fits = rows == all_rows && (length == full_length || length == 1);
-        if rows.checked_mul(length) != Some(found) || !fits {
-            return Err(BatchError::Shape { name: column.name.clone(), shape: column.shape, found });
+        if rows.checked_mul(length) != Some(column.values.len()) || !fits {
+            return Err(column.misshapen());
         }
         Ok(Some((&column.values, column.shape)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_consecutive_rows_of_every_column() {
+        let column = |name: &str, shape, values| Column { name: name.into(), shape, values };
+        let batch = Batch {
+            columns: vec![
+                column("tokens", [4, 2], Values::U32((0..8).collect())),
+                column("references", [4, 1], Values::F32(vec![0.0, 1.0, 2.0, 3.0])),
+            ],
+        };
+        let parts = batch.parts(2).unwrap();
+        assert_eq!(parts[0].u32("tokens").unwrap(), (&[0, 1, 2, 3][..], [2, 2]));
+        assert_eq!(parts[1].u32("tokens").unwrap(), (&[4, 5, 6, 7][..], [2, 2]));
+        assert_eq!(parts[1].f32("references").unwrap(), (&[2.0, 3.0][..], [2, 1]));
+        assert_eq!(batch.parts(1).unwrap(), [batch.clone()]);
+        for count in [0, 3, 8] {
+            assert_eq!(batch.parts(count), Err(BatchError::Parts { rows: 4, count }));
+        }
+        let mut short = batch;
+        short.columns[1].values = Values::F32(vec![0.0; 3]);
+        assert!(matches!(short.parts(2), Err(BatchError::Shape { found: 3, .. })));
     }
 }

@@ -2,11 +2,14 @@
 //!
 //! The gradient is that of the *sum* of weighted losses; the mean is taken once, over the whole step, by the optimizer.
 
+mod local_steps;
+
 use std::convert::Infallible;
 use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::{Device, Tensor, TensorData, Transaction};
 
+pub use self::local_steps::LocalSteps;
 use crate::adapters::{AdaptedLayout, AdapterConfig, Origin};
 use crate::batch::{Batch, BatchError, Sums};
 use crate::config::{ModelConfig, Objective};
@@ -25,7 +28,7 @@ use crate::tree::{add_vectors, sum_leaves};
 pub struct SlotKey {
     /// Seed of the run.
     pub seed: u64,
-    /// The optimizer step, from 1.
+    /// The optimizer step, from 1; of a local step, its number in the run.
     pub step: u64,
     /// The slot within the step.
     pub slot: u32,
@@ -206,8 +209,7 @@ impl Computer {
     /// # Errors
     /// If the batch does not fit the model, or the device fails.
     pub fn gradient(&self, batch: &Batch, key: SlotKey) -> Result<SlotGradient, ComputeError> {
-        let BlockGradient { slot_sums, gradient } = self.block_gradient([Ok((batch, key))].into_iter())?;
-        Ok(SlotGradient { sums: slot_sums[0], gradient })
+        self.gradient_at(&self.leaves, (batch, key))
     }
 
     /// Losses and the summed gradient of a block's slots (at least one), in order, dropout active. Slots are computed one
@@ -220,11 +222,10 @@ impl Computer {
         &self,
         slots: impl ExactSizeIterator<Item = Result<(&'a Batch, SlotKey), ComputeError>>,
     ) -> Result<BlockGradient, ComputeError> {
-        let no_slots = || ComputeError::Input("a block without slots has no gradient".into());
         if self.adds_exactly {
             let mut losses = Vec::with_capacity(slots.len());
             let gradients = slots.map(|slot| -> Result<_, ComputeError> {
-                let (loss, gradient) = self.backward(slot?)?;
+                let (loss, gradient) = self.backward(&self.leaves, slot?)?;
                 losses.push(loss);
                 Ok(gradient)
             });
@@ -234,13 +235,19 @@ impl Computer {
         }
         let mut slot_sums = Vec::with_capacity(slots.len());
         let gradients = slots.map(|slot| {
-            let (loss, gradient) = self.backward(slot?)?;
-            let (sums, gradient) = read(vec![loss], gradient)?;
-            slot_sums.extend(sums);
-            self.flat(gradient)
+            let SlotGradient { sums, gradient } = self.gradient_at(&self.leaves, slot?)?;
+            slot_sums.push(sums);
+            Ok::<_, ComputeError>(gradient)
         });
         let gradient = sum_leaves(gradients, |left, right| add_vectors(left, &right))?.ok_or_else(no_slots)?;
         Ok(BlockGradient { slot_sums, gradient })
+    }
+
+    /// Loss and gradient of one slot with the parameters in `leaves`, read back.
+    fn gradient_at(&self, leaves: &[Leaf], slot: (&Batch, SlotKey)) -> Result<SlotGradient, ComputeError> {
+        let (loss, gradient) = self.backward(leaves, slot)?;
+        let (sums, gradient) = read(vec![loss], gradient)?;
+        Ok(SlotGradient { sums: sums[0], gradient: self.flat(gradient)? })
     }
 
     /// Takes a gradient back, so that the next one need not ask the system for memory.
@@ -248,25 +255,29 @@ impl Computer {
         *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = gradient;
     }
 
-    /// Starts forward and backward of one slot: its loss, and the gradient of each trainable tensor, on the device. On the
-    /// CPU backend it runs as one of the threads that operations are split among, so that none of these has to wake
+    /// Starts forward and backward of one slot with the parameters in `leaves`: its loss, and the gradient of each trainable
+    /// tensor, on the device. On the CPU backend it runs as one of the threads that operations are split among, so that none of these has to wake
     /// another; a GPU is better asked by one thread, as each has memory of its own there.
-    fn backward(&self, slot: (&Batch, SlotKey)) -> Result<(PendingSums, Vec<Leaf>), ComputeError> {
+    fn backward(&self, leaves: &[Leaf], slot: (&Batch, SlotKey)) -> Result<(PendingSums, Vec<Leaf>), ComputeError> {
         if !self.on_cpu {
-            return self.backward_here(slot);
+            return self.backward_here(leaves, slot);
         }
         let span = tracing::Span::current();
-        rayon::scope(|_| span.in_scope(|| self.backward_here(slot)))
+        rayon::scope(|_| span.in_scope(|| self.backward_here(leaves, slot)))
     }
 
-    fn backward_here(&self, (batch, key): (&Batch, SlotKey)) -> Result<(PendingSums, Vec<Leaf>), ComputeError> {
-        let forward = tracing::info_span!(target: "lockstep", "forward", step = key.step, slot = key.slot).entered();
-        let network = self.network(&self.parts(), &self.kept[0]);
+    fn backward_here(
+        &self,
+        leaves: &[Leaf],
+        (batch, key): (&Batch, SlotKey),
+    ) -> Result<(PendingSums, Vec<Leaf>), ComputeError> {
+        let forward = tracing::info_span!(target: "lockstep", "forward", slot = key.slot).entered();
+        let network = self.network(&self.parts(leaves), &self.kept[0]);
         let (loss, sums) = network.loss(batch, key, self.objective, &self.device)?;
         drop(forward);
-        let _backward = tracing::info_span!(target: "lockstep", "backward", step = key.step, slot = key.slot).entered();
+        let _backward = tracing::info_span!(target: "lockstep", "backward", slot = key.slot).entered();
         let mut gradients = loss.backward();
-        let trainable = self.leaves.iter().filter(|leaf| leaf.is_trainable());
+        let trainable = leaves.iter().filter(|leaf| leaf.is_trainable());
         let gradient = trainable.map(|leaf| leaf.gradient(&mut gradients)).collect();
         Ok((sums, gradient))
     }
@@ -409,21 +420,21 @@ impl Computer {
 
     /// Device and model without gradient tracking.
     fn inference(&self) -> (Device, Vec<Part>) {
-        (self.device.clone().inner(), self.parts().into_iter().map(Part::untracked).collect())
+        (self.device.clone().inner(), self.parts(&self.leaves).into_iter().map(Part::untracked).collect())
     }
 
-    /// The model's tensors, in its layout's order.
-    fn parts(&self) -> Vec<Part> {
+    /// The model's tensors, in its layout's order, with `leaves` as what is trained.
+    fn parts(&self, leaves: &[Leaf]) -> Vec<Part> {
         let Some(Frozen { layout, base: Base(base) }) = &self.frozen else {
-            return self.leaves.iter().cloned().map(Part::from).collect();
+            return leaves.iter().cloned().map(Part::from).collect();
         };
-        let matrix = |index: usize| match &self.leaves[index] {
+        let matrix = |index: usize| match &leaves[index] {
             Leaf::Matrix(matrix) => matrix.clone(),
             Leaf::Vector(_) => unreachable!("adapters are matrices"),
         };
         let part = |origin: &Origin| match *origin {
             Origin::Base(index) => base[index].clone().into(),
-            Origin::Whole(index) => self.leaves[index].clone().into(),
+            Origin::Whole(index) => leaves[index].clone().into(),
             Origin::Adapted { base: index, adapter } => {
                 let (a, b, scale) = (matrix(adapter), matrix(adapter + 1), layout.scale());
                 Part { leaf: base[index].clone(), adapter: Some(Adapter { a, b, scale }) }
@@ -435,6 +446,10 @@ impl Computer {
     fn network<'a>(&'a self, parts: &[Part], kept: &'a KeptPositions) -> Network<'a> {
         Network::assemble(&self.model, parts, kept)
     }
+}
+
+fn no_slots() -> ComputeError {
+    ComputeError::Input("a block without slots has no gradient".into())
 }
 
 /// The tensors of `layout` on a device, whose elements `fill` writes; gradients are kept of those that are trainable, where

@@ -208,6 +208,8 @@ pub enum UpdateRule {
     Adamw(AdamwConfig),
     /// Momentum made orthogonal (Jordan et al. 2024) for hidden matrices, AdamW for all else.
     Muon(MuonConfig),
+    /// Stochastic gradient descent with Nesterov's momentum.
+    Nesterov(NesterovConfig),
     /// Plain stochastic gradient descent.
     Sgd,
 }
@@ -233,6 +235,22 @@ pub struct MuonConfig {
     /// What tensors follow that are no hidden matrices; its weight decay holds for all.
     #[serde(flatten)]
     pub adamw: AdamwConfig,
+}
+
+/// Settings of Nesterov's momentum.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NesterovConfig {
+    /// Decay of the momentum.
+    pub momentum: f64,
+}
+
+/// How a replica follows its own gradients in its local steps, at learning rates that come with them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LocalOptimizer {
+    /// The update rule.
+    pub rule: UpdateRule,
+    /// As [`OptimizerConfig::grad_clip`].
+    pub grad_clip: Option<f64>,
 }
 
 /// The learning rate over the run.
@@ -276,8 +294,23 @@ pub enum Decay {
 pub struct BatchConfig {
     /// Slots (micro-batches) a step, at least 1.
     pub slots: u32,
-    /// Sequences (rows) in each slot.
+    /// Sequences (rows) that a slot computes at once.
     pub sequences_per_slot: u32,
+    /// How often a training slot does so in a step, one after another, at least 1: more than once where it is a replica that
+    /// takes local steps.
+    pub local_steps: u32,
+}
+
+impl BatchConfig {
+    /// Sequences that a training slot draws in a step.
+    pub fn sequences_drawn_per_slot(&self) -> u32 {
+        self.sequences_per_slot * self.local_steps
+    }
+
+    /// Sequences of a step.
+    pub fn sequences_per_step(&self) -> u64 {
+        u64::from(self.slots) * u64::from(self.sequences_drawn_per_slot())
+    }
 }
 
 /// In which order windows of the corpus are drawn.

@@ -192,7 +192,7 @@ mod tests {
             validation: PackedRows::pack(validation, 4),
             order,
             seed: 3,
-            batch: BatchConfig { slots: 2, sequences_per_slot: 2 },
+            batch: BatchConfig { slots: 2, sequences_per_slot: 2, local_steps: 1 },
         }
     }
 

@@ -198,7 +198,7 @@ mod tests {
             context: 20,
             order: WindowOrder::Epoch,
             seed: 1,
-            batch: BatchConfig { slots: 2, sequences_per_slot: 2 },
+            batch: BatchConfig { slots: 2, sequences_per_slot: 2, local_steps: 1 },
             has_reference: true,
             references: None,
         }

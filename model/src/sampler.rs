@@ -63,20 +63,24 @@ impl Source {
     /// The rows of training slot `slot` of step `step` (from 1).
     pub fn training_slot(&self, step: u64, slot: u32) -> Batch {
         match self {
-            Self::Tokens(tokens) => tokens.batch(|row| tokens.training_window(step, slot, row)),
+            Self::Tokens(tokens) => {
+                tokens.batch(tokens.batch.sequences_drawn_per_slot(), |row| tokens.training_window(step, slot, row))
+            }
             Self::Packed(packed) => packed.training_slot(step, slot),
             Self::Pairs(pairs) => pairs.training_slot(step, slot),
-            Self::Line(line) => line.rows(slot),
+            Self::Line(line) => line.rows(line.batch.sequences_drawn_per_slot(), slot),
         }
     }
 
     /// The rows of validation slot `slot`; they do not change over the run.
     pub fn validation_slot(&self, slot: u32) -> Batch {
         match self {
-            Self::Tokens(tokens) => tokens.batch(|row| tokens.validation_window(slot, row)),
+            Self::Tokens(tokens) => {
+                tokens.batch(tokens.batch.sequences_per_slot, |row| tokens.validation_window(slot, row))
+            }
             Self::Packed(packed) => packed.validation_slot(slot),
             Self::Pairs(pairs) => pairs.validation_slot(slot),
-            Self::Line(line) => line.rows(slot),
+            Self::Line(line) => line.rows(line.batch.sequences_per_slot, slot),
         }
     }
 
@@ -124,14 +128,14 @@ impl Source {
             Self::Packed(packed) => (packed.batch, packed.training.context()),
             Self::Line(line) => (line.batch, 1),
         };
-        u64::from(batch.slots) * u64::from(batch.sequences_per_slot) * length as u64
+        batch.sequences_per_step() * length as u64
     }
 
     /// Bytes of the largest slot.
     pub fn slot_bytes(&self) -> usize {
         match self {
             // Three columns of its longest rows, and a reference for each.
-            Self::Pairs(pairs) => 4 * 2 * pairs.batch.sequences_per_slot as usize * (3 * pairs.longest() + 1),
+            Self::Pairs(pairs) => 4 * 2 * pairs.batch.sequences_drawn_per_slot() as usize * (3 * pairs.longest() + 1),
             _ => self.training_slot(1, 0).bytes(),
         }
     }
@@ -156,7 +160,7 @@ impl Source {
         match self {
             Self::Tokens(tokens) if tokens.order == WindowOrder::Epoch => {
                 let start = |row| tokens.training_window(step, slot, row).1;
-                (0..tokens.batch.sequences_per_slot).map(|row| (start(row) / tokens.context) as u64).collect()
+                (0..tokens.batch.sequences_drawn_per_slot()).map(|row| (start(row) / tokens.context) as u64).collect()
             }
             Self::Packed(packed) if packed.order == WindowOrder::Epoch => {
                 packed.training_rows(step, slot).into_iter().map(|row| row as u64).collect()
@@ -205,7 +209,7 @@ pub(crate) fn drawn(
     slot: u32,
 ) -> Vec<usize> {
     let there_are = there_are as u64;
-    let (slots, rows) = (u64::from(batch.slots), u64::from(batch.sequences_per_slot));
+    let (slots, rows) = (u64::from(batch.slots), u64::from(batch.sequences_drawn_per_slot()));
     let first = ((step - 1) * slots + u64::from(slot)) * rows;
     let row = |draw: u64| match order {
         WindowOrder::Random => Draws::new(seed, Stream::TrainingWindows).below(step, draw, there_are),
@@ -225,7 +229,7 @@ impl TokenSource {
 
     /// Where row `row` of training slot `slot` of step `step` begins.
     fn training_window(&self, step: u64, slot: u32, row: u32) -> Window<'_> {
-        let (slots, rows) = (u64::from(self.batch.slots), u64::from(self.batch.sequences_per_slot));
+        let (slots, rows) = (u64::from(self.batch.slots), u64::from(self.batch.sequences_drawn_per_slot()));
         let draw = ((step - 1) * slots + u64::from(slot)) * rows + u64::from(row);
         let training = &self.corpus(step, draw).training;
         let start = match self.order {
@@ -266,8 +270,7 @@ impl TokenSource {
         single
     }
 
-    fn batch<'a>(&self, window: impl Fn(u32) -> Window<'a>) -> Batch {
-        let rows = self.batch.sequences_per_slot;
+    fn batch<'a>(&self, rows: u32, window: impl Fn(u32) -> Window<'a>) -> Batch {
         let shape = [rows as usize, self.context];
         let column = |name: &str, shift: usize| {
             let mut values = Vec::with_capacity(rows as usize * self.context);
@@ -296,8 +299,7 @@ fn segments(row: &[u32], separator: u32) -> impl Iterator<Item = u32> {
 }
 
 impl LineSource {
-    fn rows(&self, slot: u32) -> Batch {
-        let rows = self.batch.sequences_per_slot;
+    fn rows(&self, rows: u32, slot: u32) -> Batch {
         let x: Vec<f32> = (0..rows).map(|row| ((slot * rows + row) % 10) as f32).collect();
         let y = x.iter().map(|x| x + 1.0).collect();
         let column =
@@ -373,7 +375,7 @@ mod tests {
             context: 4,
             order,
             seed: 5,
-            batch: BatchConfig { slots, sequences_per_slot: rows },
+            batch: BatchConfig { slots, sequences_per_slot: rows, local_steps: 1 },
             separator: None,
         }
     }

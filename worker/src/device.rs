@@ -9,8 +9,8 @@ use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use lockstep_model::batch::Sums;
-use lockstep_model::compute::{Base, BlockGradient, ComputeError, Computer, SlotKey};
-use lockstep_model::config::{ModelConfig, Objective};
+use lockstep_model::compute::{Base, BlockGradient, ComputeError, Computer, LocalSteps, SlotKey};
+use lockstep_model::config::{LocalOptimizer, ModelConfig, Objective};
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::layout::Layout;
 use lockstep_model::ledger::{block_sha256, slot_sha256};
@@ -79,7 +79,7 @@ pub(crate) struct DeviceThread {
     _handle: Arc<()>,
 }
 
-/// Cuts a computation short, between two slots, when it is no longer wanted.
+/// Cuts a computation short, between two slots or local steps, when it is no longer wanted.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stop(Arc<AtomicBool>);
 
@@ -115,6 +115,8 @@ pub(crate) struct Setting {
     pub(crate) objective: Objective,
     /// What is trained alone, if not all of the model.
     pub(crate) adapters: Option<Adapters>,
+    /// How replicas take their local steps, if slots are such.
+    pub(crate) local_optimizer: Option<LocalOptimizer>,
 }
 
 impl DeviceThread {
@@ -292,7 +294,7 @@ impl DeviceWorker {
 
     /// The computer of the model at hand, set up if need be, on the base that is held.
     fn computer(&mut self) -> Result<&mut Computer, ComputeError> {
-        let Some(Setting { model, objective, adapters }) = &self.setting else {
+        let Some(Setting { model, objective, adapters, .. }) = &self.setting else {
             return Err(ComputeError::Input("parameters came before the model".into()));
         };
         let base = self.base.as_ref().map(|(_, base)| base);
@@ -353,7 +355,8 @@ impl DeviceWorker {
         let Some(computer) = &self.computer else {
             return Err(ComputeError::Input("no parameters are loaded".into()));
         };
-        sum_block(computer, work, abandoned)
+        let local_optimizer = self.setting.as_ref().and_then(|setting| setting.local_optimizer.as_ref());
+        sum_block(computer, local_optimizer, work, abandoned)
     }
 }
 
@@ -366,7 +369,12 @@ struct BlockSum {
 }
 
 /// Computes a lease's slots one by one and adds them up, in tree order.
-fn sum_block(computer: &Computer, work: &Work, abandoned: impl Fn() -> bool) -> Result<BlockSum, ComputeError> {
+fn sum_block(
+    computer: &Computer,
+    local_optimizer: Option<&LocalOptimizer>,
+    work: &Work,
+    abandoned: impl Fn() -> bool,
+) -> Result<BlockSum, ComputeError> {
     let check = || match abandoned() {
         true => Err(ComputeError::Input("the lease is no longer wanted".into())),
         false => Ok(()),
@@ -375,8 +383,20 @@ fn sum_block(computer: &Computer, work: &Work, abandoned: impl Fn() -> bool) -> 
     let (slot_sums, gradient) = match work.lease.task {
         Task::Gradient => {
             let key = |slot: &Slot| SlotKey { seed: work.lease.seed, step: work.lease.step, slot: slot.number };
-            let slots = work.slots.iter().map(|slot| check().map(|()| (&slot.batch, key(slot))));
-            let BlockGradient { slot_sums, gradient } = computer.block_gradient(slots)?;
+            let slots = work.slots.iter().map(|slot| (&slot.batch, key(slot)));
+            let BlockGradient { slot_sums, gradient } = match (local_optimizer, &work.learning_rates[..]) {
+                (None, []) => computer.block_gradient(slots.map(|slot| check().map(|()| slot)))?,
+                (Some(optimizer), learning_rates @ [_, ..]) => {
+                    computer.block_pseudo_gradient(LocalSteps { optimizer, learning_rates }, slots, check)?
+                }
+                (optimizer, learning_rates) => {
+                    let (steps, optimizer) = (learning_rates.len(), if optimizer.is_some() { "one" } else { "no" });
+                    return Err(ComputeError::Input(format!(
+                        "the lease has {steps} local steps, and the invitation {optimizer} optimizer for such; coordinator and \
+                         worker disagree on the step"
+                    )));
+                }
+            };
             (slot_sums, Some(gradient))
         }
         Task::Evaluate => (computer.losses(work.slots.iter().map(|slot| check().map(|()| &slot.batch)))?, None),

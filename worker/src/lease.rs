@@ -77,6 +77,8 @@ pub struct Work {
     pub lease: Lease,
     /// The existing slots of the block, in order; at least one.
     pub slots: Vec<Slot>,
+    /// Of each local step that a slot takes; empty where slots are no replicas.
+    pub learning_rates: Vec<f64>,
     /// W3C trace context of the lease, as the coordinator gave it; may be empty.
     pub traceparent: String,
 }

@@ -173,8 +173,12 @@ impl Worker {
             Setback::Final(WorkerError::Probe { address: self.address.clone(), reason: failure.to_string() })
         };
         let base = invitation.adapters.as_ref().map(|adapters| adapters.base);
-        let setting =
-            Setting { model: invitation.model, objective: invitation.objective, adapters: invitation.adapters };
+        let setting = Setting {
+            model: invitation.model,
+            objective: invitation.objective,
+            adapters: invitation.adapters,
+            local_optimizer: invitation.local_optimizer,
+        };
         let probe = self.device.probe(setting, invitation.probe).await.map_err(no_use)?;
         let kept = self.device.enter(run.id.clone()).await.map_err(no_use)?;
         let admitted = client.admit(&run, &self.identity, probe).await.map_err(|error| self.setback(error))?;

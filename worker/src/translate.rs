@@ -6,7 +6,8 @@ use bytes::Bytes;
 use lockstep_model::adapters::{AdaptedLayout, AdapterConfig, trained_layout};
 use lockstep_model::batch::{Batch, Column, PairSums, Sums, Values};
 use lockstep_model::config::{
-    DpoConfig, Gelu, GptConfig, LineConfig, LlamaConfig, ModelConfig, Objective, RopeScaling,
+    AdamwConfig, DpoConfig, Gelu, GptConfig, LineConfig, LlamaConfig, LocalOptimizer, ModelConfig, MuonConfig,
+    NesterovConfig, Objective, RopeScaling, UpdateRule,
 };
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
@@ -36,6 +37,8 @@ pub(crate) struct Invitation {
     pub(crate) objective: Objective,
     /// What is trained alone, if not all of it.
     pub(crate) adapters: Option<Adapters>,
+    /// How replicas take their local steps, if slots are such.
+    pub(crate) local_optimizer: Option<LocalOptimizer>,
     /// Elements of a vector.
     pub(crate) elements: usize,
     pub(crate) probe: Vec<Work>,
@@ -94,6 +97,7 @@ pub(crate) fn invitation(invitation: v1::Invitation) -> Result<Invitation, WireE
         objective: objective(invitation.objective.as_ref(), &model)?,
         model,
         adapters,
+        local_optimizer: invitation.local_optimizer.map(local_optimizer).transpose()?,
         probe: invitation.probe.into_iter().map(work).collect::<Result<_, _>>()?,
         timing: Timing {
             heartbeat_interval: interval("the heartbeat interval", invitation.heartbeat_interval_ms)?,
@@ -310,6 +314,34 @@ fn adapters(adapters: v1::Adapters, model: &ModelConfig) -> Result<Adapters, Wir
     Ok(Adapters { config, base: BaseName { blake3, elements: layout.len() } })
 }
 
+/// How a replica takes its local steps.
+fn local_optimizer(v1::LocalOptimizer { rule, grad_clip }: v1::LocalOptimizer) -> Result<LocalOptimizer, WireError> {
+    let adamw = |v1::Adamw { beta1, beta2, epsilon, weight_decay }| {
+        let known = [beta1, beta2].iter().all(|beta| (0.0..1.0).contains(beta)) && epsilon > 0.0 && weight_decay >= 0.0;
+        let config = AdamwConfig { beta1, beta2, epsilon, weight_decay };
+        if known { Ok(config) } else { Err(WireError(format!("the local optimizer's {config:?} cannot be"))) }
+    };
+    let momentum = |momentum| match (0.0..1.0).contains(&momentum) {
+        true => Ok(momentum),
+        false => Err(WireError(format!("the local optimizer's momentum {momentum} is not in [0, 1)"))),
+    };
+    let rule = match required(rule, || "the local optimizer's rule".into())? {
+        v1::local_optimizer::Rule::Adamw(config) => UpdateRule::Adamw(adamw(config)?),
+        v1::local_optimizer::Rule::Muon(muon) => UpdateRule::Muon(MuonConfig {
+            momentum: momentum(muon.momentum)?,
+            adamw: adamw(required(muon.others, || "what Muon does not rule".into())?)?,
+        }),
+        v1::local_optimizer::Rule::Nesterov(nesterov) => {
+            UpdateRule::Nesterov(NesterovConfig { momentum: momentum(nesterov.momentum)? })
+        }
+        v1::local_optimizer::Rule::Sgd(v1::Sgd {}) => UpdateRule::Sgd,
+    };
+    if grad_clip.is_some_and(|limit| !(limit > 0.0 && limit.is_finite())) {
+        return Err(WireError(format!("the local optimizer's grad_clip {grad_clip:?} is not above 0")));
+    }
+    Ok(LocalOptimizer { rule, grad_clip })
+}
+
 fn check_sizes(sizes: &[(&str, u32)]) -> Result<(), WireError> {
     match sizes.iter().find(|(_, size)| *size == 0) {
         Some((name, _)) => Err(WireError(format!("the model's {name} is 0"))),
@@ -363,18 +395,21 @@ pub(crate) fn work(lease: v1::Lease) -> Result<Work, WireError> {
     let id = lease.lease_id;
     let in_lease = |error: WireError| WireError(format!("lease {id}: {error}"));
     let v1::Block { level, index } = required(lease.block, || format!("lease {id}: its block"))?;
-    let task = match required(lease.task, || format!("lease {id}: its task"))? {
-        v1::lease::Task::Gradient(v1::GradientTask {}) => Task::Gradient,
-        v1::lease::Task::Evaluate(v1::EvaluateTask {}) => Task::Evaluate,
-        v1::lease::Task::Reference(v1::ReferenceTask {}) => Task::Reference,
+    let (task, learning_rates) = match required(lease.task, || format!("lease {id}: its task"))? {
+        v1::lease::Task::Gradient(v1::GradientTask { learning_rates }) => (Task::Gradient, learning_rates),
+        v1::lease::Task::Evaluate(v1::EvaluateTask {}) => (Task::Evaluate, Vec::new()),
+        v1::lease::Task::Reference(v1::ReferenceTask {}) => (Task::Reference, Vec::new()),
     };
+    if let Some(rate) = learning_rates.iter().find(|rate| !rate.is_finite()) {
+        return Err(in_lease(WireError(format!("a learning rate is {rate}"))));
+    }
     let block = Block { level, index };
     let slots: Vec<Slot> = lease.slots.into_iter().map(slot).collect::<Result<_, _>>().map_err(in_lease)?;
     slots_of_block(block, &slots).map_err(in_lease)?;
     let parameters =
         Parameters { version: lease.version, digest: parameters_digest(&lease.parameters_blake3).map_err(in_lease)? };
     let lease_name = Lease { id, step: lease.step, parameters, block, seed: lease.seed, task };
-    Ok(Work { lease: lease_name, slots, traceparent: lease.traceparent })
+    Ok(Work { lease: lease_name, slots, learning_rates, traceparent: lease.traceparent })
 }
 
 /// The digest of the parameters to compute with, if one is given.

@@ -121,11 +121,11 @@ async fn all_spans_of_a_lease_travel_with_its_result() {
     };
     let lease_span = spans.last().expect("the lease's span ends last");
     let named = |name: &str| spans.iter().filter(|span| span.name == name).count();
-    let counts = ["lease", "pull", "forward", "backward", "upload"].map(named);
-    assert_eq!(counts, [1, 1, 2, 2, 1]);
+    let counts = ["lease", "pull", "forward", "backward", "read back", "upload"].map(named);
+    assert_eq!(counts, [1, 1, 2, 2, 1, 1]);
     assert_eq!((lease_span.name.as_str(), lease_span.parent_span_id), ("lease", 0));
     let children = spans.iter().filter(|span| span.parent_span_id == lease_span.span_id);
-    assert_eq!(children.count(), 6);
+    assert_eq!(children.count(), 7);
     to_worker.release("done").await;
     worker.await.unwrap().unwrap();
 }

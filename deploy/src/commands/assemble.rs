@@ -146,6 +146,7 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
         bytes_per_token: data.bytes_per_token,
         source: Arc::new(data.source),
         optimizer: recipe.optimizer.clone(),
+        outer: recipe.outer.clone(),
         skip: recipe.skip,
         schedule: recipe.schedule.clone(),
         batch: recipe.batch,

@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use lockstep_model::adapters::{AdaptedLayout, initial_adapters};
-use lockstep_model::compute::{Computer, SlotKey};
+use lockstep_model::compute::{Computer, LocalSteps, SlotKey};
+use lockstep_model::config::LocalOptimizer;
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::layout::initial_parameters;
 
@@ -43,7 +44,7 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Tokens a second of this machine, on the recipe's own first slot.
+/// Tokens a second of this machine, on the recipe's own first slot, or on a replica's first local step.
 fn measure(recipe: &Recipe, data: &assemble::Data, device: &ComputeDevice) -> anyhow::Result<f64> {
     let model = recipe.model.with_vocabulary(data.vocab_size());
     let mut computer = Computer::new(&model, device).with_objective(recipe.objective);
@@ -56,13 +57,19 @@ fn measure(recipe: &Recipe, data: &assemble::Data, device: &ComputeDevice) -> an
     } else {
         computer.load(&parameters)?;
     }
-    let batch = data.source.training_slot(1, 0);
+    let mut parts = data.source.training_slot(1, 0).parts(recipe.batch.local_steps as usize)?;
+    let batch = parts.swap_remove(0);
+    let optimizer = LocalOptimizer { rule: recipe.optimizer.rule.clone(), grad_clip: recipe.optimizer.grad_clip };
+    let local = LocalSteps { optimizer: &optimizer, learning_rates: &[recipe.optimizer.lr] };
     let mut fastest = f64::INFINITY;
     for slot in 0..MEASURED_SLOTS {
+        let slot = (&batch, SlotKey { seed: recipe.seed, step: 1, slot });
         let start = Instant::now();
-        computer
-            .gradient(&batch, SlotKey { seed: recipe.seed, step: 1, slot })
-            .context("the slot cannot be computed here")?;
+        let computed = match recipe.outer {
+            Some(_) => computer.block_pseudo_gradient(local, [slot].into_iter(), || Ok(())),
+            None => computer.block_gradient([Ok(slot)].into_iter()),
+        };
+        computed.context("the slot cannot be computed here")?;
         fastest = fastest.min(start.elapsed().as_secs_f64());
     }
     Ok(batch.positions() as f64 / fastest)

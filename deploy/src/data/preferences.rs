@@ -90,7 +90,7 @@ pub(crate) fn load(
         counts,
         training: training.len(),
         validation: validation.len(),
-        pairs_per_step: u64::from(recipe.batch.slots) * u64::from(recipe.batch.sequences_per_slot),
+        pairs_per_step: recipe.batch.sequences_per_step(),
         form: template.form().name(),
         example,
     };

@@ -98,7 +98,7 @@ pub(crate) fn load(
         learned: source.training.learned(),
         validation: validation.len(),
         context,
-        rows_per_step: u64::from(recipe.batch.slots) * u64::from(recipe.batch.sequences_per_slot),
+        rows_per_step: recipe.batch.sequences_per_step(),
         form: template.form().name(),
         example: shown,
     };

@@ -43,8 +43,10 @@ pub(super) enum Reader {
     Dpo,
     /// Those that use AdamW, for some tensors at least.
     Adamw,
-    /// Those that use Muon.
-    Muon,
+    /// Those whose optimizer has a momentum.
+    Momentum,
+    /// Those whose slots are replicas that take local steps.
+    Local,
     /// Those that train adapters.
     Adapted,
     /// Those that learn a vocabulary.
@@ -73,6 +75,8 @@ pub(super) struct Kinds {
     pub(super) tokenizer: TokenizerKind,
     pub(super) optimizer: OptimizerKind,
     pub(super) decay: DecayKind,
+    /// Whether there are local steps.
+    pub(super) local: bool,
 }
 
 /// `stage`: what a run learns, and from what.
@@ -118,6 +122,7 @@ pub(crate) enum TokenizerKind {
 pub(super) enum OptimizerKind {
     Adamw,
     Muon,
+    Nesterov,
     Sgd,
 }
 
@@ -141,7 +146,7 @@ pub(super) enum DisputeKind {
 
 use Fallback::{Default, Required};
 use OnResume::{Fixed, Free};
-use Reader::{Adamw, Adapted, Bpe, Dpo, Every, FallingRate, Gpt, Line, Llama, Muon, Pretraining, Text};
+use Reader::{Adamw, Adapted, Bpe, Dpo, Every, FallingRate, Gpt, Line, Llama, Local, Momentum, Pretraining, Text};
 
 /// All keys, in the order in which a recipe is written. `recipes/quickstart.toml` says what each means and in which unit.
 /// The optimizer's defaults are PyTorch's.
@@ -190,7 +195,7 @@ pub(super) const KEYS: &[Key] = &[
 
     key("optimizer.kind",                Default("\"adamw\""),        Every,       Fixed),
     key("optimizer.lr",                  Required("0.001"),           Every,       Fixed),
-    key("optimizer.momentum",            Default("0.95"),             Muon,        Fixed),
+    key("optimizer.momentum",            Default("0.95"),             Momentum,    Fixed),
     key("optimizer.beta1",               Default("0.9"),              Adamw,       Fixed),
     key("optimizer.beta2",               Default("0.999"),            Adamw,       Fixed),
     key("optimizer.epsilon",             Default("1e-8"),             Adamw,       Fixed),
@@ -207,6 +212,10 @@ pub(super) const KEYS: &[Key] = &[
 
     key("batch.slots",                   Required("4"),               Every,       Fixed),
     key("batch.sequences_per_slot",      Required("3"),               Every,       Fixed),
+    key("batch.local_steps",             Default("0"),                Every,       Fixed),
+
+    key("outer.lr",                      Default("0.7"),              Local,       Fixed),
+    key("outer.momentum",                Default("0.9"),              Local,       Fixed),
 
     key("evaluation.every_steps",        Default("0"),                Every,       Fixed),
     key("evaluation.slots",              Default("32"),               Every,       Fixed),
@@ -275,8 +284,9 @@ impl Reader {
             Line => kinds.model == ModelKind::Line,
             Adapted => kinds.model != ModelKind::Line && kinds.adapted,
             Bpe => kinds.model != ModelKind::Line && kinds.tokenizer == TokenizerKind::Bpe,
-            Adamw => kinds.optimizer != OptimizerKind::Sgd,
-            Muon => kinds.optimizer == OptimizerKind::Muon,
+            Adamw => matches!(kinds.optimizer, OptimizerKind::Adamw | OptimizerKind::Muon),
+            Momentum => matches!(kinds.optimizer, OptimizerKind::Muon | OptimizerKind::Nesterov),
+            Local => kinds.local,
             FallingRate => kinds.decay != DecayKind::Constant,
         }
     }
@@ -292,7 +302,8 @@ impl Reader {
             Adapted => "adapters.rank = 8",
             Bpe => "tokenizer.kind = \"bpe\"",
             Adamw => "optimizer.kind = \"adamw\"",
-            Muon => "optimizer.kind = \"muon\"",
+            Momentum => "optimizer.kind = \"muon\"",
+            Local => "batch.local_steps = 50",
             FallingRate => "schedule.decay = \"cosine\"",
         }
     }

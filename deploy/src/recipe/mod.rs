@@ -63,8 +63,10 @@ pub(crate) struct Recipe {
     pub(crate) adapters: Option<AdapterConfig>,
     /// The corpus; `None` where the model reads no text.
     pub(crate) data: Option<DataRecipe>,
-    /// The update rule.
+    /// The update rule: of versions, or of each replica's local steps where there is an `outer` one.
     pub(crate) optimizer: OptimizerConfig,
+    /// How versions follow what replicas learned in their local steps; `None`: slots are no replicas, and have gradients.
+    pub(crate) outer: Option<OptimizerConfig>,
     /// What becomes of steps whose gradient is of no use.
     pub(crate) skip: SkipConfig,
     /// The learning rate over time.
@@ -227,6 +229,14 @@ impl Recipe {
             longest => format!("model.context = {longest}, or a longer text in data.input"),
         };
         Err(self.values.refuse_for("model.context", reason, example))
+    }
+
+    /// What one step of the optimizer learns from: all slots, or one of a replica's batches.
+    pub(crate) fn batch_of_optimizer(&self) -> BatchConfig {
+        match self.outer {
+            Some(_) => BatchConfig { slots: 1, local_steps: 1, ..self.batch },
+            None => self.batch,
+        }
     }
 
     /// Bytes that a position (or the line's row) takes in a batch.

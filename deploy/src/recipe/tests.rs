@@ -1,7 +1,7 @@
 //! Recipes from text to types and back, and what they refuse.
 
 use expect_test::expect;
-use lockstep_model::config::{AdamwConfig, Decay, DpoConfig, LineConfig, UpdateRule};
+use lockstep_model::config::{AdamwConfig, Decay, DpoConfig, LineConfig, NesterovConfig, UpdateRule};
 use lockstep_model::layout::Layout;
 
 use super::keys::{KEYS, Key};
@@ -68,6 +68,8 @@ fn a_recipe_survives_being_written() {
         "optimizer.lr=0.30000000000000004",
         "optimizer.lr=1",
         "optimizer.kind=sgd",
+        "optimizer.kind=nesterov",
+        "batch.local_steps=10",
         "schedule.decay=constant",
         "model.kind=line",
         "adapters.rank=0",
@@ -117,6 +119,7 @@ fn the_whole_text_names_every_key_that_is_read() {
         [batch]
         slots = 2
         sequences_per_slot = 5
+        local_steps = 0
 
         [evaluation]
         every_steps = 0
@@ -287,7 +290,7 @@ fn the_reference_settings_are_exact() {
     assert_eq!(line.model.0, ModelConfig::Line(LineConfig { weight: 0.35, bias: 0.01 }));
     assert_eq!(line.optimizer, OptimizerConfig { rule: UpdateRule::Sgd, lr: 0.01, grad_clip: None });
     assert_eq!(line.schedule, ScheduleConfig { steps: 200, warmup_steps: 0, decay: Decay::Constant, min_lr: 0.0 });
-    assert_eq!(line.batch, BatchConfig { slots: 2, sequences_per_slot: 5 });
+    assert_eq!(line.batch, BatchConfig { slots: 2, sequences_per_slot: 5, local_steps: 1 });
     assert_eq!(line.data, None);
 
     let quickstart = load("quickstart", &[]).unwrap();
@@ -465,6 +468,30 @@ fn adapters_need_a_model_and_projections_of_it() {
         recipe shakespeare-char-cpu: adapters.alpha = 0.0: must be a number above 0; for example adapters.alpha = 16.0
         recipe shakespeare-char-cpu: adapters.targets = ["q_proj"]: "q_proj" is no projection of this model; there are c_attn, c_proj, c_fc; for example adapters.targets = ["c_attn", "c_proj", "c_fc"]
         recipe shakespeare-char-cpu: adapters.targets = ["wte"]: "wte" is no projection of this model; there are c_attn, c_proj, c_fc; for example adapters.targets = ["c_attn", "c_proj", "c_fc"]"#]].assert_eq(&refusals.map(refusal).join("\n"));
+}
+
+#[test]
+fn local_steps_make_replicas_of_slots() {
+    let local = |sets: &[&str]| fixed(&[&["batch.local_steps=50"], sets].concat()).unwrap();
+    let recipe = local(&[]);
+    let nesterov = |momentum| UpdateRule::Nesterov(NesterovConfig { momentum });
+    assert_eq!(recipe.outer, Some(OptimizerConfig { rule: nesterov(0.9), lr: 0.7, grad_clip: None }));
+    assert_eq!(recipe.batch, BatchConfig { slots: 4, sequences_per_slot: 3, local_steps: 50 });
+    assert_eq!((recipe.batch.sequences_drawn_per_slot(), recipe.batch.sequences_per_step()), (150, 600));
+    let single = local(&["batch.local_steps=1", "outer.lr=1", "outer.momentum=0"]);
+    assert_eq!(single.outer, Some(OptimizerConfig { rule: nesterov(0.0), lr: 1.0, grad_clip: None }));
+    let plain = fixed(&[]).unwrap();
+    assert_eq!((plain.outer, plain.batch.local_steps), (None, 1));
+    let refusals = [
+        "batch.local_steps=-1",
+        "batch.local_steps=5500",
+        "batch.local_steps=50 batch.slots=65536 batch.sequences_per_slot=100 model.context=1 evaluation.slots=1 \
+         batch.local_steps=5000",
+        "outer.lr=0.5",
+        "batch.local_steps=50 outer.lr=0",
+        "batch.local_steps=50 outer.momentum=1",
+    ];
+    expect![[r#""#]].assert_eq(&refusals.map(refusal).join("\n"));
 }
 
 #[test]

@@ -8,8 +8,8 @@ use lockstep_coordinator::engine::OnDispute;
 use lockstep_model::adapters::{AdapterConfig, all_targets};
 use lockstep_model::bpe::MIN_VOCAB_SIZE;
 use lockstep_model::config::{
-    AdamwConfig, BatchConfig, Decay, DpoConfig, GptConfig, LineConfig, LlamaConfig, ModelConfig, MuonConfig, Objective,
-    OptimizerConfig, RopeScaling, ScheduleConfig, UpdateRule, WindowOrder,
+    AdamwConfig, BatchConfig, Decay, DpoConfig, GptConfig, LineConfig, LlamaConfig, ModelConfig, MuonConfig,
+    NesterovConfig, Objective, OptimizerConfig, RopeScaling, ScheduleConfig, UpdateRule, WindowOrder,
 };
 use lockstep_model::layout::{Layout, SCORE_HEAD};
 use lockstep_model::step_filter::SkipConfig;
@@ -29,6 +29,8 @@ const MAX_ELEMENTS: usize = 1 << 31;
 pub(super) const MAX_SLOT_BYTES: i64 = lockstep_proto::MAX_LEASE_BYTES as i64;
 /// Most slots of a step or an evaluation.
 const MAX_SLOTS: i64 = 1 << 16;
+/// Most local steps of a replica: their learning rates go along with each lease.
+const MAX_LOCAL_STEPS: i64 = 1 << 16;
 /// Most tokens of a sequence: a slot holds at least one.
 const MAX_CONTEXT: i64 = MAX_SLOT_BYTES / BYTES_PER_TOKEN as i64;
 /// Most tokens that are learned.
@@ -73,6 +75,7 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
         adapters,
         data,
         optimizer,
+        outer: outer(v, kinds)?,
         skip: skip(v)?,
         schedule,
         batch,
@@ -317,6 +320,10 @@ fn optimizer(v: &Values, kind: OptimizerKind) -> Result<OptimizerConfig, RecipeE
             let momentum = v.number("optimizer.momentum", "of at least 0 and below 1", is_below_one)?;
             UpdateRule::Muon(MuonConfig { momentum, adamw: adamw(v)? })
         }
+        OptimizerKind::Nesterov => {
+            let momentum = v.number("optimizer.momentum", "of at least 0 and below 1", is_below_one)?;
+            UpdateRule::Nesterov(NesterovConfig { momentum })
+        }
         OptimizerKind::Sgd => UpdateRule::Sgd,
     };
     let grad_clip = v.number("optimizer.grad_clip", "of at least 0 (0: never clip)", |clip| clip >= 0.0)?;
@@ -325,6 +332,16 @@ fn optimizer(v: &Values, kind: OptimizerKind) -> Result<OptimizerConfig, RecipeE
         lr: v.number("optimizer.lr", "above 0", |lr| lr > 0.0)?,
         grad_clip: (grad_clip > 0.0).then_some(grad_clip),
     })
+}
+
+/// How versions follow what replicas learned in their local steps.
+fn outer(v: &Values, kinds: Kinds) -> Result<Option<OptimizerConfig>, RecipeError> {
+    if !kinds.local {
+        return Ok(None);
+    }
+    let momentum = v.number("outer.momentum", "of at least 0 and below 1", is_below_one)?;
+    let rule = UpdateRule::Nesterov(NesterovConfig { momentum });
+    Ok(Some(OptimizerConfig { rule, lr: v.number("outer.lr", "above 0", |lr| lr > 0.0)?, grad_clip: None }))
 }
 
 fn adamw(v: &Values) -> Result<AdamwConfig, RecipeError> {
@@ -400,6 +417,7 @@ fn length_of_decay(v: &Values, steps: u64, warmup_steps: u64) -> Result<u64, Rec
 fn batch(v: &Values, context: usize, bytes_per_token: u64) -> Result<BatchConfig, RecipeError> {
     let slots: u32 = v.integer("batch.slots", 1..=MAX_SLOTS)?;
     let sequences_per_slot: u32 = v.integer("batch.sequences_per_slot", 1..=i64::from(u32::MAX))?;
+    let local_steps: u32 = v.integer("batch.local_steps", 0..=MAX_LOCAL_STEPS)?;
     let row_bytes = context as u64 * bytes_per_token;
     let slot_bytes = u64::from(sequences_per_slot) * row_bytes;
     if slot_bytes > MAX_SLOT_BYTES as u64 {
@@ -413,8 +431,18 @@ fn batch(v: &Values, context: usize, bytes_per_token: u64) -> Result<BatchConfig
         };
         return Err(v.refuse_for("batch.sequences_per_slot", reason, example));
     }
-    check_sequences(v, "batch.slots", slots, sequences_per_slot)?;
-    Ok(BatchConfig { slots, sequences_per_slot })
+    let most_steps = MAX_SLOT_BYTES as u64 / slot_bytes;
+    if u64::from(local_steps) > most_steps {
+        let reason = format!(
+            "a slot's batches would have {} bytes ({slot_bytes} for each local step), and one message carries at most \
+             {MAX_SLOT_BYTES}",
+            u64::from(local_steps) * slot_bytes
+        );
+        return Err(v.refuse_for("batch.local_steps", reason, format!("batch.local_steps = {most_steps}")));
+    }
+    let local_steps = local_steps.max(1);
+    check_sequences(v, "batch.slots", slots, sequences_per_slot.saturating_mul(local_steps))?;
+    Ok(BatchConfig { slots, sequences_per_slot, local_steps })
 }
 
 fn evaluation(v: &Values, data: Option<&DataRecipe>, batch: BatchConfig) -> Result<EvaluationConfig, RecipeError> {
@@ -520,7 +548,7 @@ fn check_sequences(v: &Values, path: &str, slots: u32, sequences_per_slot: u32) 
 
 /// Refuses a run of more tokens than can be numbered.
 fn check_length(v: &Values, schedule: &ScheduleConfig, batch: BatchConfig, context: usize) -> Result<(), RecipeError> {
-    let sequences = u128::from(schedule.steps) * u128::from(batch.slots) * u128::from(batch.sequences_per_slot);
+    let sequences = u128::from(schedule.steps) * u128::from(batch.sequences_per_step());
     if sequences * context as u128 > i64::MAX as u128 {
         return Err(v.refuse("schedule.steps", format!("the run would read more than {} tokens", i64::MAX)));
     }

@@ -99,6 +99,7 @@ impl Values {
             tokenizer: self.choice("tokenizer.kind")?,
             optimizer: self.choice("optimizer.kind")?,
             decay: self.choice("schedule.decay")?,
+            local: self.read("batch.local_steps")?.as_integer().is_some_and(|steps| steps > 0),
         })
     }
 

@@ -16,6 +16,7 @@ mod faults;
 mod gpu;
 mod interchange;
 mod line;
+mod local_steps;
 mod parity;
 mod preferences;
 mod prepare;

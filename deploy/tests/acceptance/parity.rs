@@ -319,7 +319,7 @@ fn optimizers_and_schedules_are_pytorchs() {
         let config: OptimizerConfig = serde_json::from_value(case["optimizer"].clone()).unwrap();
         let schedule: ScheduleConfig = serde_json::from_value(case["schedule"].clone()).unwrap();
         let mut parameters = hashed_vector(0, layout.len(), golden["parameter_scale"].as_f64().unwrap());
-        let mut state = OptimizerState::new(&config, layout.len());
+        let mut state = OptimizerState::new(&config.rule, layout.len());
         let mut recorded = case["after"].as_array().unwrap().iter().peekable();
         for (step, rate) in (1u64..).zip(floats(&case["learning_rates"])) {
             let lr = learning_rate(&schedule, config.lr, step);
@@ -327,8 +327,9 @@ fn optimizers_and_schedules_are_pytorchs() {
             // Four times the mean, with a weight of four, is exact.
             let mean = hashed_vector(step * 1_000_003, layout.len(), (step % 8 + 1) as f64 * gradient_scale);
             let gradient_sum: Vec<f32> = mean.iter().map(|g| 4.0 * g).collect();
-            let update = Update { gradient_sum: &gradient_sum, weight_sum: 4.0, lr, step };
-            let report = optimizer::step(&config, &layout, &mut parameters, &mut state, update);
+            let grad_clip = config.grad_clip;
+            let update = Update { gradient_sum: &gradient_sum, weight_sum: 4.0, grad_clip, lr, step };
+            let report = optimizer::step(&config.rule, &layout, &mut parameters, &mut state, update);
             let Some(after) = recorded.next_if(|after| after["step"] == step) else { continue };
             let norm = after["grad_norm"].as_f64().unwrap();
             assert!((report.grad_norm / norm - 1.0).abs() <= 1e-6, "{}, step {step}: norm", case["name"]);

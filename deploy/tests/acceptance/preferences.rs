@@ -18,7 +18,7 @@ use crate::cluster::{
 use crate::parity::hashed_vector;
 
 /// A small model that learns to answer, and then what people prefer, in some seconds each.
-const SMALL: &[&str] = &[
+pub(crate) const SMALL: &[&str] = &[
     "data.train_fraction=0.75",
     "schedule.warmup_steps=2",
     "batch.slots=5",
@@ -53,7 +53,7 @@ fn write(dir: &Path, name: &str, lines: impl Iterator<Item = Value>) -> PathBuf 
 }
 
 /// A model that has learned to answer, both ways.
-fn answering(dir: &Path) -> PathBuf {
+pub(crate) fn answering(dir: &Path) -> PathBuf {
     answering_with(dir, &[])
 }
 
@@ -70,7 +70,7 @@ fn answering_with(dir: &Path, overrides: &[&str]) -> PathBuf {
 }
 
 /// Preferences for politeness, of several forms.
-fn preferences(dir: &Path, name: &str, count: usize) -> PathBuf {
+pub(crate) fn preferences(dir: &Path, name: &str, count: usize) -> PathBuf {
     let lines = (0..count).map(|number| {
         let [chosen, rejected] = answers(number);
         let prompt = format!("May I have {}?", number % 4);

@@ -45,7 +45,7 @@ pub(crate) const SMALL: &[&str] = &[
 ];
 
 /// Conversations of several forms in which a question is always answered alike.
-fn conversations(dir: &Path) -> PathBuf {
+pub(crate) fn conversations(dir: &Path) -> PathBuf {
     let lines = (0..24).map(|number| {
         let (asked, answer) = [("Which is it?", "The red one."), ("How many?", "Just two."), ("学什么?", "学而时习之。")][number % 3];
         let line = match number % 4 {
@@ -243,7 +243,7 @@ fn packed_examples_have_the_loss_that_they_have_alone() {
         let parameters: Vec<f32> = initial_parameters(&model, 3).iter().map(|value| 5.0 * value).collect();
         computer.load(&parameters).unwrap();
         let rows = PackedRows::pack(&examples, 40);
-        let batch = BatchConfig { slots: 1, sequences_per_slot: rows.rows() as u32 };
+        let batch = BatchConfig { slots: 1, sequences_per_slot: rows.rows() as u32, local_steps: 1 };
         assert!(rows.rows() < 16, "{} rows", rows.rows());
         let source =
             PackedSource { training: rows.clone(), validation: rows, order: WindowOrder::Epoch, seed: 1, batch };

@@ -1,4 +1,4 @@
-"""A second opinion on the optimizer: parameters after up to 50 steps of PyTorch's AdamW and SGD, and of Muon.
+"""A second opinion on the optimizer: parameters after up to 50 steps of PyTorch's AdamW and SGD (Nesterov's, too), and of Muon.
 
     python torch_optim.py       writes ../golden/optim.json
 
@@ -89,6 +89,8 @@ CASES = [
     Case("adamw_large_epsilon_linear", adamw(0.95, 1e-1, 0.5), lr=3e-2, grad_clip=None, schedule=LINEAR),
     Case("muon_clipped_cosine", muon(0.95, 0.1), lr=1e-2, grad_clip=1.0, schedule=COSINE),
     Case("muon_little_momentum_linear", muon(0.6, 0.5), lr=3e-2, grad_clip=None, schedule=LINEAR),
+    Case("nesterov_constant", {"kind": "nesterov", "momentum": 0.9}, lr=1e-1, grad_clip=None, schedule=CONSTANT),
+    Case("nesterov_clipped_linear", {"kind": "nesterov", "momentum": 0.6}, lr=7e-1, grad_clip=1.0, schedule=LINEAR),
     Case("sgd_clipped_cosine", {"kind": "sgd"}, lr=1e-1, grad_clip=1.0, schedule=COSINE),
     Case("sgd_constant", {"kind": "sgd"}, lr=1e-1, grad_clip=None, schedule=CONSTANT),
 ]
@@ -125,6 +127,8 @@ def optimizers_of(case: Case, tensors: dict[str, torch.Tensor], muon_type: type[
     rule = case.rule
     if rule["kind"] == "sgd":
         return [SGD(tensors.values(), lr=case.lr)]
+    if rule["kind"] == "nesterov":
+        return [SGD(tensors.values(), lr=case.lr, momentum=rule["momentum"], nesterov=True)]
     hidden = [t for name, t in tensors.items() if rule["kind"] == "muon" and t.dim() == 2 and name != "lm_head.weight"]
     others = [t for t in tensors.values() if all(t is not matrix for matrix in hidden)]
     groups = [

@@ -3,15 +3,15 @@
 use super::*;
 use crate::adapters::{all_targets, initial_adapters};
 use crate::batch::{Column, Values};
-use crate::config::{AdamwConfig, DpoConfig, Gelu, GptConfig, LineConfig, LlamaConfig, OptimizerConfig, UpdateRule};
+use crate::config::{AdamwConfig, DpoConfig, Gelu, GptConfig, LineConfig, LlamaConfig, UpdateRule};
 use crate::device::DeviceChoice;
 use crate::layout::{SCORE_HEAD, initial_parameters};
 use crate::optimizer::{self, OptimizerState};
 use crate::random::{Stream, normal};
 
-const KEY: SlotKey = SlotKey { seed: 1, step: 1, slot: 0 };
+pub(super) const KEY: SlotKey = SlotKey { seed: 1, step: 1, slot: 0 };
 
-fn gpt(dropout: f64) -> ModelConfig {
+pub(super) fn gpt(dropout: f64) -> ModelConfig {
     ModelConfig::Gpt(GptConfig {
         vocab_size: 11,
         context: 8,
@@ -47,7 +47,7 @@ fn llama(dropout: f64) -> ModelConfig {
     })
 }
 
-fn batch(rows: usize, weights: Option<Vec<f32>>) -> Batch {
+pub(super) fn batch(rows: usize, weights: Option<Vec<f32>>) -> Batch {
     let (shape, count) = ([rows, 8], rows * 8);
     let column = |name: &str, values| Column { name: name.into(), shape, values };
     let tokens = (0..count).map(|i| ((i * 7919 + 13) % 11) as u32).collect();
@@ -66,7 +66,7 @@ fn scoring(model: ModelConfig) -> ModelConfig {
 }
 
 /// Two pairs, of which positions count, or one of each row where a score is read.
-fn pairs(scores: bool) -> Batch {
+pub(super) fn pairs(scores: bool) -> Batch {
     let answers = [2..7, 4..6, 0..8, 7..8].into_iter().enumerate();
     let mut weights = vec![0.0; 32];
     for (row, answer) in answers {
@@ -79,14 +79,14 @@ fn pairs(scores: bool) -> Batch {
     batch
 }
 
-fn computer(model: &ModelConfig, parameters: &[f32]) -> Computer {
+pub(super) fn computer(model: &ModelConfig, parameters: &[f32]) -> Computer {
     let mut computer = Computer::new(model, &ComputeDevice::open(DeviceChoice::Cpu).unwrap());
     computer.load(parameters).unwrap();
     computer
 }
 
 /// Larger than a run's initial values, so that every path carries a gradient worth comparing.
-fn lively_parameters(model: &ModelConfig) -> Vec<f32> {
+pub(super) fn lively_parameters(model: &ModelConfig) -> Vec<f32> {
     let mut parameters = initial_parameters(model, 3);
     let mut noise = vec![0.0; parameters.len()];
     normal(5, Stream::Initialisation, 0, 0.15, &mut noise);
@@ -150,13 +150,13 @@ fn gradients_are_finite_differences() {
     }
 }
 
-fn adapters(model: &ModelConfig, whole: &[&str]) -> AdapterConfig {
+pub(super) fn adapters(model: &ModelConfig, whole: &[&str]) -> AdapterConfig {
     let whole = whole.iter().map(|name| name.to_string()).collect();
     AdapterConfig { rank: 3, alpha: 6.0, targets: all_targets(model), whole }
 }
 
 /// A computer with adapters, whose base is all of `parameters` but what is trained whole.
-fn adapting(model: &ModelConfig, adapters: &AdapterConfig, parameters: &[f32], trained: &[f32]) -> Computer {
+pub(super) fn adapting(model: &ModelConfig, adapters: &AdapterConfig, parameters: &[f32], trained: &[f32]) -> Computer {
     let mut computer = Computer::new(model, &ComputeDevice::open(DeviceChoice::Cpu).unwrap()).with_adapters(adapters);
     let base = AdaptedLayout::of(model, adapters).frozen(model, parameters);
     computer.stand_on(computer.base(&base).unwrap());
@@ -165,7 +165,7 @@ fn adapting(model: &ModelConfig, adapters: &AdapterConfig, parameters: &[f32], t
 }
 
 /// Lively, too, B included.
-fn lively_adapters(model: &ModelConfig, adapters: &AdapterConfig) -> Vec<f32> {
+pub(super) fn lively_adapters(model: &ModelConfig, adapters: &AdapterConfig) -> Vec<f32> {
     let whole = AdaptedLayout::of(model, adapters).whole(model, &lively_parameters(model));
     let mut trained = initial_adapters(model, adapters, 3, &whole);
     let mut noise = vec![0.0; trained.len()];
@@ -375,16 +375,15 @@ fn dropout_depends_on_its_key_alone() {
 fn one_batch_can_be_learnt_by_heart() {
     let model = gpt(0.0);
     let rule = UpdateRule::Adamw(AdamwConfig { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 });
-    let config = OptimizerConfig { rule, lr: 1e-2, grad_clip: Some(1.0) };
     let mut parameters = initial_parameters(&model, 1);
-    let mut state = OptimizerState::new(&config, parameters.len());
+    let mut state = OptimizerState::new(&rule, parameters.len());
     let (mut computer, batch, mut loss) = (computer(&model, &parameters), batch(2, None), f64::MAX);
     for step in 1..=150 {
         let slot = computer.gradient(&batch, KEY).unwrap();
         loss = slot.sums.mean();
         let (gradient_sum, weight_sum) = (slot.gradient.as_slice(), slot.sums.weight);
-        let update = optimizer::Update { gradient_sum, weight_sum, lr: config.lr, step };
-        optimizer::step(&config, computer.layout(), &mut parameters, &mut state, update);
+        let update = optimizer::Update { gradient_sum, weight_sum, grad_clip: Some(1.0), lr: 1e-2, step };
+        optimizer::step(&rule, computer.layout(), &mut parameters, &mut state, update);
         computer.load(&parameters).unwrap();
     }
     assert!(loss < 0.05, "{loss}");

@@ -6,20 +6,21 @@
 mod adamw;
 mod matrix;
 mod muon;
+mod nesterov;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{MuonConfig, OptimizerConfig, UpdateRule};
+use crate::config::{MuonConfig, UpdateRule};
 use crate::layout::{Layout, TensorSpec};
 use crate::pieces::{PIECE_ELEMENTS, in_pieces, l2_norm};
 
 /// What an optimizer remembers between steps. Vectors are flat in layout order, and empty for rules that need none.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct OptimizerState {
-    /// Running mean of gradients; Muon's momentum.
+    /// Running mean of gradients; Muon's momentum; Nesterov's, which is a running sum.
     pub first_moment: Vec<f32>,
     /// Running mean of squared gradients; 0 where Muon rules.
     pub second_moment: Vec<f32>,
@@ -27,11 +28,12 @@ pub struct OptimizerState {
 
 impl OptimizerState {
     /// The state before the first step, for `elements` parameters.
-    pub fn new(config: &OptimizerConfig, elements: usize) -> Self {
-        match config.rule {
+    pub fn new(rule: &UpdateRule, elements: usize) -> Self {
+        match rule {
             UpdateRule::Adamw(_) | UpdateRule::Muon(_) => {
                 Self { first_moment: vec![0.0; elements], second_moment: vec![0.0; elements] }
             }
+            UpdateRule::Nesterov(_) => Self { first_moment: vec![0.0; elements], second_moment: Vec::new() },
             UpdateRule::Sgd => Self::default(),
         }
     }
@@ -53,6 +55,8 @@ pub struct Update<'a> {
     pub gradient_sum: &'a [f32],
     /// The weights' sum over the step's slots.
     pub weight_sum: f64,
+    /// The mean gradient is scaled down to this global L2 norm if it is larger; `None`: never.
+    pub grad_clip: Option<f64>,
     /// The step's learning rate.
     pub lr: f64,
     /// The step's number, from 1.
@@ -98,13 +102,13 @@ fn keep(tensor: &TensorSpec, lr: f64, weight_decay: f64) -> f32 {
 
 /// One optimizer step, in place; see [`step_if`].
 pub fn step(
-    config: &OptimizerConfig,
+    rule: &UpdateRule,
     layout: &Layout,
     parameters: &mut [f32],
     state: &mut OptimizerState,
     update: Update<'_>,
 ) -> StepReport {
-    step_if(config, layout, parameters, state, update, |_| true, |_, _| ()).0
+    step_if(rule, layout, parameters, state, update, |_| true, |_, _| ()).0
 }
 
 /// One optimizer step, in place, if `accepts` says so of the norm of the mean gradient; else nothing changes. The mean over
@@ -112,7 +116,7 @@ pub fn step(
 /// taken in parallel; each is shown to `finished` with its place once it is as it will be, changed or not, and what that gives
 /// comes back in order.
 pub fn step_if<T: Send>(
-    config: &OptimizerConfig,
+    rule: &UpdateRule,
     layout: &Layout,
     parameters: &mut [f32],
     state: &mut OptimizerState,
@@ -120,18 +124,18 @@ pub fn step_if<T: Send>(
     accepts: impl FnOnce(f64) -> bool,
     finished: impl Fn(usize, &[f32]) -> T + Sync,
 ) -> (StepReport, Vec<T>) {
-    let Update { gradient_sum, weight_sum, lr, step } = update;
+    let Update { gradient_sum, weight_sum, grad_clip, lr, step } = update;
     let grad_norm = l2_norm(gradient_sum) / weight_sum;
     if !accepts(grad_norm) {
         return (StepReport { grad_norm, applied: false }, in_pieces(parameters, finished));
     }
-    let clip = match config.grad_clip {
+    let clip = match grad_clip {
         Some(limit) if grad_norm > limit => limit / (grad_norm + 1e-6),
         _ => 1.0,
     };
     let rates = Rates { scale: (clip / weight_sum) as f32, lr, step };
-    let is_whole = |tensor: &TensorSpec| matches!(config.rule, UpdateRule::Muon(_)) && tensor.is_hidden_matrix();
-    if let UpdateRule::Muon(muon) = &config.rule {
+    let is_whole = |tensor: &TensorSpec| matches!(rule, UpdateRule::Muon(_)) && tensor.is_hidden_matrix();
+    if let UpdateRule::Muon(muon) = rule {
         let tensors = cut(layout.tensors.iter().map(TensorSpec::elements), parameters, gradient_sum, state);
         let matrices =
             tensors.into_par_iter().zip(&layout.tensors).filter(|(_, tensor)| tensor.trainable && is_whole(tensor));
@@ -144,8 +148,9 @@ pub fn step_if<T: Send>(
         for tensor in tensors_within(layout, start..start + piece.parameters.len()) {
             if tensor.trainable && !is_whole(tensor) {
                 let part = piece.part(start, tensor);
-                match &config.rule {
+                match rule {
                     UpdateRule::Sgd => sgd(part, rates),
+                    UpdateRule::Nesterov(nesterov) => nesterov::step(*nesterov, part, rates),
                     UpdateRule::Adamw(adamw) | UpdateRule::Muon(MuonConfig { adamw, .. }) => {
                         adamw::step(adamw, tensor, part, rates);
                     }
@@ -196,16 +201,15 @@ fn sgd(part: Part<'_>, Rates { scale, lr, .. }: Rates) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::AdamwConfig;
+    use crate::config::{AdamwConfig, NesterovConfig};
     use crate::digest::{hex, vector_sha256};
 
-    fn adamw(grad_clip: Option<f64>) -> OptimizerConfig {
-        let rule = UpdateRule::Adamw(AdamwConfig { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 });
-        OptimizerConfig { rule, lr: 1e-2, grad_clip }
-    }
+    const ADAMW: UpdateRule =
+        UpdateRule::Adamw(AdamwConfig { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 });
 
+    /// Never clipped.
     fn update(gradient_sum: &[f32], weight_sum: f64, lr: f64, step: u64) -> Update<'_> {
-        Update { gradient_sum, weight_sum, lr, step }
+        Update { gradient_sum, weight_sum, grad_clip: None, lr, step }
     }
 
     fn layout(decayed: usize, plain: usize) -> Layout {
@@ -222,13 +226,13 @@ mod tests {
     /// The rule written down once more, in f64 and element by element.
     #[test]
     fn adamw_follows_the_papers_formula() {
-        let (config, layout) = (adamw(None), layout(5, 3));
+        let layout = layout(5, 3);
         let mut parameters: Vec<f32> = (0..8).map(|i| 0.3 - 0.1 * i as f32).collect();
-        let mut state = OptimizerState::new(&config, 8);
+        let mut state = OptimizerState::new(&ADAMW, 8);
         let mut plain: Vec<(f64, f64, f64)> = parameters.iter().map(|&p| (f64::from(p), 0.0, 0.0)).collect();
         for t in 1..=20u64 {
             let gradient: Vec<f32> = (0..8).map(|i| ((i as u64 * 7 + t * 3) % 11) as f32 - 5.0).collect();
-            step(&config, &layout, &mut parameters, &mut state, update(&gradient, 4.0, 1e-2, t));
+            step(&ADAMW, &layout, &mut parameters, &mut state, update(&gradient, 4.0, 1e-2, t));
             for (i, (p, m, v)) in plain.iter_mut().enumerate() {
                 let g = f64::from(gradient[i]) / 4.0;
                 *p *= 1.0 - 1e-2 * if i < 5 { 0.1 } else { 0.0 };
@@ -243,6 +247,43 @@ mod tests {
         }
     }
 
+    /// So is Nesterov's, in the form in which the velocity is `-lr · b` (Sutskever et al. 2013): the gradient is that at the
+    /// point to which the velocity leads.
+    #[test]
+    fn nesterov_looks_ahead() {
+        let (momentum, lr) = (0.9, 0.7);
+        let rule = UpdateRule::Nesterov(NesterovConfig { momentum });
+        // Of f(x) = a x² / 2, seen from where the optimizer's parameters stand: already ahead.
+        let slopes = [0.3, 1.1, 0.05];
+        let (mut parameters, mut state) = (vec![1.0f32, -2.0, 0.5], OptimizerState::new(&rule, 3));
+        let mut plain: Vec<(f64, f64)> = parameters.iter().map(|&x| (f64::from(x), 0.0)).collect();
+        for t in 1..=30 {
+            let gradient: Vec<f32> = parameters.iter().zip(slopes).map(|(x, a)| a as f32 * x).collect();
+            step(&rule, &layout(2, 1), &mut parameters, &mut state, update(&gradient, 1.0, lr, t));
+            for (index, ((x, velocity), a)) in plain.iter_mut().zip(slopes).enumerate() {
+                let ahead = *x + momentum * *velocity;
+                *velocity = momentum * *velocity - lr * a * ahead;
+                *x += *velocity;
+                let ours = f64::from(parameters[index]);
+                assert!((ours - (*x + momentum * *velocity)).abs() < 1e-5, "step {t}: {ours} for {x} and {velocity}");
+            }
+        }
+        assert!(state.second_moment.is_empty());
+    }
+
+    #[test]
+    fn without_momentum_nesterov_is_plain_descent() {
+        let gradient = [0.3f32, -1.7, 2.5];
+        let [ours, plain] = [UpdateRule::Nesterov(NesterovConfig { momentum: 0.0 }), UpdateRule::Sgd].map(|rule| {
+            let (mut parameters, mut state) = (vec![1.0f32, 0.1, -0.6], OptimizerState::new(&rule, 3));
+            (1..=5).for_each(|t| {
+                step(&rule, &layout(3, 0), &mut parameters, &mut state, update(&gradient, 3.0, 0.1, t));
+            });
+            parameters
+        });
+        assert_eq!(ours, plain);
+    }
+
     #[test]
     fn adamw_and_sgd_agree_with_burns() {
         use burn::tensor::Tensor;
@@ -253,10 +294,10 @@ mod tests {
         let device = ComputeDevice::open(DeviceChoice::Cpu).unwrap();
         let start: Vec<f32> = crate::probe::parameters(16).iter().map(|p| p * 20.0).collect();
         let gradient = |t: u64| -> Vec<f32> { (0..16).map(|i| ((i * 7 + t * 3) % 11) as f32 / 4.0 - 1.2).collect() };
-        let ours = |config: &OptimizerConfig| {
-            let (mut parameters, mut state) = (start.clone(), OptimizerState::new(config, 16));
+        let ours = |rule: &UpdateRule| {
+            let (mut parameters, mut state) = (start.clone(), OptimizerState::new(rule, 16));
             for t in 1..=30 {
-                step(config, &layout(16, 0), &mut parameters, &mut state, update(&gradient(t), 1.0, 1e-2, t));
+                step(rule, &layout(16, 0), &mut parameters, &mut state, update(&gradient(t), 1.0, 1e-2, t));
             }
             parameters
         };
@@ -274,10 +315,9 @@ mod tests {
             parameters.into_data().try_into_vec().unwrap()
         }
         let burns_adamw = AdamWConfig::new().with_beta_2(0.95).with_epsilon(1e-8).with_weight_decay(0.1).build();
-        let sgd = OptimizerConfig { rule: UpdateRule::Sgd, lr: 1e-2, grad_clip: None };
         for (ours, theirs) in [
-            (ours(&adamw(None)), theirs(&burns_adamw, &start, gradient, &device)),
-            (ours(&sgd), theirs(&SgdConfig::new().build(), &start, gradient, &device)),
+            (ours(&ADAMW), theirs(&burns_adamw, &start, gradient, &device)),
+            (ours(&UpdateRule::Sgd), theirs(&SgdConfig::new().build(), &start, gradient, &device)),
         ] {
             assert!(ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() < 2e-6), "{ours:?} is not {theirs:?}");
         }
@@ -285,15 +325,10 @@ mod tests {
 
     #[test]
     fn clipping_scales_the_whole_gradient_to_the_limit() {
-        let config = OptimizerConfig { rule: UpdateRule::Sgd, lr: 1.0, grad_clip: Some(1.0) };
         let mut parameters = vec![0.0; 2];
-        let report = step(
-            &config,
-            &layout(1, 1),
-            &mut parameters,
-            &mut OptimizerState::default(),
-            update(&[6.0, 8.0], 2.0, 1.0, 1),
-        );
+        let update = Update { grad_clip: Some(1.0), ..update(&[6.0, 8.0], 2.0, 1.0, 1) };
+        let state = &mut OptimizerState::default();
+        let report = step(&UpdateRule::Sgd, &layout(1, 1), &mut parameters, state, update);
         assert_eq!(report.grad_norm, 5.0);
         assert!((parameters[0] + 0.6).abs() < 1e-6 && (parameters[1] + 0.8).abs() < 1e-6, "{parameters:?}");
     }
@@ -303,8 +338,8 @@ mod tests {
         let mut layout = layout(2, 2);
         layout.tensors[0].trainable = false;
         let mut parameters = vec![1.0; 4];
-        let mut state = OptimizerState::new(&adamw(None), 4);
-        step(&adamw(None), &layout, &mut parameters, &mut state, update(&[1.0; 4], 1.0, 1e-2, 1));
+        let mut state = OptimizerState::new(&ADAMW, 4);
+        step(&ADAMW, &layout, &mut parameters, &mut state, update(&[1.0; 4], 1.0, 1e-2, 1));
         assert_eq!(parameters[..2], [1.0, 1.0]);
         assert!(parameters[2] < 1.0);
     }
@@ -313,9 +348,9 @@ mod tests {
     #[test]
     fn the_coordinators_arithmetic_is_pinned() {
         let elements = 10_007;
-        let (config, layout) = (adamw(Some(1.0)), layout(elements - 100, 100));
+        let layout = layout(elements - 100, 100);
         let mut parameters = crate::probe::parameters(elements);
-        let mut state = OptimizerState::new(&config, elements);
+        let mut state = OptimizerState::new(&ADAMW, elements);
         let mut norms = Vec::new();
         for t in 1..=5u64 {
             let gradient: Vec<f32> = parameters.iter().enumerate().map(|(i, p)| p * (i as f32 + t as f32)).collect();
@@ -329,7 +364,8 @@ mod tests {
                 1e-2,
                 t,
             );
-            norms.push(step(&config, &layout, &mut parameters, &mut state, update(&gradient, 3.0, lr, t)).grad_norm);
+            let update = Update { grad_clip: Some(1.0), ..update(&gradient, 3.0, lr, t) };
+            norms.push(step(&ADAMW, &layout, &mut parameters, &mut state, update).grad_norm);
         }
         expect_test::expect!["5ebe5d62fd18ceb78d001959e3d45e42c840049cad0d572a4896996f8011076a"]
             .assert_eq(&hex(&vector_sha256(&parameters)));
@@ -351,12 +387,12 @@ mod tests {
         }
         let adamw = AdamwConfig { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
         let rule = UpdateRule::Muon(MuonConfig { momentum: 0.95, adamw });
-        let config = OptimizerConfig { rule, lr: 1e-2, grad_clip: Some(1.0) };
         let mut parameters = crate::probe::parameters(layout.len());
-        let mut state = OptimizerState::new(&config, layout.len());
+        let mut state = OptimizerState::new(&rule, layout.len());
         for t in 1..=5u64 {
             let gradient: Vec<f32> = (0..layout.len() as u64).map(|i| ((i * 7 + t * 3) % 11) as f32 - 5.0).collect();
-            step(&config, &layout, &mut parameters, &mut state, update(&gradient, 4.0, 1e-2, t));
+            let update = Update { grad_clip: Some(1.0), ..update(&gradient, 4.0, 1e-2, t) };
+            step(&rule, &layout, &mut parameters, &mut state, update);
         }
         let unused = layout.tensors.iter().filter(|tensor| tensor.is_hidden_matrix());
         assert!(unused.flat_map(|tensor| &state.second_moment[tensor.range()]).all(|moment| *moment == 0.0));

@@ -3,7 +3,7 @@
 use lockstep_model::adapters::{AdapterConfig, all_targets};
 use lockstep_model::batch::{Batch, Column, Values};
 use lockstep_model::compute::SlotGradient;
-use lockstep_model::config::{Gelu, GptConfig, LineConfig};
+use lockstep_model::config::{Gelu, GptConfig, LineConfig, UpdateRule};
 use lockstep_model::device::DeviceChoice;
 use lockstep_model::tree::{Block, add_vectors};
 
@@ -13,7 +13,7 @@ use crate::lease::{Lease, Parameters};
 const LINE: ModelConfig = ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 });
 
 fn line() -> Setting {
-    Setting { model: LINE, objective: Objective::NextToken, adapters: None }
+    Setting { model: LINE, objective: Objective::NextToken, adapters: None, local_optimizer: None }
 }
 
 fn batch(slot: u32) -> Batch {
@@ -28,7 +28,7 @@ fn work(task: Task, block: Block, step_slots: u32) -> Arc<Work> {
     let slots = block.slots(step_slots).map(|number| Slot { number, batch: batch(number) }).collect();
     let parameters = Parameters { version: 0, digest: Some([7; 32]) };
     let lease = Lease { id: 1, step: 1, parameters, block, seed: 1, task };
-    Arc::new(Work { lease, slots, traceparent: String::new() })
+    Arc::new(Work { lease, slots, learning_rates: Vec::new(), traceparent: String::new() })
 }
 
 fn cpu() -> ComputeDevice {
@@ -68,6 +68,62 @@ async fn a_block_is_summed_in_tree_order() {
         assert_eq!(outcome.gradient, Some(Gradient::from(expected.gradient)));
         assert_eq!(outcome.slot_sums.len(), block.slots(step_slots).len());
         assert_eq!(outcome.batch_sha256, block_sha256(block.slots(step_slots).map(|s| slot_sha256(s, &batch(s)))));
+    }
+}
+
+/// Two local steps in each slot, of a row each.
+fn local_work(block: Block, step_slots: u32) -> Work {
+    Work { learning_rates: vec![0.1, 0.05], ..Work::clone(&work(Task::Gradient, block, step_slots)) }
+}
+
+fn line_of_replicas() -> Setting {
+    Setting { local_optimizer: Some(LocalOptimizer { rule: UpdateRule::Sgd, grad_clip: None }), ..line() }
+}
+
+#[tokio::test]
+async fn replicas_go_their_way_and_what_comes_back_is_how_far() {
+    let start = [0.35f32, 0.01];
+    let replica = |slot: u32| {
+        let (x, y) = (batch(slot).columns[0].values.clone(), batch(slot).columns[1].values.clone());
+        let (Values::F32(x), Values::F32(y)) = (x, y) else { panic!("the line reads floats") };
+        let [mut weight, mut bias] = start;
+        for ((x, y), lr) in x.into_iter().zip(y).zip([0.1f32, 0.05]) {
+            let error = x * weight + bias - y;
+            weight -= lr * (x * (error + error));
+            bias -= lr * (error + error);
+        }
+        vec![start[0] - weight, start[1] - bias]
+    };
+    let device = DeviceThread::start(cpu()).unwrap();
+    device.probe(line_of_replicas(), Vec::new()).await.unwrap();
+    device.load(start.to_vec()).await.unwrap();
+    let evaluation = work(Task::Evaluate, Block::root(3), 3);
+    let before = device.compute(evaluation.clone(), Stop::default(), Span::none()).await.unwrap();
+    let outcome = device.compute(Arc::new(local_work(Block::root(3), 3)), Stop::default(), Span::none()).await.unwrap();
+    let expected = add_vectors(add_vectors(replica(0), &replica(1)), &replica(2));
+    assert_eq!(outcome.gradient, Some(Gradient::from(expected)));
+    assert_eq!((outcome.sums.weight, outcome.slot_sums.len()), (6.0, 3));
+    // The parameters that were loaded are there still.
+    let after = device.compute(evaluation, Stop::default(), Span::none()).await.unwrap();
+    assert_eq!(after.sums, before.sums);
+}
+
+#[tokio::test]
+async fn local_steps_need_an_optimizer_and_an_optimizer_local_steps() {
+    let device = DeviceThread::start(cpu()).unwrap();
+    let gradient = work(Task::Gradient, Block::leaf(0), 1);
+    for (setting, work, expected) in [
+        (
+            line(),
+            Arc::new(local_work(Block::leaf(0), 1)),
+            "the lease has 2 local steps, and the invitation no optimizer",
+        ),
+        (line_of_replicas(), gradient, "the lease has 0 local steps, and the invitation one optimizer"),
+    ] {
+        device.probe(setting, Vec::new()).await.unwrap();
+        device.load(vec![0.35, 0.01]).await.unwrap();
+        let failure = device.compute(work, Stop::default(), Span::none()).await.unwrap_err();
+        assert!(failure.to_string().starts_with(expected), "{failure}");
     }
 }
 
@@ -255,7 +311,8 @@ async fn a_base_is_held_over_memberships_and_until_a_failure() {
     let digest = digest.finish();
 
     let device = DeviceThread::start(cpu()).unwrap();
-    let setting = |adapters| Setting { model: model.clone(), objective: Objective::NextToken, adapters };
+    let setting =
+        |adapters| Setting { model: model.clone(), objective: Objective::NextToken, adapters, local_optimizer: None };
     let join = async |adapters: &Adapters| {
         let leases = vec![Work::clone(&gradient)];
         device.probe(setting(Some(adapters.clone())), leases).await.unwrap()

@@ -17,7 +17,7 @@ fn wire_lease() -> v1::Lease {
         step: 3,
         version: 2,
         block: Some(v1::Block { level: 2, index: 1 }),
-        task: Some(v1::lease::Task::Gradient(v1::GradientTask {})),
+        task: Some(v1::lease::Task::Gradient(v1::GradientTask::default())),
         slots: vec![slot(4), slot(5), slot(6)],
         seed: 11,
         traceparent: "00-aa-bb-01".into(),
@@ -46,6 +46,7 @@ fn wire_invitation() -> v1::Invitation {
         liveness_timeout_ms: 3000,
         objective: None,
         adapters: None,
+        local_optimizer: None,
     }
 }
 
@@ -287,4 +288,48 @@ fn models_that_cannot_be_are_refused() {
 fn texts_are_cut_between_characters() {
     assert_eq!(shortened("größe", 3), "gr");
     assert_eq!(shortened("größe", 64), "größe");
+}
+
+#[test]
+fn a_local_optimizer_is_read_or_refused() {
+    let adamw = || v1::Adamw { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
+    let config = AdamwConfig { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
+    let with = |rule, grad_clip| {
+        let local_optimizer = Some(v1::LocalOptimizer { rule, grad_clip });
+        invitation(v1::Invitation { local_optimizer, ..wire_invitation() }).map(|read| read.local_optimizer.unwrap())
+    };
+    use v1::local_optimizer::Rule;
+    let muon = |momentum, others| Rule::Muon(v1::Muon { momentum, others });
+    for (rule, expected) in [
+        (Rule::Adamw(adamw()), UpdateRule::Adamw(config.clone())),
+        (muon(0.95, Some(adamw())), UpdateRule::Muon(MuonConfig { momentum: 0.95, adamw: config })),
+        (Rule::Nesterov(v1::Nesterov { momentum: 0.9 }), UpdateRule::Nesterov(NesterovConfig { momentum: 0.9 })),
+        (Rule::Sgd(v1::Sgd {}), UpdateRule::Sgd),
+    ] {
+        assert_eq!(with(Some(rule), Some(1.0)).unwrap(), LocalOptimizer { rule: expected, grad_clip: Some(1.0) });
+    }
+    assert_eq!(invitation(wire_invitation()).unwrap().local_optimizer, None);
+    let refusals = [
+        with(None, None),
+        with(Some(Rule::Adamw(v1::Adamw { beta2: 1.0, ..adamw() })), None),
+        with(Some(muon(0.95, None)), None),
+        with(Some(Rule::Nesterov(v1::Nesterov { momentum: -0.1 })), None),
+        with(Some(Rule::Sgd(v1::Sgd {})), Some(0.0)),
+    ];
+    expect![[r#"
+        the local optimizer's rule is missing, or of a kind that this build does not know
+        the local optimizer's AdamwConfig { beta1: 0.9, beta2: 1.0, epsilon: 1e-8, weight_decay: 0.1 } cannot be
+        what Muon does not rule is missing, or of a kind that this build does not know
+        the local optimizer's momentum -0.1 is not in [0, 1)
+        the local optimizer's grad_clip Some(0.0) is not above 0"#]]
+    .assert_eq(&refusals.map(|refused| refused.unwrap_err().to_string()).join("\n"));
+}
+
+#[test]
+fn learning_rates_come_with_a_lease() {
+    let with = |learning_rates| {
+        work(v1::Lease { task: Some(v1::lease::Task::Gradient(v1::GradientTask { learning_rates })), ..wire_lease() })
+    };
+    assert_eq!(with(vec![0.1, 0.2]).unwrap().learning_rates, [0.1, 0.2]);
+    refused(with(vec![0.1, f64::NAN]), &expect!["lease 5: a learning rate is NaN"]);
 }

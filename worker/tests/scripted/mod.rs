@@ -181,6 +181,7 @@ pub(crate) fn invitation() -> v1::Invitation {
         liveness_timeout_ms: 60_000,
         objective: None,
         adapters: None,
+        local_optimizer: None,
     }
 }
 
@@ -208,7 +209,7 @@ pub(crate) fn lease(lease_id: u64, gradient: bool, slots: &[u32]) -> v1::Lease {
         version: 7,
         block: Some(v1::Block { level: slots.len().next_power_of_two().trailing_zeros(), index: 0 }),
         task: Some(match gradient {
-            true => v1::lease::Task::Gradient(v1::GradientTask {}),
+            true => v1::lease::Task::Gradient(v1::GradientTask::default()),
             false => v1::lease::Task::Evaluate(v1::EvaluateTask {}),
         }),
         slots: slots.iter().map(slot).collect(),

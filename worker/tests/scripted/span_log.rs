@@ -25,6 +25,7 @@ pub(crate) fn record(step: u64) -> SpanSource {
     Arc::new(move || std::mem::take(&mut finished.lock().unwrap()))
 }
 
+/// Of the span, or of what it is part of.
 #[derive(Default)]
 struct Step(u64);
 
@@ -42,7 +43,11 @@ impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> Layer<S> for SpanLog {
     fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
         let mut step = Step::default();
         attributes.record(&mut step);
-        context.span(id).expect("a new span is there").extensions_mut().insert(step);
+        let span = context.span(id).expect("a new span is there");
+        if let (0, Some(parent)) = (step.0, span.parent()) {
+            step.0 = parent.extensions().get::<Step>().map_or(0, |of_parent| of_parent.0);
+        }
+        span.extensions_mut().insert(step);
     }
 
     fn on_close(&self, id: Id, context: Context<'_, S>) {

@@ -107,7 +107,7 @@ impl Training<'_> {
     /// One slot a worker, on tokens drawn at random.
     fn config(&self, run: &Path) -> RunConfig {
         let shape = self.shape;
-        let batch = BatchConfig { slots: self.workers, sequences_per_slot: shape.rows as u32 };
+        let batch = BatchConfig { slots: self.workers, sequences_per_slot: shape.rows as u32, local_steps: 1 };
         let tokens = Tokens::from(shape.draw(0, 0, WINDOWS * (shape.length + 1)));
         let corpus = WeightedCorpus { weight: 1.0, training: tokens.clone(), validation: tokens };
         let source = TokenSource {
@@ -130,6 +130,7 @@ impl Training<'_> {
             objective: Objective::NextToken,
             bytes_per_token: None,
             optimizer: OptimizerConfig { rule: self.rule.clone(), lr: 1e-3, grad_clip: None },
+            outer: None,
             skip: SkipConfig { max_in_a_row: 3, above_median: None },
             schedule: ScheduleConfig {
                 steps: u64::from(WARM_UP + self.steps),

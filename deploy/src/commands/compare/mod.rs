@@ -34,7 +34,7 @@ const STREAMS: usize = 8;
 struct Workload {
     /// Tokens that the model reads at once.
     context: usize,
-    /// Of a training step, as the run's recipe has it: each sequence as long as the context.
+    /// Of a step of the optimizer, as the run's recipe has it: each sequence as long as the context.
     slots: u32,
     sequences_per_slot: u32,
     /// Of each stream.
@@ -62,7 +62,7 @@ impl Workload {
         }
         let generated_tokens = GENERATED.min(context / 2);
         let prompt_tokens = PROMPT.min(context - generated_tokens);
-        let BatchConfig { slots, sequences_per_slot } = batch;
+        let BatchConfig { slots, sequences_per_slot, .. } = batch;
         Ok(Self { context, slots, sequences_per_slot, prompt_tokens, generated_tokens, streams: STREAMS })
     }
 
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &Compare) -> anyhow::Result<()> {
     let checkpoint = inspect::locate(&args.run)?;
     let manifest = checkpoint::read_manifest(&checkpoint)?;
     let recipe = Recipe::from_toml(&manifest.recipe_name, &manifest.recipe, &[])?;
-    let workload = Workload::of(&checkpoint, &manifest, recipe.batch)?;
+    let workload = Workload::of(&checkpoint, &manifest, recipe.batch_of_optimizer())?;
     if let Some(side) = args.child {
         // Nobody waits for the answer any more once standard input ends.
         lifeline::hold(drop, || std::process::exit(0))?;
@@ -124,6 +124,7 @@ pub(crate) fn run(args: &Compare) -> anyhow::Result<()> {
         optimizer: match recipe.optimizer.rule {
             UpdateRule::Adamw(_) => "adamw",
             UpdateRule::Muon(_) => "muon",
+            UpdateRule::Nesterov(_) => "nesterov",
             UpdateRule::Sgd => "sgd",
         },
         dropout: match &manifest.model {

@@ -24,12 +24,14 @@ pub(super) fn measure(args: &Compare, path: &Path, recipe: &Recipe) -> anyhow::R
     use_threads(args.threads, Caller::Computes)?;
     let start_rss_bytes = peak_rss_bytes();
     let Checkpoint { manifest, mut parameters, optimizer: mut state } = checkpoint::read(path)?;
-    // A model that was imported has none yet.
-    if state == OptimizerState::default() {
-        state = OptimizerState::new(&recipe.optimizer, parameters.len());
+    let (rule, grad_clip) = (&recipe.optimizer.rule, recipe.optimizer.grad_clip);
+    // A model that was imported has none yet, and replicas begin without any; what is kept is of versions.
+    if state == OptimizerState::default() || recipe.outer.is_some() {
+        state = OptimizerState::new(rule, parameters.len());
     }
     let shape = Shape::of(manifest.model.clone(), recipe.batch.sequences_per_slot as usize);
-    let slots: Vec<Batch> = (0..recipe.batch.slots).map(|slot| shape.batch(slot)).collect();
+    let batch = recipe.batch_of_optimizer();
+    let slots: Vec<Batch> = (0..batch.slots).map(|slot| shape.batch(slot)).collect();
     let device = ComputeDevice::open(args.device)?;
     let mut computer = Computer::new(&manifest.model, &device);
     if let Some(adapters) = &manifest.adapters {
@@ -55,8 +57,8 @@ pub(super) fn measure(args: &Compare, path: &Path, recipe: &Recipe) -> anyhow::R
         let keyed = slots.iter().enumerate().map(|(slot, batch)| Ok((batch, key(step, slot as u32))));
         let BlockGradient { slot_sums, gradient } = computer.block_gradient(keyed)?;
         let weight_sum = slot_sums.iter().map(|sums| sums.weight).sum();
-        let update = Update { gradient_sum: &gradient, weight_sum, lr, step };
-        optimizer::step(&recipe.optimizer, computer.layout(), parameters, &mut state, update);
+        let update = Update { gradient_sum: &gradient, weight_sum, grad_clip, lr, step };
+        optimizer::step(rule, computer.layout(), parameters, &mut state, update);
         computer.reuse(gradient);
         computer.load(parameters)?;
         Ok(start.elapsed().as_secs_f64())
@@ -70,14 +72,13 @@ pub(super) fn measure(args: &Compare, path: &Path, recipe: &Recipe) -> anyhow::R
     }
 
     let tokens = slots.len() * shape.tokens();
-    let worker =
-        WorkerMemory::of(&manifest.model, manifest.adapters.as_ref(), recipe.batch, recipe.rows_per_sequence());
+    let worker = WorkerMemory::of(&manifest.model, manifest.adapters.as_ref(), batch, recipe.rows_per_sequence());
     Ok(Report {
         device: device.description.clone(),
         memory: Memory {
             parameters: worker.parameters,
             gradients: worker.gradients,
-            moments: moment_bytes(&recipe.optimizer.rule, parameters.len()),
+            moments: moment_bytes(rule, parameters.len()),
             activations: worker.activations,
             cache: 0,
         },

@@ -91,7 +91,7 @@ fn rows(file: &PathBuf, subject: &Subject, context: usize) -> anyhow::Result<Vec
         context,
         order: WindowOrder::Epoch,
         seed: 0,
-        batch: BatchConfig { slots: 1, sequences_per_slot: 1 },
+        batch: BatchConfig { slots: 1, sequences_per_slot: 1, local_steps: 1 },
         has_reference: true,
         references: None,
     });

@@ -34,8 +34,7 @@ pub(super) fn replay(
     report: &mut Report,
     progress: &mut Progress,
 ) {
-    let rows_per_slot = u64::from(batch.sequences_per_slot);
-    let rows_per_step = u64::from(batch.slots) * rows_per_slot;
+    let (rows_per_slot, rows_per_step) = (u64::from(batch.sequences_drawn_per_slot()), batch.sequences_per_step());
     let steps: Vec<u64> = (1..=report.steps).collect();
     report.draws.committed = report.steps * rows_per_step;
     let by_step = by_step(lines, rows_per_step, report);
