@@ -432,14 +432,14 @@ fn keys_that_nothing_reads_are_refused() {
         recipe shakespeare-char-cpu: model.initial_weight = 1: nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "line"
         recipe shakespeare-char-cpu: tokenizer.vocab_size = 300: nothing reads this key beside the others; leave it out, or change the kind; for example tokenizer.kind = "bpe"
         recipe shakespeare-char-cpu: model.head = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, adapters, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init
+        recipe shakespeare-char-cpu: train.steps = 4: unknown key (did you mean schedule.steps?); the sections are model, adapters, data, dpo, tokenizer, optimizer, schedule, batch, outer, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init
         recipe shakespeare-char-cpu: model = 4: unknown key; the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
         recipe shakespeare-char-cpu: model.heads.x = 4: unknown key (did you mean model.heads?); the keys of [model] are kind, layers, heads, kv_heads, width, head_width, ffn_width, context, bias, qk_norm, tied_head, gelu, rope_theta, rope_scaling, norm_epsilon, dropout, initial_weight, initial_bias
-        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, adapters, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"#]].assert_eq(&refusals.map(refusal).join("\n"));
+        recipe shakespeare-char-cpu: colour = "red": unknown key; the sections are model, adapters, data, dpo, tokenizer, optimizer, schedule, batch, outer, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"#]].assert_eq(&refusals.map(refusal).join("\n"));
 
     let text = |text: &str| Recipe::from_toml("mine", text, &[]).unwrap_err().to_string();
     expect![[r#"recipe mine: tokenizer.kind = "chars": nothing reads this key beside the others; leave it out, or change the kind; for example model.kind = "gpt""#]].assert_eq(&text("[model]\nkind = 'line'\n[tokenizer]\nkind = 'chars'"));
-    expect!["recipe mine: modle = {}: unknown key; the sections are model, adapters, data, dpo, tokenizer, optimizer, schedule, batch, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"].assert_eq(&text("[modle]"));
+    expect!["recipe mine: modle = {}: unknown key; the sections are model, adapters, data, dpo, tokenizer, optimizer, schedule, batch, outer, evaluation, sampling, checkpoint, cluster; outside of them there are name, seed, stage, init"].assert_eq(&text("[modle]"));
 }
 
 #[test]
@@ -491,7 +491,13 @@ fn local_steps_make_replicas_of_slots() {
         "batch.local_steps=50 outer.lr=0",
         "batch.local_steps=50 outer.momentum=1",
     ];
-    expect![[r#""#]].assert_eq(&refusals.map(refusal).join("\n"));
+    expect![[r#"
+        recipe shakespeare-char-cpu: batch.local_steps = -1: must be a whole number from 0 to 65536; for example batch.local_steps = 0
+        recipe shakespeare-char-cpu: batch.local_steps = 5500: a slot's batches would have 8448000 bytes (1536 for each local step), and one message carries at most 8388608; for example batch.local_steps = 5461
+        recipe shakespeare-char-cpu: batch.slots = 65536: with 500000 sequences each, there would be more than 4294967295 sequences; for example batch.slots = 4
+        recipe shakespeare-char-cpu: outer.lr = 0.5: nothing reads this key beside the others; leave it out, or change the kind; for example batch.local_steps = 50
+        recipe shakespeare-char-cpu: outer.lr = 0.0: must be a number above 0; for example outer.lr = 0.7
+        recipe shakespeare-char-cpu: outer.momentum = 1.0: must be a number of at least 0 and below 1; for example outer.momentum = 0.9"#]].assert_eq(&refusals.map(refusal).join("\n"));
 }
 
 #[test]

