@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lockstep_model::adapters::AdapterConfig;
-use lockstep_model::config::{BatchConfig, ModelConfig, Objective, OptimizerConfig, ScheduleConfig};
+use lockstep_model::config::{BatchConfig, LocalOptimizer, ModelConfig, Objective, OptimizerConfig, ScheduleConfig};
 use lockstep_model::sampler::Source;
 use lockstep_model::schedule::local_learning_rates;
 use lockstep_model::step_filter::SkipConfig;
@@ -41,6 +41,8 @@ pub struct RunConfig {
     pub optimizer: OptimizerConfig,
     /// How versions follow what replicas learned in their local steps; `None`: slots are no replicas, and have gradients.
     pub outer: Option<OptimizerConfig>,
+    /// Whether a replica's moments stay with it from step to step.
+    pub keep_moments: bool,
     /// What becomes of steps whose gradient is of no use.
     pub skip: SkipConfig,
     /// The learning rate over time.
@@ -67,6 +69,18 @@ impl RunConfig {
     /// How one version of the parameters follows from the one before.
     pub(crate) fn optimizer_of_versions(&self) -> &OptimizerConfig {
         self.outer.as_ref().unwrap_or(&self.optimizer)
+    }
+
+    /// How replicas take their local steps; `None` where slots are no replicas.
+    pub(crate) fn local_optimizer(&self) -> Option<LocalOptimizer> {
+        let OptimizerConfig { rule, grad_clip, .. } = &self.optimizer;
+        let (grad_clip, keep_moments) = (*grad_clip, self.keep_moments);
+        self.outer.as_ref().map(|_| LocalOptimizer { rule: rule.clone(), grad_clip, keep_moments })
+    }
+
+    /// Vectors of moments that are pushed behind each gradient.
+    pub(crate) fn kept_moments(&self) -> usize {
+        self.local_optimizer().map_or(0, |optimizer| optimizer.kept_moments())
     }
 
     /// The learning rates of a replica's local steps in step `step`; none where slots are no replicas.
@@ -174,6 +188,7 @@ impl RunConfig {
             bytes_per_token: None,
             optimizer: OptimizerConfig { rule: UpdateRule::Sgd, lr: 0.1, grad_clip: None },
             outer: None,
+            keep_moments: false,
             skip: SkipConfig { max_in_a_row: 0, above_median: None },
             schedule: ScheduleConfig { steps: 10, warmup_steps: 0, decay: Decay::Constant, min_lr: 0.0 },
             batch,

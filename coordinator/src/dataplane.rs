@@ -3,6 +3,7 @@
 //! Vectors never pass through the engine. They wait in the [exchange](crate::exchange) under the lease that made them until
 //! the engine accepts the block, and one thread adds them up, applies the step and publishes the result.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use tracing::Span;
 
 use crate::background::Background;
 use crate::exchange::{Publication, Spare};
+use crate::replicas::Replicas;
 
 /// A run's changing numbers.
 #[derive(Clone, Debug)]
@@ -34,6 +36,8 @@ pub(crate) struct State {
 pub(crate) struct Rules {
     pub(crate) layout: Layout,
     pub(crate) optimizer: OptimizerConfig,
+    /// Elements that stand behind the gradient in what a replica pushes: its moments, if they stay with it.
+    pub(crate) kept_elements: usize,
     /// Whether slots are replicas, of whose pseudo-gradients the mean is taken; else it is that over all that has a weight.
     pub(crate) replicas: bool,
     pub(crate) skip: SkipConfig,
@@ -72,6 +76,7 @@ pub(crate) struct Applied {
 pub(crate) struct DataPlane {
     jobs: Background<Job>,
     publication: Publication,
+    replicas: Replicas,
 }
 
 impl DataPlane {
@@ -89,15 +94,23 @@ impl DataPlane {
     ) -> std::io::Result<Self> {
         let publication = Publication::new(version, &state.parameters);
         let sum = TreeSum::new(rules.slots);
-        let plane = Plane { rules, state, sum, spare, reduce: Duration::ZERO };
+        let replicas = Replicas::default();
+        replicas.set(&state.optimizer.replicas);
+        let moments = BTreeMap::new();
+        let plane = Plane { rules, state, sum, moments, replicas: replicas.clone(), spare, reduce: Duration::ZERO };
         let published = publication.clone();
         let jobs = Background::start("data-plane", move |jobs| plane.run(&jobs, &published, &applied))?;
-        Ok(Self { jobs, publication })
+        Ok(Self { jobs, publication, replicas })
     }
 
     /// What workers may pull.
     pub(crate) fn publication(&self) -> Publication {
         self.publication.clone()
+    }
+
+    /// What replicas remember of it.
+    pub(crate) fn replicas(&self) -> Replicas {
+        self.replicas.clone()
     }
 
     /// BLAKE3 of what is published.
@@ -128,6 +141,7 @@ impl DataPlane {
     /// Goes on from `state`, which is published at once as `version`.
     pub(crate) fn restore(&self, version: u64, state: State) {
         self.publication.set(version, &state.parameters);
+        self.replicas.set(&state.optimizer.replicas);
         self.jobs.send(Job::Restore(state));
     }
 
@@ -141,6 +155,9 @@ struct Plane {
     rules: Rules,
     state: State,
     sum: TreeSum<Vec<f32>>,
+    /// What replicas remember of the step under way, by slot.
+    moments: BTreeMap<u32, Vec<f32>>,
+    replicas: Replicas,
     spare: Arc<Spare>,
     /// Time spent adding since the last step.
     reduce: Duration,
@@ -152,9 +169,9 @@ impl Plane {
             match job {
                 Job::Add { block, vector, span } => self.add(block, vector, &span),
                 Job::Apply { step, lr, sums, span } => applied(self.apply(step, lr, sums, &span, publication)),
-                Job::Restart => self.sum = TreeSum::new(self.rules.slots),
+                Job::Restart => self.begin(),
                 Job::Restore(state) => {
-                    self.sum = TreeSum::new(self.rules.slots);
+                    self.begin();
                     self.state = state;
                 }
                 Job::Snapshot(take) => take(self.state.clone()),
@@ -163,9 +180,18 @@ impl Plane {
         }
     }
 
-    fn add(&mut self, block: Block, vector: Vec<f32>, span: &Span) {
+    /// Forgets what was added.
+    fn begin(&mut self) {
+        self.sum = TreeSum::new(self.rules.slots);
+        self.moments.clear();
+    }
+
+    fn add(&mut self, block: Block, mut vector: Vec<f32>, span: &Span) {
         let _span = tracing::info_span!(target: "lockstep", parent: span, "reduce").entered();
         let start = Instant::now();
+        if self.rules.kept_elements > 0 {
+            self.moments.insert(block.index, vector.split_off(vector.len() - self.rules.kept_elements));
+        }
         let inserted = self.sum.insert(block, vector, |left, right| {
             let sum = add_vectors(left, &right);
             self.spare.give_back(right);
@@ -184,6 +210,7 @@ impl Plane {
         publication: &Publication,
     ) -> anyhow::Result<Applied> {
         let sum = std::mem::replace(&mut self.sum, TreeSum::new(self.rules.slots));
+        let moments = std::mem::take(&mut self.moments);
         let gradient = sum
             .into_root()
             .ok_or_else(|| anyhow::anyhow!("step {step}: the engine asked for a step whose gradient is incomplete"))?;
@@ -194,7 +221,7 @@ impl Plane {
         let draft = publication.draft(step, parameters.len());
         let (report, digests) = {
             let _span = tracing::info_span!(target: "lockstep", parent: span, "optimizer").entered();
-            let Rules { optimizer: OptimizerConfig { rule, grad_clip, .. }, layout, replicas, skip, slots } =
+            let Rules { optimizer: OptimizerConfig { rule, grad_clip, .. }, layout, replicas, skip, slots, .. } =
                 &self.rules;
             let weight_sum = if *replicas { f64::from(*slots) } else { sums.weight };
             let update = Update { gradient_sum: &gradient, weight_sum, grad_clip: *grad_clip, lr, step };
@@ -207,7 +234,11 @@ impl Plane {
 
         let start = Instant::now();
         let _span = tracing::info_span!(target: "lockstep", parent: span, "publish").entered();
-        publication.publish(draft, &digests, parameters);
+        if report.applied && self.rules.kept_elements > 0 {
+            self.state.optimizer.replicas = moments.into_values().collect();
+            self.replicas.set(&self.state.optimizer.replicas);
+        }
+        publication.publish(draft, &digests, &self.state.parameters);
         let (grad_norm, skipped) = (report.grad_norm, !report.applied);
         Ok(Applied { step, grad_norm, skipped, reduce, optimize, publish: start.elapsed() })
     }
@@ -219,6 +250,7 @@ mod tests {
 
     use bytes::Bytes;
     use lockstep_model::config::{LineConfig, ModelConfig, NesterovConfig, UpdateRule};
+    use lockstep_model::pieces::vector_blake3;
     use lockstep_proto::chunk;
 
     use super::*;
@@ -229,6 +261,14 @@ mod tests {
     }
 
     fn plane_of(replicas: bool, rule: UpdateRule) -> (DataPlane, Receiver<anyhow::Result<Applied>>) {
+        plane_with(replicas, 0, rule)
+    }
+
+    fn plane_with(
+        replicas: bool,
+        kept_elements: usize,
+        rule: UpdateRule,
+    ) -> (DataPlane, Receiver<anyhow::Result<Applied>>) {
         let layout = Layout::of(&ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }));
         let optimizer = OptimizerConfig { rule, lr: 0.5, grad_clip: None };
         let skip = SkipConfig { max_in_a_row: 3, above_median: None };
@@ -238,7 +278,7 @@ mod tests {
             optimizer: OptimizerState::new(&optimizer.rule, 2),
             filter: StepFilter::default(),
         };
-        let rules = Rules { layout, optimizer, replicas, skip, slots: 3 };
+        let rules = Rules { layout, optimizer, kept_elements, replicas, skip, slots: 3 };
         let plane = DataPlane::start(rules, 0, state, Arc::default(), move |applied| {
             let _ = done.send(applied);
         });
@@ -281,6 +321,36 @@ mod tests {
         assert_eq!(news.recv().unwrap().unwrap().grad_norm, (6f64.powi(2) + 1.5f64.powi(2)).sqrt() / 3.0);
         // The mean over three, (2, 0.5), and half of it as momentum, at a rate of 0.5.
         assert_eq!(published(&plane), (1, chunk::to_bytes(&[1.0 - 0.5 * 3.0, 2.0 - 0.5 * 0.75])));
+    }
+
+    #[test]
+    fn moments_are_kept_once_the_step_counts() {
+        let (plane, news) = plane_with(true, 1, UpdateRule::Sgd);
+        let round = |step, moments: [f32; 3], last: f32| {
+            for (slot, moment) in (0..3).zip(moments).rev() {
+                plane.add(Block::leaf(slot), vec![1.0, if slot == 2 { last } else { 1.0 }, moment], &Span::none());
+            }
+            apply(&plane, step);
+            news.recv().unwrap().unwrap().skipped
+        };
+        let kept = || [0, 1, 2].map(|slot| plane.replicas().blake3(slot));
+        let of = |moments: [f32; 3]| moments.map(|moment| Some(vector_blake3(&[moment])));
+        assert_eq!(kept(), [None; 3]);
+        assert!(!round(1, [7.0, 8.0, 9.0], 1.0));
+        assert_eq!((published(&plane), kept()), ((1, chunk::to_bytes(&[0.5, 1.5])), of([7.0, 8.0, 9.0])));
+        assert!(round(2, [1.0, 2.0, 3.0], f32::NAN), "a step of no use");
+        assert_eq!(kept(), of([7.0, 8.0, 9.0]));
+        plane.add(Block::leaf(1), vec![1.0, 1.0, 100.0], &Span::none());
+        plane.restart();
+        assert!(!round(3, [4.0, 5.0, 6.0], 1.0));
+        assert_eq!(kept(), of([4.0, 5.0, 6.0]));
+
+        let optimizer = OptimizerState { replicas: vec![vec![3.0]; 3], ..OptimizerState::default() };
+        plane.restore(0, State { parameters: vec![1.0, 2.0], optimizer, filter: StepFilter::default() });
+        assert_eq!(kept(), of([3.0; 3]));
+        let (snapshot, taken) = channel();
+        plane.snapshot(move |state| snapshot.send(state.optimizer.replicas).unwrap());
+        assert_eq!(taken.recv().unwrap(), [[3.0], [3.0], [3.0]]);
     }
 
     #[test]

@@ -247,10 +247,10 @@ impl Publication {
         whole.then(|| published.bytes.get_or_init(|| chunk::to_bytes(&vector)).clone())
     }
 
-    /// Memory for the gradients of a worker, and how it is told of all that it may use, where there is any.
-    pub(crate) fn share(&self) -> Option<(Arc<Region>, v1::SharedMemory)> {
+    /// Memory for what a worker pushes, vectors of `elements`, and how it is told of all that it may use, where there is any.
+    pub(crate) fn share(&self, elements: usize) -> Option<(Arc<Region>, v1::SharedMemory)> {
         let Shared { token, parameters } = self.0.shared.as_ref()?;
-        let gradient = Region::create(token, parameters[0].elements()).ok()?;
+        let gradient = Region::create(token, elements).ok()?;
         let offer = v1::SharedMemory {
             token: token.to_vec(),
             parameters: parameters.iter().map(Region::path).collect(),
@@ -354,7 +354,7 @@ mod tests {
         assert_eq!(second.version, 5);
         publication.set(6, &[5.0, 6.0]);
         publication.set(7, &[7.0, 8.0]);
-        if publication.share().is_some() {
+        if publication.share(2).is_some() {
             assert_eq!(publication.bytes(&second), None, "another version is in its place");
         }
         assert_eq!(publication.bytes(&publication.get()), Some(chunk::to_bytes(&[7.0, 8.0])));
@@ -364,7 +364,7 @@ mod tests {
     #[test]
     fn a_worker_of_this_machine_reads_and_writes_where_it_is_told() {
         let publication = Publication::new(0, &[1.0, -2.0]);
-        let (region, offer) = publication.share().unwrap();
+        let (region, offer) = publication.share(2).unwrap();
         let token = offer.token.as_slice().try_into().unwrap();
         let open = |path: &str| Region::open(path, &token, 2).unwrap();
         let parameters = open(&offer.parameters[0]);

@@ -18,6 +18,7 @@ pub mod observe;
 mod pair_means;
 mod plot;
 pub mod references;
+mod replicas;
 mod report;
 mod run;
 pub mod run_dir;

@@ -54,9 +54,18 @@ pub async fn run(
     let invitation = start::invitation(&config, start.run_dir.identity(), base.as_deref())?;
     let (inputs, mut queue) = mpsc::unbounded_channel();
     let staging = Arc::new(Staging::default());
+    let elements = invitation.layout.as_ref().map_or(0, |layout| layout.total_elements as usize);
+    let pushed_elements = elements * (1 + config.kept_moments());
     let mut runtime = Runtime::new(config, start, staging.clone(), inputs.clone(), observer)?;
-    let service =
-        Service { invitation: Arc::new(invitation), inputs, staging, publication: runtime.publication(), base };
+    let service = Service {
+        invitation: Arc::new(invitation),
+        pushed_elements,
+        inputs,
+        staging,
+        publication: runtime.publication(),
+        replicas: runtime.replicas(),
+        base,
+    };
     // Ends when dropped, whatever happens below.
     let mut server = JoinSet::new();
     server.spawn(

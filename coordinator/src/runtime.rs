@@ -32,6 +32,7 @@ use crate::observe::{Observer, RunEvent, Sample};
 use crate::pair_means::PairMeans;
 use crate::plot;
 use crate::references::{self, Collected, ReferenceFile};
+use crate::replicas::Replicas;
 use crate::report;
 use crate::run::Summary;
 use crate::run_dir::RunDir;
@@ -100,6 +101,7 @@ impl Runtime {
         let rules = Rules {
             layout: manifest.layout(),
             optimizer: config.optimizer_of_versions().clone(),
+            kept_elements: config.kept_moments() * manifest.layout().len(),
             replicas: config.outer.is_some(),
             skip: config.skip,
             slots: config.batch.slots,
@@ -157,6 +159,11 @@ impl Runtime {
     /// What workers may pull.
     pub(crate) fn publication(&self) -> Publication {
         self.plane.publication()
+    }
+
+    /// What replicas remember, which workers may pull.
+    pub(crate) fn replicas(&self) -> Replicas {
+        self.plane.replicas()
     }
 
     /// When to send [`Event::Tick`].
@@ -446,13 +453,15 @@ impl Runtime {
         let digests = rows.iter().map(|(slot, batch)| slot_sha256(*slot, batch)).collect();
         let name = self.members.get(&worker).map_or("", |member| &member.name);
         self.ledger.lend(worker, name, lease, numbers, digests);
+        let replicas = self.plane.replicas();
+        let moments = |slot| replicas.blake3(slot).filter(|_| lease.task == Task::Gradient);
         v1::Lease {
             lease_id: lease.id.0,
             step: lease.step,
             version: lease.version,
             block: Some(translate::block(lease.block)),
             task: Some(task),
-            slots: rows.iter().map(|(slot, batch)| translate::slot(*slot, batch)).collect(),
+            slots: rows.iter().map(|(slot, batch)| translate::slot(*slot, batch, moments(*slot))).collect(),
             seed: self.config.seed,
             traceparent: traceparent(&self.manifest.run_id, lease.step),
             parameters_blake3: self.plane.published_digest().to_vec(),

@@ -20,6 +20,7 @@ use crate::engine::command::Refusal;
 use crate::engine::{DeviceClass, LeaseId, WorkerId};
 use crate::exchange::{Publication, Staged, Staging};
 use crate::input::{Finished, Input};
+use crate::replicas::Replicas;
 use crate::translate;
 
 /// Most kept blocks that a worker may offer.
@@ -30,9 +31,12 @@ const MAX_KEPT: usize = 64;
 pub(crate) struct Service {
     /// What every joiner is told.
     pub(crate) invitation: Arc<v1::Invitation>,
+    /// Of a vector that a worker pushes.
+    pub(crate) pushed_elements: usize,
     pub(crate) inputs: mpsc::UnboundedSender<Input>,
     pub(crate) staging: Arc<Staging>,
     pub(crate) publication: Publication,
+    pub(crate) replicas: Replicas,
     /// What adapters stand on, if such are trained.
     pub(crate) base: Option<Arc<BaseFile>>,
 }
@@ -109,7 +113,7 @@ impl v1::lockstep_server::Lockstep for Service {
         let mut shared_memory = None;
         let verdict = match verdict {
             Ok(worker) => {
-                shared_memory = self.publication.share().map(|(region, offer)| {
+                shared_memory = self.publication.share(self.pushed_elements).map(|(region, offer)| {
                     self.staging.share(worker, region);
                     offer
                 });
@@ -148,9 +152,9 @@ impl v1::lockstep_server::Lockstep for Service {
             return Err(Status::invalid_argument("the first message of a push must be its header"));
         };
         self.check_run(&header.run_id, header.incarnation)?;
-        let elements = self.invitation.layout.as_ref().map_or(0, |layout| layout.total_elements);
-        if header.total_bytes != elements * 4 {
-            let text = format!("a gradient of {} bytes for {elements} parameters of 4 bytes", header.total_bytes);
+        let elements = self.pushed_elements;
+        if header.total_bytes != elements as u64 * 4 {
+            let text = format!("a gradient of {} bytes for {elements} elements of 4 bytes", header.total_bytes);
             return Err(Status::invalid_argument(text));
         }
         let (worker, lease) = (WorkerId(header.worker_id), LeaseId(header.lease_id));
@@ -159,7 +163,7 @@ impl v1::lockstep_server::Lockstep for Service {
             true => self.receive_shared(worker, lease).instrument(span).await?,
             false => {
                 let expected = digest(&header.vector_blake3, "vector_blake3")?;
-                let staged = receive(messages, elements as usize, self.staging.spare.take()).instrument(span).await?;
+                let staged = receive(messages, elements, self.staging.spare.take()).instrument(span).await?;
                 if staged.digest != expected {
                     return Err(Status::data_loss("the vector's BLAKE3 is not the header's; push it again"));
                 }
@@ -183,6 +187,12 @@ impl v1::lockstep_server::Lockstep for Service {
             let base = self.base.clone().ok_or_else(none)?;
             let chunks = chunk::split_as_read(4 * base.elements(), move |range| base.bytes(range).into());
             return Ok(Response::new(Box::pin(tokio_stream::iter(chunks.map(Ok)))));
+        }
+        if !request.moments_blake3.is_empty() {
+            let moments = self.replicas.bytes(digest(&request.moments_blake3, "moments_blake3")?);
+            let none =
+                || Status::not_found("these moments are not those of a replica now: another version is published");
+            return Ok(Response::new(Box::pin(tokio_stream::iter(chunk::split(moments.ok_or_else(none)?).map(Ok)))));
         }
         let published = self.publication.get();
         let bytes = (published.version == request.version).then(|| self.publication.bytes(&published)).flatten();

@@ -227,7 +227,8 @@ pub(crate) fn engine_config(
     resumed: bool,
 ) -> EngineConfig {
     let slot_bytes = config.source.slot_bytes();
-    let fitting = (MAX_LEASE_BYTES / slot_bytes.max(1)).max(1) as u32;
+    // Moments cannot be added up.
+    let fitting = if config.keep_moments { 1 } else { (MAX_LEASE_BYTES / slot_bytes.max(1)).max(1) as u32 };
     let start = match resumed {
         false => engine::Start::Fresh,
         true => engine::Start::Resumed {
@@ -286,7 +287,7 @@ pub(crate) fn invitation(
         version: 0,
         block: Some(translate::block(Block::leaf(0))),
         task: Some(task),
-        slots: vec![translate::slot(0, &batch)],
+        slots: vec![translate::slot(0, &batch, None)],
         seed: config.seed,
         traceparent: traceparent(&identity.run_id, 0),
         parameters_blake3: Vec::new(),
@@ -313,7 +314,7 @@ pub(crate) fn invitation(
         heartbeat_interval_ms: config.cluster.heartbeat_interval.as_millis() as u32,
         liveness_timeout_ms: config.cluster.liveness_timeout.as_millis() as u32,
         objective: Some(translate::objective(config.objective)),
-        local_optimizer: config.outer.as_ref().map(|_| translate::local_optimizer(&config.optimizer)),
+        local_optimizer: config.local_optimizer().map(translate::local_optimizer),
         adapters: config.adapters.as_ref().zip(base).map(|(adapters, base)| {
             translate::adapters(adapters, &AdaptedLayout::of(&config.model, adapters).base, base.blake3())
         }),

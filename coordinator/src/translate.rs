@@ -3,7 +3,7 @@
 use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::batch::{Batch, Column, PairSums, Values};
 use lockstep_model::config::{
-    AdamwConfig, DpoConfig, Gelu, ModelConfig, MuonConfig, NesterovConfig, Objective, OptimizerConfig, UpdateRule,
+    AdamwConfig, DpoConfig, Gelu, LocalOptimizer, ModelConfig, MuonConfig, NesterovConfig, Objective, UpdateRule,
 };
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
@@ -67,24 +67,20 @@ pub(crate) fn objective(objective: Objective) -> v1::Objective {
 }
 
 /// How a replica takes its local steps, at the learning rates of its leases.
-pub(crate) fn local_optimizer(OptimizerConfig { rule, grad_clip, .. }: &OptimizerConfig) -> v1::LocalOptimizer {
-    let adamw = |&AdamwConfig { beta1, beta2, epsilon, weight_decay }: &AdamwConfig| v1::Adamw {
-        beta1,
-        beta2,
-        epsilon,
-        weight_decay,
-    };
+pub(crate) fn local_optimizer(optimizer: LocalOptimizer) -> v1::LocalOptimizer {
+    let LocalOptimizer { rule, grad_clip, keep_moments } = optimizer;
+    let adamw = |AdamwConfig { beta1, beta2, epsilon, weight_decay }| v1::Adamw { beta1, beta2, epsilon, weight_decay };
     let rule = match rule {
         UpdateRule::Adamw(config) => v1::local_optimizer::Rule::Adamw(adamw(config)),
         UpdateRule::Muon(MuonConfig { momentum, adamw: others }) => {
-            v1::local_optimizer::Rule::Muon(v1::Muon { momentum: *momentum, others: Some(adamw(others)) })
+            v1::local_optimizer::Rule::Muon(v1::Muon { momentum, others: Some(adamw(others)) })
         }
         UpdateRule::Nesterov(NesterovConfig { momentum }) => {
-            v1::local_optimizer::Rule::Nesterov(v1::Nesterov { momentum: *momentum })
+            v1::local_optimizer::Rule::Nesterov(v1::Nesterov { momentum })
         }
         UpdateRule::Sgd => v1::local_optimizer::Rule::Sgd(v1::Sgd {}),
     };
-    v1::LocalOptimizer { rule: Some(rule), grad_clip: *grad_clip }
+    v1::LocalOptimizer { rule: Some(rule), grad_clip, keep_moments }
 }
 
 /// What a worker sums up of pairs.
@@ -117,9 +113,13 @@ pub(crate) fn adapters(adapters: &AdapterConfig, base: &Layout, base_blake3: [u8
     }
 }
 
-/// One slot's rows.
-pub(crate) fn slot(number: u32, batch: &Batch) -> v1::Slot {
-    v1::Slot { slot: number, columns: batch.columns.iter().map(column).collect() }
+/// One slot's rows, and the moments that it begins with if they are not 0.
+pub(crate) fn slot(number: u32, batch: &Batch, moments_blake3: Option<[u8; 32]>) -> v1::Slot {
+    v1::Slot {
+        slot: number,
+        columns: batch.columns.iter().map(column).collect(),
+        moments_blake3: moments_blake3.map_or_else(Vec::new, Vec::from),
+    }
 }
 
 fn column(column: &Column) -> v1::Column {
@@ -155,7 +155,7 @@ mod tests {
         let batch = Batch {
             columns: vec![Column { name: "tokens".into(), shape: [1, 2], values: Values::U32(vec![1, 0x0203]) }],
         };
-        let slot = slot(4, &batch);
+        let slot = slot(4, &batch, None);
         assert_eq!(slot.slot, 4);
         assert_eq!(slot.columns[0].shape, [1, 2]);
         assert_eq!(slot.columns[0].data.as_ref(), [1, 0, 0, 0, 3, 2, 0, 0]);

@@ -33,6 +33,8 @@ pub(crate) struct Plan {
     pub(crate) slots: u32,
     /// Of each slot in a step, where slots are replicas.
     pub(crate) local_steps: Option<u32>,
+    /// Numbers that a replica remembers of each parameter that is trained, where its moments stay with it.
+    pub(crate) kept_moments: u64,
     /// Sequences (rows) in each slot, or local step of one.
     pub(crate) sequences_per_slot: u32,
     /// Tokens of a sequence, of both answers where it is a pair; 1 for a row of the straight line.
@@ -151,6 +153,9 @@ impl Plan {
         let vector = trained * FLOAT_BYTES;
         let rule = &recipe.optimizer.rule;
         let moments = moment_bytes(recipe.outer.as_ref().map_or(rule, |outer| &outer.rule), trained as usize);
+        let kept_moments = if recipe.keep_moments { rule.moments() as u64 } else { 0 };
+        // As the optimizer's state, and as they are published.
+        let kept_by_all = u64::from(recipe.batch.slots) * kept_moments * vector;
         let worker = WorkerMemory::of(&model, adapters, recipe.batch, recipe.rows_per_sequence());
         let worker = if recipe.outer.is_some() { worker.with_replicas(rule, trained) } else { worker };
         let mut plan = Self {
@@ -164,15 +169,16 @@ impl Plan {
             steps: recipe.schedule.steps,
             slots: recipe.batch.slots,
             local_steps: recipe.outer.as_ref().map(|_| recipe.batch.local_steps),
+            kept_moments,
             sequences_per_slot: recipe.batch.sequences_per_slot,
             tokens_per_sequence: (recipe.rows_per_sequence() * recipe.model.tokens_per_sequence()) as u64,
             bytes_per_token: recipe.bytes_per_token(),
             worker,
             coordinator: CoordinatorMemory {
                 parameters: 2 * vector,
-                moments,
-                block: vector,
-                checkpoint: vector + moments,
+                moments: moments + 2 * kept_by_all,
+                block: (1 + kept_moments) * vector,
+                checkpoint: vector + moments + kept_by_all,
             },
             bandwidth_bits_per_sec,
             worker_tokens_per_sec,
@@ -201,14 +207,15 @@ impl Plan {
         let share = (self.slots / workers).max(1);
         let slot_bytes = self.tokens_per_slot() * self.bytes_per_token;
         let fitting = (lockstep_proto::MAX_LEASE_BYTES as u64 / slot_bytes).max(1);
-        let fitting = 1u64 << fitting.ilog2();
+        // Moments cannot be added up, so that each replica is a lease of its own.
+        let fitting = if self.kept_moments > 0 { 1 } else { 1u64 << fitting.ilog2() };
         let largest = if workers == 1 { share.next_power_of_two() } else { 1 << share.ilog2() };
         let block_slots = u64::from(largest).min(fitting) as u32;
         let blocks = self.slots.div_ceil(block_slots);
         let busiest_slots = (blocks.div_ceil(workers) * block_slots).min(self.slots);
 
         let vector = self.trained * FLOAT_BYTES;
-        let vectors = u64::from(workers) + u64::from(blocks);
+        let vectors = u64::from(workers) + u64::from(blocks) * (1 + 2 * self.kept_moments);
         let wire_bytes = vectors * vector + self.tokens_per_step() * self.bytes_per_token;
         Step {
             workers,
@@ -234,11 +241,7 @@ impl Plan {
 
 /// Bytes of the moments that an optimizer keeps of so many parameters.
 pub(crate) fn moment_bytes(rule: &UpdateRule, parameters: usize) -> u64 {
-    match rule {
-        UpdateRule::Adamw(_) | UpdateRule::Muon(_) => 2 * parameters as u64 * FLOAT_BYTES,
-        UpdateRule::Nesterov(_) => parameters as u64 * FLOAT_BYTES,
-        UpdateRule::Sgd => 0,
-    }
+    (rule.moments() * parameters) as u64 * FLOAT_BYTES
 }
 
 /// An estimate of what one slot of `rows` sequences keeps for its backward pass, in bytes of f32.
@@ -327,6 +330,10 @@ impl fmt::Display for Plan {
         writeln!(f, "on the wire, a {step_word}")?;
         writeln!(f, "  parameters      {vector} to each worker")?;
         writeln!(f, "  gradients       {vector} for each block of slots that is leased")?;
+        if self.kept_moments > 0 {
+            let moments = DecimalBytes(self.kept_moments * self.trained * FLOAT_BYTES);
+            writeln!(f, "  moments         {moments} to each replica, and as much back")?;
+        }
         writeln!(f, "  tokens          {} in all", DecimalBytes(tokens.0 * self.bytes_per_token))?;
         if self.adapters.is_some() {
             writeln!(f, "  and once        {all} to each worker: the model that adapters stand on")?;
@@ -500,13 +507,21 @@ mod tests {
                     1       1      6.74 MB      9.60 s    539.2 ms     10.14 s       3,787
                     2       2     13.17 MB      4.80 s      1.05 s      5.85 s       6,560
                     4       4     26.04 MB      2.40 s      2.08 s      4.48 s       8,566
-            useful workers    4: more shorten the round by less than 5 %, or not at all"#]].assert_eq(&local.to_string());
+            useful workers    4: more shorten the round by less than 5 %, or not at all"#]]
+        .assert_eq(&local.to_string());
         // As many bytes a round as a step has without, but for tokens; and fifty times as long to compute.
         let all = plan("shakespeare-char-cpu", &[], 1e8, 4000.0);
         let tokens = 4 * 3 * 64 * 8;
         assert_eq!(local.step(4).wire_bytes - 50 * tokens, all.step(4).wire_bytes - tokens);
         assert!((local.step(4).compute_secs / all.step(4).compute_secs - 50.0).abs() < 1e-9);
         assert_eq!((all.useful_workers, local.useful_workers), (1, 4));
+        let kept = plan("shakespeare-char-cpu", &[&sets[..], &["outer.keep_moments=true"]].concat(), 1e8, 4000.0);
+        assert!(kept.to_string().contains("  moments         6.43 MB to each replica, and as much back"), "{kept}");
+        let vector = 4 * kept.trained;
+        // A replica's way is a vector, and its moments are two in each direction.
+        for workers in [1, 4] {
+            assert_eq!(kept.step(workers).wire_bytes, (u64::from(workers) + 4 * (1 + 2 * 2)) * vector + 50 * tokens);
+        }
     }
 
     #[test]

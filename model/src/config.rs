@@ -214,6 +214,17 @@ pub enum UpdateRule {
     Sgd,
 }
 
+impl UpdateRule {
+    /// How many numbers it remembers of each parameter.
+    pub fn moments(&self) -> usize {
+        match self {
+            Self::Adamw(_) | Self::Muon(_) => 2,
+            Self::Nesterov(_) => 1,
+            Self::Sgd => 0,
+        }
+    }
+}
+
 /// Settings of AdamW.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdamwConfig {
@@ -251,6 +262,15 @@ pub struct LocalOptimizer {
     pub rule: UpdateRule,
     /// As [`OptimizerConfig::grad_clip`].
     pub grad_clip: Option<f64>,
+    /// Whether moments stay with a replica from step to step, and travel beside its parameters; else they begin at 0.
+    pub keep_moments: bool,
+}
+
+impl LocalOptimizer {
+    /// Moments that travel with each parameter.
+    pub fn kept_moments(&self) -> usize {
+        if self.keep_moments { self.rule.moments() } else { 0 }
+    }
 }
 
 /// The learning rate over the run.

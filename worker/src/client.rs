@@ -156,14 +156,25 @@ impl Client {
         elements: usize,
         memory: Vec<f32>,
     ) -> Result<Vec<f32>, TransferFailure> {
-        let request = v1::PullRequest { run_id: run.id.clone(), incarnation: run.incarnation, version, base: false };
+        let request = v1::PullRequest { version, ..pull_request(run) };
         self.receive(request, digest, elements, memory).await
     }
 
     /// Fetches what adapters stand on, and checks that it is what its digest says.
     pub(crate) async fn pull_base(&mut self, run: &Run, base: BaseName) -> Result<Vec<f32>, TransferFailure> {
-        let request = v1::PullRequest { run_id: run.id.clone(), incarnation: run.incarnation, version: 0, base: true };
+        let request = v1::PullRequest { base: true, ..pull_request(run) };
         self.receive(request, Some(base.blake3), base.elements, Vec::new()).await
+    }
+
+    /// Fetches the moments of a replica, `elements` in all, and checks that they are what their digest says.
+    pub(crate) async fn pull_moments(
+        &mut self,
+        run: &Run,
+        blake3: [u8; 32],
+        elements: usize,
+    ) -> Result<Vec<f32>, TransferFailure> {
+        let request = v1::PullRequest { moments_blake3: blake3.to_vec(), ..pull_request(run) };
+        self.receive(request, Some(blake3), elements, Vec::new()).await
     }
 
     /// Fetches a vector of so many `elements` into `memory`, which has this digest, if one is known.
@@ -244,6 +255,11 @@ impl Client {
             TransferFailure::Disconnected(format!("the coordinator answered with a digest of {length} bytes"))
         })
     }
+}
+
+/// A request for nothing yet.
+fn pull_request(run: &Run) -> v1::PullRequest {
+    v1::PullRequest { run_id: run.id.clone(), incarnation: run.incarnation, ..v1::PullRequest::default() }
 }
 
 /// Does something that takes a while beside the other tasks.

@@ -69,7 +69,7 @@ impl Gradient {
 /// Why the device did not do a job: what happened and which setting to change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct DeviceFailure(String);
+pub(crate) struct DeviceFailure(pub(crate) String);
 
 /// A handle to the device's thread. The thread ends, at the latest after the slot under way, when all handles are gone.
 #[derive(Clone, Debug)]
@@ -105,7 +105,7 @@ enum Job {
     Enter { run_id: String, reply: Reply<Vec<KeptGradient>> },
     Load { parameters: Vec<f32>, reply: Reply<Vec<f32>> },
     LoadShared { version: SharedVersion, reply: Reply<bool> },
-    Compute { work: Arc<Work>, stop: Stop, span: Span, reply: Reply<Outcome> },
+    Compute { work: Arc<Work>, moments: Vec<f32>, stop: Stop, span: Span, reply: Reply<Outcome> },
 }
 
 /// What is computed.
@@ -172,7 +172,8 @@ impl DeviceThread {
         self.ask(|reply| Job::LoadShared { version, reply }).await
     }
 
-    /// Computes a lease with the parameters loaded last, within `span`. A gradient that has a name is kept. It is computed to
+    /// Computes a lease with the parameters loaded last, and with these `moments` where its replica has kept such, within `span`.
+    /// A gradient that has a name is kept. It is computed to
     /// the end even if the future that waits for the answer is dropped; anything else is then cut short.
     ///
     /// # Errors
@@ -180,10 +181,11 @@ impl DeviceThread {
     pub(crate) fn compute(
         &self,
         work: Arc<Work>,
+        moments: Vec<f32>,
         stop: Stop,
         span: Span,
     ) -> impl Future<Output = Result<Outcome, DeviceFailure>> + use<> {
-        self.ask(|reply| Job::Compute { work, stop, span, reply })
+        self.ask(|reply| Job::Compute { work, moments, stop, span, reply })
     }
 
     /// Queues a job at once; the future waits for its answer.
@@ -241,11 +243,11 @@ impl DeviceWorker {
             Job::LoadShared { version, reply } => {
                 let _ = reply.send(self.guarded(|this| this.load_shared(&version)));
             }
-            Job::Compute { work, stop, span, reply } => {
+            Job::Compute { work, moments, stop, span, reply } => {
                 let (name, handles) = (work.lease.gradient_name(), self.handles.clone());
                 let unheard = || reply.is_closed() && (name.is_none() || handles.strong_count() == 0);
                 let abandoned = || stop.is_set() || unheard();
-                let outcome = span.in_scope(|| self.guarded(|this| this.compute(&work, abandoned)));
+                let outcome = span.in_scope(|| self.guarded(|this| this.compute(&work, &moments, abandoned)));
                 drop(span); // so that it can end, and be told of, with the lease's result
                 if let (Some(name), Ok(Some(outcome))) = (name, &outcome) {
                     let forgotten = self.kept.insert(KeptGradient { name, outcome: outcome.clone() });
@@ -324,7 +326,7 @@ impl DeviceWorker {
     fn digest(&self, leases: &[Work]) -> Result<[u8; 32], ComputeError> {
         let mut digest = probe::Digest::new();
         for work in leases {
-            let block = self.sum(work, || false)?;
+            let block = self.sum(work, &[], || false)?;
             digest.add_sums(block.sums);
             if let Some(gradient) = block.gradient {
                 digest.add_vector(&gradient);
@@ -334,14 +336,19 @@ impl DeviceWorker {
     }
 
     /// Computes a lease; `None` if it was cut short, which leaves the device as it was.
-    fn compute(&self, work: &Work, abandoned: impl Fn() -> bool) -> Result<Option<Outcome>, ComputeError> {
+    fn compute(
+        &self,
+        work: &Work,
+        moments: &[f32],
+        abandoned: impl Fn() -> bool,
+    ) -> Result<Option<Outcome>, ComputeError> {
         let started = Instant::now();
         let cut_short = Cell::new(false);
         let abandoned = || {
             cut_short.set(abandoned());
             cut_short.get()
         };
-        let BlockSum { sums, slot_sums, gradient, row_values } = match self.sum(work, abandoned) {
+        let BlockSum { sums, slot_sums, gradient, row_values } = match self.sum(work, moments, abandoned) {
             Err(_) if cut_short.get() => return Ok(None),
             summed => summed?,
         };
@@ -351,12 +358,24 @@ impl DeviceWorker {
         Ok(Some(Outcome { sums, slot_sums, gradient, row_values, batch_sha256, compute_time }))
     }
 
-    fn sum(&self, work: &Work, abandoned: impl Fn() -> bool) -> Result<BlockSum, ComputeError> {
+    fn sum(&self, work: &Work, moments: &[f32], abandoned: impl Fn() -> bool) -> Result<BlockSum, ComputeError> {
         let Some(computer) = &self.computer else {
             return Err(ComputeError::Input("no parameters are loaded".into()));
         };
-        let local_optimizer = self.setting.as_ref().and_then(|setting| setting.local_optimizer.as_ref());
-        sum_block(computer, local_optimizer, work, abandoned)
+        let optimizer = self.setting.as_ref().and_then(|setting| setting.local_optimizer.as_ref());
+        let learning_rates = &work.learning_rates[..];
+        let local = match (work.lease.task, optimizer, learning_rates) {
+            (Task::Evaluate | Task::Reference, ..) | (Task::Gradient, None, []) => None,
+            (Task::Gradient, Some(optimizer), [_, ..]) => Some(LocalSteps { optimizer, learning_rates, moments }),
+            (Task::Gradient, optimizer, learning_rates) => {
+                let (steps, optimizer) = (learning_rates.len(), if optimizer.is_some() { "one" } else { "no" });
+                return Err(ComputeError::Input(format!(
+                    "the lease has {steps} local steps, and the invitation {optimizer} optimizer for such; coordinator and \
+                     worker disagree on the step"
+                )));
+            }
+        };
+        sum_block(computer, local, work, abandoned)
     }
 }
 
@@ -371,7 +390,7 @@ struct BlockSum {
 /// Computes a lease's slots one by one and adds them up, in tree order.
 fn sum_block(
     computer: &Computer,
-    local_optimizer: Option<&LocalOptimizer>,
+    local: Option<LocalSteps<'_>>,
     work: &Work,
     abandoned: impl Fn() -> bool,
 ) -> Result<BlockSum, ComputeError> {
@@ -384,18 +403,9 @@ fn sum_block(
         Task::Gradient => {
             let key = |slot: &Slot| SlotKey { seed: work.lease.seed, step: work.lease.step, slot: slot.number };
             let slots = work.slots.iter().map(|slot| (&slot.batch, key(slot)));
-            let BlockGradient { slot_sums, gradient } = match (local_optimizer, &work.learning_rates[..]) {
-                (None, []) => computer.block_gradient(slots.map(|slot| check().map(|()| slot)))?,
-                (Some(optimizer), learning_rates @ [_, ..]) => {
-                    computer.block_pseudo_gradient(LocalSteps { optimizer, learning_rates }, slots, check)?
-                }
-                (optimizer, learning_rates) => {
-                    let (steps, optimizer) = (learning_rates.len(), if optimizer.is_some() { "one" } else { "no" });
-                    return Err(ComputeError::Input(format!(
-                        "the lease has {steps} local steps, and the invitation {optimizer} optimizer for such; coordinator and \
-                         worker disagree on the step"
-                    )));
-                }
+            let BlockGradient { slot_sums, gradient } = match local {
+                None => computer.block_gradient(slots.map(|slot| check().map(|()| slot)))?,
+                Some(local) => computer.block_pseudo_gradient(local, slots, check)?,
             };
             (slot_sums, Some(gradient))
         }

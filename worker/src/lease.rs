@@ -97,4 +97,6 @@ pub struct Slot {
     pub number: u32,
     /// Its rows.
     pub batch: Batch,
+    /// BLAKE3 of the moments that it begins with; `None`: they are 0, or there are none.
+    pub moments_blake3: Option<[u8; 32]>,
 }

@@ -17,7 +17,7 @@ use crate::device::{DeviceFailure, DeviceThread, Outcome, Stop};
 use crate::kept::KeptGradient;
 use crate::lease::{GradientName, Parameters, Work};
 use crate::runtime::SpanSource;
-use crate::session::{Command, Departure, Event, Session, Timing, TransferFailure};
+use crate::session::{Command, Departure, Event, MAX_ATTEMPTS, Session, Timing, TransferFailure};
 use crate::shared::Shared;
 use crate::translate::{self, BaseName, Instruction, Run, shortened};
 
@@ -33,8 +33,10 @@ pub(crate) struct Membership {
     pub(crate) kept: Vec<KeptGradient>,
     pub(crate) run: Run,
     pub(crate) worker_id: u64,
-    /// Elements of a vector.
+    /// Elements of the parameters.
     pub(crate) elements: usize,
+    /// Of a replica's moments, if they stay with it.
+    pub(crate) kept_elements: usize,
     /// What adapters stand on, if such are trained.
     pub(crate) base: Option<BaseName>,
     /// What vectors pass through, if the coordinator is on this machine.
@@ -260,8 +262,21 @@ impl Service {
     fn compute(&mut self, lease: u64) {
         let held = self.held(lease);
         let (work, stop, span) = (held.work.clone(), held.stop.clone(), held.span());
-        let outcome = self.membership.device.compute(work, stop, span);
-        self.tasks.spawn(async move { Report::Computed { lease, result: outcome.await } });
+        let device = self.membership.device.clone();
+        let Some(blake3) = work.slots.iter().find_map(|slot| slot.moments_blake3) else {
+            let outcome = device.compute(work, Vec::new(), stop, span);
+            self.tasks.spawn(async move { Report::Computed { lease, result: outcome.await } });
+            return;
+        };
+        let (mut client, run, elements) =
+            (self.membership.client.clone(), self.membership.run.clone(), self.membership.kept_elements);
+        self.tasks.spawn(async move {
+            let result = match fetch_moments(&mut client, &run, blake3, elements).instrument(span.clone()).await {
+                Ok(moments) => device.compute(work, moments, stop, span).await,
+                Err(failure) => Err(failure),
+            };
+            Report::Computed { lease, result }
+        });
     }
 
     /// Ends the computation or the upload of a lease.
@@ -352,6 +367,29 @@ async fn fetch_base(
     let parameters = client.pull_base(run, base).await?;
     info!("fetched the base of the adapters: {} parameters", base.elements);
     device.load_base(base, parameters).await.map_err(refused)
+}
+
+/// Fetches the moments that a replica begins with; a lease whose moments do not come cannot be computed.
+async fn fetch_moments(
+    client: &mut Client,
+    run: &Run,
+    blake3: [u8; 32],
+    elements: usize,
+) -> Result<Vec<f32>, DeviceFailure> {
+    let mut attempts = 1..=MAX_ATTEMPTS;
+    loop {
+        match client.pull_moments(run, blake3, elements).await {
+            Ok(moments) => return Ok(moments),
+            Err(TransferFailure::Damaged(reason)) if attempts.next().is_some_and(|attempt| attempt < MAX_ATTEMPTS) => {
+                warn!("a replica's moments arrived damaged ({reason}); fetching them again");
+            }
+            Err(
+                TransferFailure::Damaged(reason)
+                | TransferFailure::Refused(reason)
+                | TransferFailure::Disconnected(reason),
+            ) => return Err(DeviceFailure(format!("the replica's moments did not come: {reason}"))),
+        }
+    }
 }
 
 fn lock(spare: &Mutex<Vec<f32>>) -> MutexGuard<'_, Vec<f32>> {

@@ -172,6 +172,7 @@ impl Worker {
         let no_use = |failure: DeviceFailure| {
             Setback::Final(WorkerError::Probe { address: self.address.clone(), reason: failure.to_string() })
         };
+        let (elements, kept_elements) = (invitation.elements, invitation.kept_elements);
         let base = invitation.adapters.as_ref().map(|adapters| adapters.base);
         let setting = Setting {
             model: invitation.model,
@@ -185,7 +186,7 @@ impl Worker {
         let (worker_id, offer) = admitted;
         let shared = offer
             .filter(|_| self.shared_memory)
-            .and_then(|offer| Shared::open(&offer, invitation.elements))
+            .and_then(|offer| Shared::open(&offer, elements, elements + kept_elements))
             .map(Arc::new);
         let control = client.control(&run, worker_id).await.map_err(|error| self.setback(error))?;
         let way = if shared.is_some() { "vectors by shared memory" } else { "vectors by network" };
@@ -197,7 +198,8 @@ impl Worker {
             kept,
             run,
             worker_id,
-            elements: invitation.elements,
+            elements,
+            kept_elements,
             base,
             shared,
             timing: invitation.timing,

@@ -21,7 +21,7 @@ use crate::lease::{GradientName, Lease, Parameters, Task};
 const MAX_UPLOADS: usize = 2;
 
 /// How often a vector that arrives damaged is sent in all. Damage that repeats is not chance: a new connection may help.
-const MAX_ATTEMPTS: u32 = 3;
+pub(crate) const MAX_ATTEMPTS: u32 = 3;
 
 /// The coordinator's terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -22,12 +22,14 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// Opens what was offered; `None` where it is not there, as on another machine.
-    pub(crate) fn open(offer: &v1::SharedMemory, elements: usize) -> Option<Self> {
+    /// Opens what was offered, for parameters of so many `elements` and pushed vectors of `pushed_elements`; `None` where it
+    /// is not there, as on another machine.
+    pub(crate) fn open(offer: &v1::SharedMemory, elements: usize, pushed_elements: usize) -> Option<Self> {
         let token = offer.token.as_slice().try_into().ok()?;
         let [even, odd] = offer.parameters.as_slice() else { return None };
         let open = |path: &str| Region::open(path, &token, elements);
-        Some(Self { parameters: [open(even)?, open(odd)?], gradient: Arc::new(Mutex::new(open(&offer.gradient)?)) })
+        let gradient = Region::open(&offer.gradient, &token, pushed_elements)?;
+        Some(Self { parameters: [open(even)?, open(odd)?], gradient: Arc::new(Mutex::new(gradient)) })
     }
 
     /// A version of the parameters, if it is there.
@@ -105,7 +107,7 @@ mod tests {
             parameters: vec![even.path(), odd.path()],
             gradient: gradient.path(),
         };
-        let shared = Arc::new(Shared::open(&offer, 2).unwrap());
+        let shared = Arc::new(Shared::open(&offer, 2, 2).unwrap());
         let digest = Some([9; 32]);
         odd.write(0, &[1.0, 2.0]).unwrap();
         odd.put_stamp(stamp_of(&[9; 32])).unwrap();
@@ -126,7 +128,7 @@ mod tests {
         drop(place);
         assert!(shared.put(4, &Gradient::from(vec![0.0])).await.is_err(), "a gradient of another size");
 
-        assert!(Shared::open(&offer, 3).is_none());
-        assert!(Shared::open(&v1::SharedMemory { token: vec![4; 32], ..offer }, 2).is_none());
+        assert!(Shared::open(&offer, 3, 2).is_none() && Shared::open(&offer, 2, 3).is_none());
+        assert!(Shared::open(&v1::SharedMemory { token: vec![4; 32], ..offer }, 2, 2).is_none());
     }
 }

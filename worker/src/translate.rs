@@ -39,8 +39,10 @@ pub(crate) struct Invitation {
     pub(crate) adapters: Option<Adapters>,
     /// How replicas take their local steps, if slots are such.
     pub(crate) local_optimizer: Option<LocalOptimizer>,
-    /// Elements of a vector.
+    /// Elements of the parameters that are pulled.
     pub(crate) elements: usize,
+    /// Of the moments that are pulled and pushed beside them.
+    pub(crate) kept_elements: usize,
     pub(crate) probe: Vec<Work>,
     pub(crate) timing: Timing,
 }
@@ -91,13 +93,16 @@ pub(crate) fn invitation(invitation: v1::Invitation) -> Result<Invitation, WireE
         0 => Err(WireError(format!("{name} is 0 ms"))),
         _ => Ok(Duration::from_millis(milliseconds.into())),
     };
+    let local_optimizer = invitation.local_optimizer.map(local_optimizer).transpose()?;
+    let kept_moments = local_optimizer.as_ref().map_or(0, LocalOptimizer::kept_moments);
     Ok(Invitation {
         run: Run { id: invitation.run_id, incarnation: invitation.incarnation },
         elements: expected.len(),
+        kept_elements: kept_moments * expected.len(),
         objective: objective(invitation.objective.as_ref(), &model)?,
         model,
         adapters,
-        local_optimizer: invitation.local_optimizer.map(local_optimizer).transpose()?,
+        local_optimizer,
         probe: invitation.probe.into_iter().map(work).collect::<Result<_, _>>()?,
         timing: Timing {
             heartbeat_interval: interval("the heartbeat interval", invitation.heartbeat_interval_ms)?,
@@ -315,7 +320,8 @@ fn adapters(adapters: v1::Adapters, model: &ModelConfig) -> Result<Adapters, Wir
 }
 
 /// How a replica takes its local steps.
-fn local_optimizer(v1::LocalOptimizer { rule, grad_clip }: v1::LocalOptimizer) -> Result<LocalOptimizer, WireError> {
+fn local_optimizer(optimizer: v1::LocalOptimizer) -> Result<LocalOptimizer, WireError> {
+    let v1::LocalOptimizer { rule, grad_clip, keep_moments } = optimizer;
     let adamw = |v1::Adamw { beta1, beta2, epsilon, weight_decay }| {
         let known = [beta1, beta2].iter().all(|beta| (0.0..1.0).contains(beta)) && epsilon > 0.0 && weight_decay >= 0.0;
         let config = AdamwConfig { beta1, beta2, epsilon, weight_decay };
@@ -339,7 +345,7 @@ fn local_optimizer(v1::LocalOptimizer { rule, grad_clip }: v1::LocalOptimizer) -
     if grad_clip.is_some_and(|limit| !(limit > 0.0 && limit.is_finite())) {
         return Err(WireError(format!("the local optimizer's grad_clip {grad_clip:?} is not above 0")));
     }
-    Ok(LocalOptimizer { rule, grad_clip })
+    Ok(LocalOptimizer { rule, grad_clip, keep_moments })
 }
 
 fn check_sizes(sizes: &[(&str, u32)]) -> Result<(), WireError> {
@@ -406,19 +412,21 @@ pub(crate) fn work(lease: v1::Lease) -> Result<Work, WireError> {
     let block = Block { level, index };
     let slots: Vec<Slot> = lease.slots.into_iter().map(slot).collect::<Result<_, _>>().map_err(in_lease)?;
     slots_of_block(block, &slots).map_err(in_lease)?;
-    let parameters =
-        Parameters { version: lease.version, digest: parameters_digest(&lease.parameters_blake3).map_err(in_lease)? };
+    let parameters = Parameters {
+        version: lease.version,
+        digest: digest("parameters_blake3", &lease.parameters_blake3).map_err(in_lease)?,
+    };
     let lease_name = Lease { id, step: lease.step, parameters, block, seed: lease.seed, task };
     Ok(Work { lease: lease_name, slots, learning_rates, traceparent: lease.traceparent })
 }
 
-/// The digest of the parameters to compute with, if one is given.
-fn parameters_digest(bytes: &[u8]) -> Result<Option<[u8; 32]>, WireError> {
+/// A digest, if one is given.
+fn digest(name: &str, bytes: &[u8]) -> Result<Option<[u8; 32]>, WireError> {
     match bytes {
         [] => Ok(None),
         bytes => match bytes.try_into() {
             Ok(digest) => Ok(Some(digest)),
-            Err(_) => Err(WireError(format!("parameters_blake3 has {} bytes, not 32", bytes.len()))),
+            Err(_) => Err(WireError(format!("{name} has {} bytes, not 32", bytes.len()))),
         },
     }
 }
@@ -443,8 +451,9 @@ fn slots_of_block(block: Block, slots: &[Slot]) -> Result<(), WireError> {
 fn slot(slot: v1::Slot) -> Result<Slot, WireError> {
     let number = slot.slot;
     let columns = slot.columns.into_iter().map(column).collect::<Result<_, _>>();
-    let columns = columns.map_err(|error| WireError(format!("slot {number}: {error}")))?;
-    Ok(Slot { number, batch: Batch { columns } })
+    let in_slot = |error| WireError(format!("slot {number}: {error}"));
+    let moments_blake3 = digest("moments_blake3", &slot.moments_blake3).map_err(in_slot)?;
+    Ok(Slot { number, batch: Batch { columns: columns.map_err(in_slot)? }, moments_blake3 })
 }
 
 fn column(column: v1::Column) -> Result<Column, WireError> {

@@ -147,6 +147,7 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
         source: Arc::new(data.source),
         optimizer: recipe.optimizer.clone(),
         outer: recipe.outer.clone(),
+        keep_moments: recipe.keep_moments,
         skip: recipe.skip,
         schedule: recipe.schedule.clone(),
         batch: recipe.batch,

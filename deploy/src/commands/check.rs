@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use lockstep_model::adapters::{AdaptedLayout, initial_adapters};
 use lockstep_model::compute::{Computer, LocalSteps, SlotKey};
-use lockstep_model::config::LocalOptimizer;
+use lockstep_model::config::{LocalOptimizer, OptimizerConfig};
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::layout::initial_parameters;
 
@@ -59,8 +59,9 @@ fn measure(recipe: &Recipe, data: &assemble::Data, device: &ComputeDevice) -> an
     }
     let mut parts = data.source.training_slot(1, 0).parts(recipe.batch.local_steps as usize)?;
     let batch = parts.swap_remove(0);
-    let optimizer = LocalOptimizer { rule: recipe.optimizer.rule.clone(), grad_clip: recipe.optimizer.grad_clip };
-    let local = LocalSteps { optimizer: &optimizer, learning_rates: &[recipe.optimizer.lr] };
+    let OptimizerConfig { rule, grad_clip, lr } = recipe.optimizer.clone();
+    let optimizer = LocalOptimizer { rule, grad_clip, keep_moments: recipe.keep_moments };
+    let local = LocalSteps { optimizer: &optimizer, learning_rates: &[lr], moments: &[] };
     let mut fastest = f64::INFINITY;
     for slot in 0..MEASURED_SLOTS {
         let slot = (&batch, SlotKey { seed: recipe.seed, step: 1, slot });

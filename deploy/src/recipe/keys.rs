@@ -216,6 +216,7 @@ pub(super) const KEYS: &[Key] = &[
 
     key("outer.lr",                      Default("0.7"),              Local,       Fixed),
     key("outer.momentum",                Default("0.9"),              Local,       Fixed),
+    key("outer.keep_moments",            Default("false"),            Local,       Fixed),
 
     key("evaluation.every_steps",        Default("0"),                Every,       Fixed),
     key("evaluation.slots",              Default("32"),               Every,       Fixed),

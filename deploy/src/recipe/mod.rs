@@ -67,6 +67,8 @@ pub(crate) struct Recipe {
     pub(crate) optimizer: OptimizerConfig,
     /// How versions follow what replicas learned in their local steps; `None`: slots are no replicas, and have gradients.
     pub(crate) outer: Option<OptimizerConfig>,
+    /// Whether a replica's moments stay with it from step to step.
+    pub(crate) keep_moments: bool,
     /// What becomes of steps whose gradient is of no use.
     pub(crate) skip: SkipConfig,
     /// The learning rate over time.

@@ -481,7 +481,8 @@ fn local_steps_make_replicas_of_slots() {
     let single = local(&["batch.local_steps=1", "outer.lr=1", "outer.momentum=0"]);
     assert_eq!(single.outer, Some(OptimizerConfig { rule: nesterov(0.0), lr: 1.0, grad_clip: None }));
     let plain = fixed(&[]).unwrap();
-    assert_eq!((plain.outer, plain.batch.local_steps), (None, 1));
+    assert_eq!((plain.outer, plain.keep_moments, plain.batch.local_steps), (None, false, 1));
+    assert!(!recipe.keep_moments && local(&["outer.keep_moments=true"]).keep_moments);
     let refusals = [
         "batch.local_steps=-1",
         "batch.local_steps=5500",
@@ -490,6 +491,8 @@ fn local_steps_make_replicas_of_slots() {
         "outer.lr=0.5",
         "batch.local_steps=50 outer.lr=0",
         "batch.local_steps=50 outer.momentum=1",
+        "batch.local_steps=50 outer.keep_moments=1",
+        "batch.local_steps=50 outer.keep_moments=true optimizer.kind=sgd",
     ];
     expect![[r#"
         recipe shakespeare-char-cpu: batch.local_steps = -1: must be a whole number from 0 to 65536; for example batch.local_steps = 0
@@ -497,7 +500,9 @@ fn local_steps_make_replicas_of_slots() {
         recipe shakespeare-char-cpu: batch.slots = 65536: with 500000 sequences each, there would be more than 4294967295 sequences; for example batch.slots = 4
         recipe shakespeare-char-cpu: outer.lr = 0.5: nothing reads this key beside the others; leave it out, or change the kind; for example batch.local_steps = 50
         recipe shakespeare-char-cpu: outer.lr = 0.0: must be a number above 0; for example outer.lr = 0.7
-        recipe shakespeare-char-cpu: outer.momentum = 1.0: must be a number of at least 0 and below 1; for example outer.momentum = 0.9"#]].assert_eq(&refusals.map(refusal).join("\n"));
+        recipe shakespeare-char-cpu: outer.momentum = 1.0: must be a number of at least 0 and below 1; for example outer.momentum = 0.9
+        recipe shakespeare-char-cpu: outer.keep_moments = 1: must be true or false; for example outer.keep_moments = false
+        recipe shakespeare-char-cpu: outer.keep_moments = true: plain descent has no moments to keep; for example outer.keep_moments = false"#]].assert_eq(&refusals.map(refusal).join("\n"));
 }
 
 #[test]

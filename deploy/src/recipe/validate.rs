@@ -76,6 +76,7 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
         data,
         optimizer,
         outer: outer(v, kinds)?,
+        keep_moments: keep_moments(v, kinds)?,
         skip: skip(v)?,
         schedule,
         batch,
@@ -342,6 +343,16 @@ fn outer(v: &Values, kinds: Kinds) -> Result<Option<OptimizerConfig>, RecipeErro
     let momentum = v.number("outer.momentum", "of at least 0 and below 1", is_below_one)?;
     let rule = UpdateRule::Nesterov(NesterovConfig { momentum });
     Ok(Some(OptimizerConfig { rule, lr: v.number("outer.lr", "above 0", |lr| lr > 0.0)?, grad_clip: None }))
+}
+
+/// Whether a replica's moments stay with it.
+fn keep_moments(v: &Values, kinds: Kinds) -> Result<bool, RecipeError> {
+    let keep = kinds.local && v.boolean("outer.keep_moments")?;
+    if keep && kinds.optimizer == OptimizerKind::Sgd {
+        let reason = "plain descent has no moments to keep";
+        return Err(v.refuse_for("outer.keep_moments", reason, "outer.keep_moments = false"));
+    }
+    Ok(keep)
 }
 
 fn adamw(v: &Values) -> Result<AdamwConfig, RecipeError> {

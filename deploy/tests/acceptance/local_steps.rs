@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::cluster::{
     SMALL, coordinator, fail, fingerprint, inspect, lockstep, logged_steps, metrics, path, succeed, text, worker,
+    worker_with,
 };
 use crate::{preferences, sft};
 
@@ -18,6 +19,8 @@ const LOCAL: &[&str] = &[
     "checkpoint.every_steps=3",
 ];
 
+const KEPT: &str = "outer.keep_moments=true";
+
 fn train(run: &Path, recipe: &str, more: &[&str], sets: &[&str]) {
     let arguments = ["train", recipe, "--device", "cpu", "--run", path(run)];
     succeed(lockstep(&[&arguments[..], more].concat(), sets));
@@ -25,9 +28,19 @@ fn train(run: &Path, recipe: &str, more: &[&str], sets: &[&str]) {
 
 #[test]
 fn whoever_takes_part_the_run_is_the_same() {
+    same_for_all("outer.keep_moments=false");
+}
+
+/// So it is where moments travel with the replica.
+#[test]
+fn whoever_takes_part_the_moments_are_the_same() {
+    same_for_all(KEPT);
+}
+
+fn same_for_all(moments: &str) {
     let dir = tempfile::tempdir().unwrap();
     let run = |name: &str| dir.path().join(name);
-    let sets = [SMALL, LOCAL].concat();
+    let sets = [SMALL, LOCAL, &[moments]].concat();
     let quiet = run("quiet");
     train(&quiet, "quickstart", &["--workers", "1", "--threads", "1"], &sets);
     for (workers, threads) in [("2", "1"), ("3", "2"), ("4", "1")] {
@@ -38,6 +51,15 @@ fn whoever_takes_part_the_run_is_the_same() {
     let all = [&sets[..], &["cluster.audit=1", "cluster.min_workers=2"]].concat();
     train(&audited, "quickstart", &["--workers", "2"], &all);
     assert_eq!(fingerprint(&audited), fingerprint(&quiet), "each replica computed by two workers");
+
+    let by_both = run("by-both");
+    let (mut coordinator_of_two, address) =
+        coordinator("quickstart", &by_both, &[], &[&sets[..], &["cluster.min_workers=2"]].concat());
+    let mut far = worker_with(&address, "far", &["--no-shared-memory"]);
+    let mut near = worker(&address, "near");
+    assert_eq!(coordinator_of_two.wait(), Some(0), "{}", coordinator_of_two.said);
+    assert_eq!([near.wait(), far.wait()], [Some(0); 2], "{}{}", near.said, far.said);
+    assert_eq!(fingerprint(&by_both), fingerprint(&quiet), "vectors by memory and by network");
 
     let killed = run("killed");
     let (mut coordinator, address) = coordinator("quickstart", &killed, &[], &sets);
@@ -76,9 +98,14 @@ fn whoever_takes_part_the_run_is_the_same() {
     let losses: Vec<f64> = lines.iter().filter_map(|line| line["val_loss"].as_f64()).collect();
     assert!(losses.len() == 4 && losses[1..].iter().all(|loss| *loss < losses[0] - 0.5), "{losses:?}");
 
-    let other = run("other");
-    train(&other, "quickstart", &["--workers", "2"], &[&sets[..], &["outer.momentum=0.8"]].concat());
-    assert_ne!(fingerprint(&other)["params_sha256"], fingerprint(&quiet)["params_sha256"]);
+    let otherwise = if moments == KEPT { "outer.keep_moments=false" } else { KEPT };
+    for other in ["outer.momentum=0.8", otherwise] {
+        train(&run(other), "quickstart", &["--workers", "2"], &[&sets[..], &[other]].concat());
+        let [first, second] =
+            [0, 1].map(|round| metrics(&run(other)).into_iter().filter(|line| line.get("loss").is_some()).nth(round));
+        let [first, second] = [first, second].map(|line| number(&line.unwrap(), "loss"));
+        assert!(first == number(rounds[0], "loss") && second != number(rounds[1], "loss"), "{other} shows in round 2");
+    }
 }
 
 /// Whatever is trained, and however.
@@ -98,11 +125,11 @@ fn every_stage_and_optimizer_takes_local_steps() {
     let muon = ["model.kv_heads=1", "model.ffn_width=48", "optimizer.kind=muon", "schedule.steps=4"];
     same("llama", "quickstart-llama", &[SMALL, LOCAL, &muon].concat());
     let init = format!("init={}", path(&run("llama-1")));
-    let adapters = [&muon[..], &[&init, "adapters.rank=2", "optimizer.kind=nesterov"]].concat();
+    let adapters = ["adapters.rank=2", "optimizer.kind=nesterov", KEPT];
+    let adapters = [&muon[..], &[&init], &adapters].concat();
     same("adapters", "quickstart-llama", &[SMALL, LOCAL, &adapters].concat());
 
-    let shorter =
-        ["batch.local_steps=3", "schedule.steps=6", "schedule.warmup_steps=0", "evaluation.every_steps=3"];
+    let shorter = ["batch.local_steps=3", "schedule.steps=6", "schedule.warmup_steps=0", "evaluation.every_steps=3"];
     let chats = format!("data.input={}", path(&sft::conversations(dir.path())));
     same("sft", "sft", &[sft::SMALL, &[&chats], &shorter].concat());
     let init = format!("init={}", path(&preferences::answering(dir.path())));
@@ -116,7 +143,6 @@ fn every_stage_and_optimizer_takes_local_steps() {
 #[cfg(unix)]
 #[test]
 fn a_round_costs_what_a_step_does() {
-    use crate::cluster::worker_with;
     use crate::proxy::Proxy;
 
     let dir = tempfile::tempdir().unwrap();
@@ -146,6 +172,8 @@ fn a_round_costs_what_a_step_does() {
         println!("{name}: {counted} bytes counted, {computed} computed");
         // Besides, the invitation, headings, and what a busy machine has sent again.
         let vector = 4.0 * inspect(&run)["parameters"].as_f64().unwrap();
+        // Moments that are 0 do not travel.
+        let computed = if more.contains(&KEPT) { computed - 5.0 * 2.0 * vector } else { computed };
         let expected = computed..computed * 1.05 + 2.0 * vector;
         assert!(expected.contains(&counted), "{name}: {counted} bytes counted, {computed} computed");
         counted
@@ -153,4 +181,5 @@ fn a_round_costs_what_a_step_does() {
     let all = counted_and_computed("steps", 24, &[]);
     let local = counted_and_computed("rounds", 3, &["batch.local_steps=8"]);
     assert!(local < all / 5.0, "{local} of {all}");
+    counted_and_computed("moments", 3, &["batch.local_steps=8", KEPT]);
 }

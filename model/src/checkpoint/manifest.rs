@@ -73,7 +73,7 @@ pub struct Manifest {
     pub metrics_seal: String,
     /// SHA-256 of what is trained as little-endian f32 in layout order, hexadecimal.
     pub params_sha256: String,
-    /// SHA-256 of first and second moments likewise, one after the other.
+    /// SHA-256 of first and second moments likewise, one after the other, then of those of each replica that keeps such.
     pub optimizer_sha256: String,
     /// The other files.
     pub files: BTreeMap<String, FileSeal>,

@@ -151,7 +151,7 @@ fn write_to(
     optimizer: &OptimizerState,
 ) -> Result<Staged, CheckpointError> {
     manifest.params_sha256 = hex(&vector_sha256(parameters));
-    manifest.optimizer_sha256 = hex(&vectors_sha256(&[&optimizer.first_moment, &optimizer.second_moment]));
+    manifest.optimizer_sha256 = optimizer_sha256(optimizer);
     let partial = PartialDir::create(target)?;
     write_files(partial.path(), manifest, parameters, optimizer)?;
     Ok(Staged(partial))
@@ -167,7 +167,11 @@ fn write_files(
     let tensors = |prefix: &str, vector| Tensors { prefix: prefix.into(), layout: &layout, vector };
     let moments = [(FIRST_MOMENT, &optimizer.first_moment), (SECOND_MOMENT, &optimizer.second_moment)];
     let moments = moments.into_iter().filter(|(_, vector)| !vector.is_empty());
-    let moments: Vec<_> = moments.map(|(prefix, vector)| tensors(prefix, vector.as_slice())).collect();
+    let mut moments: Vec<_> = moments.map(|(prefix, vector)| tensors(prefix, vector.as_slice())).collect();
+    for (replica, vector) in optimizer.replicas.iter().enumerate() {
+        let kinds = [FIRST_MOMENT, SECOND_MOMENT].into_iter().zip(vector.chunks(layout.len()));
+        moments.extend(kinds.map(|(kind, vector)| tensors(&of_replica(replica, kind), vector)));
+    }
     for (name, groups) in [(PARAMETERS, vec![tensors("", parameters)]), (OPTIMIZER, moments)] {
         let path = partial.join(name);
         let views = groups.iter().flat_map(Tensors::views);
@@ -193,11 +197,29 @@ pub fn read(path: &Path) -> Result<Checkpoint, CheckpointError> {
         true => flatten(&optimizer_path, &moments, prefix, &layout),
         false => Ok(Vec::new()),
     };
-    let optimizer = OptimizerState { first_moment: moment(FIRST_MOMENT)?, second_moment: moment(SECOND_MOMENT)? };
-    if hex(&vectors_sha256(&[&optimizer.first_moment, &optimizer.second_moment])) != manifest.optimizer_sha256 {
+    let mut replicas = Vec::new();
+    while has_prefix(&optimizer_path, &moments, &of_replica(replicas.len(), ""))? {
+        let kinds = [FIRST_MOMENT, SECOND_MOMENT].map(|kind| moment(&of_replica(replicas.len(), kind)));
+        replicas.push(kinds.into_iter().collect::<Result<Vec<_>, _>>()?.concat());
+    }
+    let optimizer =
+        OptimizerState { first_moment: moment(FIRST_MOMENT)?, second_moment: moment(SECOND_MOMENT)?, replicas };
+    if optimizer_sha256(&optimizer) != manifest.optimizer_sha256 {
         return Err(CheckpointError::damaged(path, "moments have another SHA-256 than the manifest says"));
     }
     Ok(Checkpoint { manifest, parameters, optimizer })
+}
+
+/// Of all moments, one after the other.
+fn optimizer_sha256(optimizer: &OptimizerState) -> String {
+    let OptimizerState { first_moment, second_moment, replicas } = optimizer;
+    let of_versions = [first_moment, second_moment].into_iter();
+    hex(&vectors_sha256(&of_versions.chain(replicas).map(Vec::as_slice).collect::<Vec<_>>()))
+}
+
+/// What the names of a replica's moments of a kind begin with.
+fn of_replica(replica: usize, kind: &str) -> String {
+    format!("replica.{replica}.{kind}")
 }
 
 /// Reads the model of a checkpoint, without the optimizer's state, and checks the digests of what it reads: its parameters,
@@ -399,7 +421,7 @@ mod tests {
     }
 
     fn moments() -> OptimizerState {
-        OptimizerState { first_moment: vec![0.5, -0.5], second_moment: vec![1e-9, f32::MAX] }
+        OptimizerState { first_moment: vec![0.5, -0.5], second_moment: vec![1e-9, f32::MAX], replicas: Vec::new() }
     }
 
     #[test]
@@ -474,7 +496,7 @@ mod tests {
         let initial_sha256 = Some(hex(&vector_sha256(&base)));
         let manifest = Manifest { adapters: Some(adapters), initial_sha256, ..Manifest::new("r".into(), model) };
         let trained: Vec<f32> = (0..layout.trained.len()).map(|i| i as f32 / 2.0).collect();
-        let optimizer = OptimizerState { first_moment: vec![0.5; trained.len()], second_moment: Vec::new() };
+        let optimizer = OptimizerState { first_moment: vec![0.5; trained.len()], ..OptimizerState::default() };
         let path = publish(&dir.path().join("checkpoints"), manifest, &trained, &optimizer);
         let back = read(&path).unwrap();
         assert_eq!((&back.parameters, &back.optimizer), (&trained, &optimizer));

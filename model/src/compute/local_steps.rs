@@ -2,7 +2,8 @@
 //!
 //! A slot is a replica. From the published parameters it takes a step of the optimizer for each part of its rows, and what
 //! travels is the way back: the parameters at the start minus those at the end, which takes the place of a gradient. Moments
-//! begin at 0, so that a slot is a function of the published parameters and its rows, whoever computes it and however often.
+//! begin at 0, or come with the slot and travel on beside its way: in either case a slot is a function of what is sent, whoever
+//! computes it and however often.
 
 use super::{BlockGradient, ComputeError, Computer, SlotGradient, SlotKey, copied_from, leaves, no_slots};
 use crate::batch::{Batch, Sums};
@@ -17,22 +18,27 @@ pub struct LocalSteps<'a> {
     pub optimizer: &'a LocalOptimizer,
     /// The learning rate of each step, in order; at least one.
     pub learning_rates: &'a [f64],
+    /// Of the one replica of a block whose optimizer keeps moments, [as they were](OptimizerState::into_moments); empty: 0.
+    pub moments: &'a [f32],
 }
 
 impl Computer {
     /// What replicas learn, each from one of `slots` (at least one, in order): of each, the sums over its local steps; and the
-    /// sum of their pseudo-gradients along the tree. `go_on` is asked before each local step. The parameters that are loaded
-    /// stay as they are.
+    /// sum of their pseudo-gradients along the tree. Where moments are kept, a block is one slot, and they stand behind its
+    /// pseudo-gradient. `go_on` is asked before each local step. The parameters that are loaded stay as they are.
     ///
     /// # Errors
     /// The first of `go_on`; else if a batch cannot be cut into as many parts as there are local steps, or does not fit the
-    /// model, or if the device fails.
+    /// model; if moments are kept of several slots, or are not as many as they should be; or if the device fails.
     pub fn block_pseudo_gradient<'a>(
         &self,
         local: LocalSteps<'_>,
         slots: impl ExactSizeIterator<Item = (&'a Batch, SlotKey)>,
         go_on: impl Fn() -> Result<(), ComputeError>,
     ) -> Result<BlockGradient, ComputeError> {
+        if local.optimizer.keep_moments && slots.len() > 1 {
+            return Err(ComputeError::Input("a block of several slots, whose moments cannot be added up".into()));
+        }
         let published = self.parameters()?;
         let mut slot_sums = Vec::with_capacity(slots.len());
         let pseudo_gradients = slots.map(|slot| {
@@ -48,21 +54,30 @@ impl Computer {
     fn replica(
         &self,
         published: &[f32],
-        LocalSteps { optimizer: LocalOptimizer { rule, grad_clip }, learning_rates }: LocalSteps<'_>,
+        LocalSteps { optimizer, learning_rates, moments }: LocalSteps<'_>,
         (batch, key): (&Batch, SlotKey),
         go_on: &impl Fn() -> Result<(), ComputeError>,
     ) -> Result<SlotGradient, ComputeError> {
+        let LocalOptimizer { rule, grad_clip, .. } = optimizer;
         let steps = learning_rates.len() as u64;
+        let before = (key.step - 1) * steps;
         let mut parameters = published.to_vec();
-        let mut state = OptimizerState::new(rule, parameters.len());
+        let (elements, kept) = (moments.len(), optimizer.kept_moments() * parameters.len());
+        let mut state = match elements {
+            0 => OptimizerState::new(rule, parameters.len()),
+            _ if elements == kept => OptimizerState::with_moments(moments.to_vec(), parameters.len()),
+            _ => return Err(ComputeError::Input(format!("{elements} moments of a replica, which should be {kept}"))),
+        };
         let mut on_device = self.leaves.clone();
         let mut sums = Sums::default();
         for ((step, part), &lr) in (1..).zip(batch.parts(learning_rates.len())?).zip(learning_rates) {
             go_on()?;
-            let key = SlotKey { step: (key.step - 1) * steps + step, ..key };
+            let key = SlotKey { step: before + step, ..key };
             let SlotGradient { sums: of_part, gradient } = self.gradient_at(&on_device, (&part, key))?;
             let (gradient_sum, weight_sum, grad_clip) = (&gradient[..], of_part.weight, *grad_clip);
-            let update = Update { gradient_sum, weight_sum, grad_clip, lr, step };
+            // By which moments that began at 0 are corrected.
+            let step_of_moments = if optimizer.keep_moments { before + step } else { step };
+            let update = Update { gradient_sum, weight_sum, grad_clip, lr, step: step_of_moments };
             optimizer::step(rule, &self.layout, &mut parameters, &mut state, update);
             self.reuse(gradient);
             sums = sums + of_part;
@@ -72,6 +87,9 @@ impl Computer {
             }
         }
         parameters.iter_mut().zip(published).for_each(|(end, start)| *end = start - *end);
+        if optimizer.keep_moments {
+            parameters.extend(state.into_moments());
+        }
         Ok(SlotGradient { sums, gradient: parameters })
     }
 }
@@ -92,7 +110,7 @@ mod tests {
     const RATES: [f64; 3] = [1e-3, 2e-3, 1.5e-3];
 
     fn optimizer(rule: UpdateRule) -> LocalOptimizer {
-        LocalOptimizer { rule, grad_clip: Some(1.0) }
+        LocalOptimizer { rule, grad_clip: Some(1.0), keep_moments: false }
     }
 
     fn no_end() -> Result<(), ComputeError> {
@@ -108,7 +126,7 @@ mod tests {
         key: SlotKey,
     ) -> Vec<f32> {
         let (mut parameters, layout) = (start.to_vec(), computer.layout().clone());
-        let LocalSteps { optimizer: LocalOptimizer { rule, grad_clip }, learning_rates } = local;
+        let LocalSteps { optimizer: LocalOptimizer { rule, grad_clip, .. }, learning_rates, .. } = local;
         let mut state = OptimizerState::new(rule, parameters.len());
         let before = (key.step - 1) * learning_rates.len() as u64;
         for ((step, part), &lr) in (1..).zip(slot.parts(learning_rates.len()).unwrap()).zip(learning_rates) {
@@ -135,7 +153,7 @@ mod tests {
         ];
         for rule in rules {
             let optimizer = optimizer(rule);
-            let local = LocalSteps { optimizer: &optimizer, learning_rates: &RATES };
+            let local = LocalSteps { optimizer: &optimizer, learning_rates: &RATES, moments: &[] };
             let mut computer = computer(&model, &parameters);
             let loss = computer.loss(&slot).unwrap();
             let keys = [0, 1, 2].map(|number| SlotKey { step: 5, slot: number, ..KEY });
@@ -162,7 +180,7 @@ mod tests {
             }
         }
         let learned = |learning_rates: &[f64]| {
-            let local = LocalSteps { optimizer: &optimizer, learning_rates };
+            let local = LocalSteps { optimizer: &optimizer, learning_rates, moments: &[] };
             let computer = computer(&model, &lively_parameters(&model));
             computer.block_pseudo_gradient(local, [(&rows, KEY)].into_iter(), no_end).unwrap().gradient
         };
@@ -185,7 +203,7 @@ mod tests {
             Update { gradient_sum: &gradient, weight_sum: sums.weight, grad_clip: Some(1.0), lr: 1e-2, step: 1 };
         optimizer::step(&inner.rule, &layout, &mut plain, &mut OptimizerState::new(&inner.rule, start.len()), update);
 
-        let local = LocalSteps { optimizer: &inner, learning_rates: &[1e-2] };
+        let local = LocalSteps { optimizer: &inner, learning_rates: &[1e-2], moments: &[] };
         let block = computer.block_pseudo_gradient(local, [(&slot, KEY)].into_iter(), no_end).unwrap();
         assert_eq!(block.slot_sums, [sums]);
         let outer = UpdateRule::Nesterov(NesterovConfig { momentum: 0.0 });
@@ -201,7 +219,7 @@ mod tests {
     #[test]
     fn adapters_and_pairs_take_local_steps_too() {
         let optimizer = optimizer(UpdateRule::Adamw(ADAMW));
-        let local = LocalSteps { optimizer: &optimizer, learning_rates: &RATES[..2] };
+        let local = LocalSteps { optimizer: &optimizer, learning_rates: &RATES[..2], moments: &[] };
         let model = gpt(0.0);
         let config = adapters(&model, &["wpe.weight"]);
         let start = lively_adapters(&model, &config);
@@ -219,11 +237,59 @@ mod tests {
         assert_eq!(block.gradient, plain_loop(&mut computer, &start, local, &slot, KEY));
     }
 
+    /// Two rounds from one another's parameters and moments are one long round.
+    #[test]
+    fn moments_that_are_kept_go_on_where_they_were() {
+        let model = gpt(0.2);
+        let (start, slot, layout) = (lively_parameters(&model), batch(6, None), Layout::of(&model));
+        for rule in [UpdateRule::Adamw(ADAMW), UpdateRule::Nesterov(NesterovConfig { momentum: 0.9 }), UpdateRule::Sgd]
+        {
+            let kept = LocalOptimizer { keep_moments: true, ..optimizer(rule) };
+            let round = |step, parameters: &[f32], rows, learning_rates: &[f64], moments: &[f32]| {
+                let (computer, rows) = (computer(&model, parameters), slot.rows(rows).unwrap());
+                let local = LocalSteps { optimizer: &kept, learning_rates, moments };
+                let slot = (&rows, SlotKey { step, ..KEY });
+                let mut vector = computer.block_pseudo_gradient(local, [slot].into_iter(), no_end).unwrap().gradient;
+                let moments = vector.split_off(layout.len());
+                assert_eq!(moments.len(), kept.rule.moments() * layout.len());
+                let end: Vec<f32> = parameters.iter().zip(vector).map(|(start, way)| start - way).collect();
+                (end, moments)
+            };
+            let (half, moments) = round(1, &start, 0..3, &RATES, &[]);
+            let (end, last) = round(2, &half, 3..6, &RATES, &moments);
+            let (whole, expected) = round(1, &start, 0..6, &[RATES, RATES].concat(), &[]);
+            let distance =
+                |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
+            let off = |end: &[f32]| distance(end, &whole) / distance(&whole, &start);
+            // There and back again rounds, and AdamW makes much of gradients that are rounding alone.
+            assert!(off(&end) < 0.01, "{:?}: {} of the way off", kept.rule, off(&end));
+            let moments_off = distance(&last, &expected) / distance(&expected, &vec![0.0; expected.len()]);
+            assert!(last.is_empty() || moments_off < 0.01, "{:?}: {moments_off}", kept.rule);
+            let forgetful = off(&round(2, &half, 3..6, &RATES, &[]).0);
+            assert!(kept.rule.moments() == 0 || forgetful > 0.05, "{:?}: {forgetful}: they matter", kept.rule);
+        }
+    }
+
+    #[test]
+    fn kept_moments_are_of_one_slot() {
+        let model = gpt(0.0);
+        let kept = LocalOptimizer { keep_moments: true, ..optimizer(UpdateRule::Adamw(ADAMW)) };
+        let (computer, slot) = (computer(&model, &lively_parameters(&model)), batch(3, None));
+        let refused = |moments: &[f32], slots: usize| {
+            let local = LocalSteps { optimizer: &kept, learning_rates: &RATES, moments };
+            let slots = vec![(&slot, KEY); slots];
+            computer.block_pseudo_gradient(local, slots.into_iter(), no_end).unwrap_err().to_string()
+        };
+        assert_eq!(refused(&[], 2), "a block of several slots, whose moments cannot be added up");
+        let elements = 2 * computer.layout().len();
+        assert_eq!(refused(&[0.0], 1), format!("1 moments of a replica, which should be {elements}"));
+    }
+
     #[test]
     fn what_is_not_wanted_ends_between_two_local_steps() {
         let model = gpt(0.0);
         let optimizer = optimizer(UpdateRule::Sgd);
-        let local = LocalSteps { optimizer: &optimizer, learning_rates: &RATES };
+        let local = LocalSteps { optimizer: &optimizer, learning_rates: &RATES, moments: &[] };
         let (computer, slot, asked) = (computer(&model, &lively_parameters(&model)), batch(3, None), Cell::new(0));
         let go_on = || {
             asked.set(asked.get() + 1);

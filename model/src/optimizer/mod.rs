@@ -24,18 +24,27 @@ pub struct OptimizerState {
     pub first_moment: Vec<f32>,
     /// Running mean of squared gradients; 0 where Muon rules.
     pub second_moment: Vec<f32>,
+    /// Moments of each replica, where they stay with it: what [`into_moments`](Self::into_moments) gives. Empty before there
+    /// are any.
+    pub replicas: Vec<Vec<f32>>,
 }
 
 impl OptimizerState {
     /// The state before the first step, for `elements` parameters.
     pub fn new(rule: &UpdateRule, elements: usize) -> Self {
-        match rule {
-            UpdateRule::Adamw(_) | UpdateRule::Muon(_) => {
-                Self { first_moment: vec![0.0; elements], second_moment: vec![0.0; elements] }
-            }
-            UpdateRule::Nesterov(_) => Self { first_moment: vec![0.0; elements], second_moment: Vec::new() },
-            UpdateRule::Sgd => Self::default(),
-        }
+        let moment = |number: usize| if number <= rule.moments() { vec![0.0; elements] } else { Vec::new() };
+        Self { first_moment: moment(1), second_moment: moment(2), replicas: Vec::new() }
+    }
+
+    /// The state that has these moments, of `elements` parameters, the first before the second.
+    pub fn with_moments(mut moments: Vec<f32>, elements: usize) -> Self {
+        let second_moment = moments.split_off(elements.min(moments.len()));
+        Self { first_moment: moments, second_moment, replicas: Vec::new() }
+    }
+
+    /// Its moments, the first before the second.
+    pub fn into_moments(self) -> Vec<f32> {
+        [self.first_moment, self.second_moment].concat()
     }
 }
 

@@ -25,7 +25,8 @@ fn batch(slot: u32) -> Batch {
 }
 
 fn work(task: Task, block: Block, step_slots: u32) -> Arc<Work> {
-    let slots = block.slots(step_slots).map(|number| Slot { number, batch: batch(number) }).collect();
+    let slots =
+        block.slots(step_slots).map(|number| Slot { number, batch: batch(number), moments_blake3: None }).collect();
     let parameters = Parameters { version: 0, digest: Some([7; 32]) };
     let lease = Lease { id: 1, step: 1, parameters, block, seed: 1, task };
     Arc::new(Work { lease, slots, learning_rates: Vec::new(), traceparent: String::new() })
@@ -61,8 +62,10 @@ async fn a_block_is_summed_in_tree_order() {
     let blocks = [(3, 0, 7), (2, 1, 7), (1, 3, 7), (0, 5, 7), (2, 1, 5), (3, 0, 5)];
     for (level, index, step_slots) in blocks {
         let block = Block { level, index };
-        let outcome =
-            device.compute(work(Task::Gradient, block, step_slots), Stop::default(), Span::none()).await.unwrap();
+        let outcome = device
+            .compute(work(Task::Gradient, block, step_slots), Vec::new(), Stop::default(), Span::none())
+            .await
+            .unwrap();
         let expected = recursive(&computer, block, step_slots);
         assert_eq!(outcome.sums, expected.sums, "block {block} of {step_slots}");
         assert_eq!(outcome.gradient, Some(Gradient::from(expected.gradient)));
@@ -77,7 +80,10 @@ fn local_work(block: Block, step_slots: u32) -> Work {
 }
 
 fn line_of_replicas() -> Setting {
-    Setting { local_optimizer: Some(LocalOptimizer { rule: UpdateRule::Sgd, grad_clip: None }), ..line() }
+    Setting {
+        local_optimizer: Some(LocalOptimizer { rule: UpdateRule::Sgd, grad_clip: None, keep_moments: false }),
+        ..line()
+    }
 }
 
 #[tokio::test]
@@ -98,13 +104,16 @@ async fn replicas_go_their_way_and_what_comes_back_is_how_far() {
     device.probe(line_of_replicas(), Vec::new()).await.unwrap();
     device.load(start.to_vec()).await.unwrap();
     let evaluation = work(Task::Evaluate, Block::root(3), 3);
-    let before = device.compute(evaluation.clone(), Stop::default(), Span::none()).await.unwrap();
-    let outcome = device.compute(Arc::new(local_work(Block::root(3), 3)), Stop::default(), Span::none()).await.unwrap();
+    let before = device.compute(evaluation.clone(), Vec::new(), Stop::default(), Span::none()).await.unwrap();
+    let outcome = device
+        .compute(Arc::new(local_work(Block::root(3), 3)), Vec::new(), Stop::default(), Span::none())
+        .await
+        .unwrap();
     let expected = add_vectors(add_vectors(replica(0), &replica(1)), &replica(2));
     assert_eq!(outcome.gradient, Some(Gradient::from(expected)));
     assert_eq!((outcome.sums.weight, outcome.slot_sums.len()), (6.0, 3));
     // The parameters that were loaded are there still.
-    let after = device.compute(evaluation, Stop::default(), Span::none()).await.unwrap();
+    let after = device.compute(evaluation, Vec::new(), Stop::default(), Span::none()).await.unwrap();
     assert_eq!(after.sums, before.sums);
 }
 
@@ -122,7 +131,7 @@ async fn local_steps_need_an_optimizer_and_an_optimizer_local_steps() {
     ] {
         device.probe(setting, Vec::new()).await.unwrap();
         device.load(vec![0.35, 0.01]).await.unwrap();
-        let failure = device.compute(work, Stop::default(), Span::none()).await.unwrap_err();
+        let failure = device.compute(work, Vec::new(), Stop::default(), Span::none()).await.unwrap_err();
         assert!(failure.to_string().starts_with(expected), "{failure}");
     }
 }
@@ -132,7 +141,10 @@ async fn an_evaluation_has_sums_and_no_gradient() {
     let device = DeviceThread::start(cpu()).unwrap();
     device.probe(line(), Vec::new()).await.unwrap();
     device.load(vec![1.9, 0.2]).await.unwrap();
-    let outcome = device.compute(work(Task::Evaluate, Block::root(3), 3), Stop::default(), Span::none()).await.unwrap();
+    let outcome = device
+        .compute(work(Task::Evaluate, Block::root(3), 3), Vec::new(), Stop::default(), Span::none())
+        .await
+        .unwrap();
     assert_eq!(outcome.sums.weight, 6.0);
     assert!(outcome.sums.loss < 1e-9, "{:?}", outcome.sums);
     assert_eq!((outcome.slot_sums.len(), outcome.gradient), (3, None));
@@ -163,13 +175,13 @@ async fn a_failure_is_told_and_the_thread_goes_on_after_another_load() {
     let mut bad = Work::clone(&good);
     bad.slots[0].batch.columns.pop();
 
-    let failure = device.compute(Arc::new(bad), Stop::default(), Span::none()).await.unwrap_err();
+    let failure = device.compute(Arc::new(bad), Vec::new(), Stop::default(), Span::none()).await.unwrap_err();
     let expected = "the batch has no f32 column \"y\"; coordinator and worker disagree on the model";
     assert_eq!(failure.to_string(), expected);
-    let failure = device.compute(good.clone(), Stop::default(), Span::none()).await.unwrap_err();
+    let failure = device.compute(good.clone(), Vec::new(), Stop::default(), Span::none()).await.unwrap_err();
     assert_eq!(failure.to_string(), "no parameters are loaded");
     device.load(vec![0.35, 0.01]).await.unwrap();
-    device.compute(good, Stop::default(), Span::none()).await.unwrap();
+    device.compute(good, Vec::new(), Stop::default(), Span::none()).await.unwrap();
 }
 
 /// The thread's state without the thread, with parameters loaded.
@@ -191,9 +203,9 @@ fn a_computation_is_cut_short_between_two_slots_and_leaves_the_parameters_where_
             asked.set(asked.get() + 1);
             asked.get() > 2
         };
-        assert_eq!(worker.compute(&work, after_two_slots).unwrap(), None);
+        assert_eq!(worker.compute(&work, &[], after_two_slots).unwrap(), None);
         assert_eq!(asked.get(), 3);
-        assert!(worker.compute(&work, || false).unwrap().is_some());
+        assert!(worker.compute(&work, &[], || false).unwrap().is_some());
     }
 }
 
@@ -204,10 +216,11 @@ async fn a_computation_that_is_stopped_gives_nothing_and_is_not_kept() {
     device.load(vec![0.35, 0.01]).await.unwrap();
     let stop = Stop::default();
     stop.set();
-    let failure = device.compute(work(Task::Gradient, Block::root(2), 2), stop, Span::none()).await.unwrap_err();
+    let failure =
+        device.compute(work(Task::Gradient, Block::root(2), 2), Vec::new(), stop, Span::none()).await.unwrap_err();
     assert_eq!(failure.to_string(), "the computation was cut short: its lease is no longer wanted");
     assert_eq!(device.enter(String::new()).await.unwrap(), []);
-    device.compute(work(Task::Gradient, Block::root(2), 2), Stop::default(), Span::none()).await.unwrap();
+    device.compute(work(Task::Gradient, Block::root(2), 2), Vec::new(), Stop::default(), Span::none()).await.unwrap();
 }
 
 #[tokio::test]
@@ -216,12 +229,15 @@ async fn a_gradient_is_kept_though_nobody_waits_for_it_and_an_evaluation_is_cut_
     device.probe(line(), Vec::new()).await.unwrap();
     device.load(vec![0.35, 0.01]).await.unwrap();
     assert_eq!(device.enter("run".into()).await.unwrap(), []);
-    drop(device.compute(work(Task::Gradient, Block::leaf(0), 2), Stop::default(), Span::none()));
-    drop(device.compute(work(Task::Evaluate, Block::leaf(1), 2), Stop::default(), Span::none()));
+    drop(device.compute(work(Task::Gradient, Block::leaf(0), 2), Vec::new(), Stop::default(), Span::none()));
+    drop(device.compute(work(Task::Evaluate, Block::leaf(1), 2), Vec::new(), Stop::default(), Span::none()));
     let kept = device.enter("run".into()).await.unwrap();
     let expected = work(Task::Gradient, Block::leaf(0), 2).lease.gradient_name();
     assert_eq!(kept.iter().map(|kept| Some(kept.name)).collect::<Vec<_>>(), [expected]);
-    let again = device.compute(work(Task::Gradient, Block::leaf(0), 2), Stop::default(), Span::none()).await.unwrap();
+    let again = device
+        .compute(work(Task::Gradient, Block::leaf(0), 2), Vec::new(), Stop::default(), Span::none())
+        .await
+        .unwrap();
     assert_eq!(kept[0].outcome.gradient, again.gradient);
     assert_eq!(device.enter("another run".into()).await.unwrap(), []);
 }
@@ -232,7 +248,7 @@ fn nothing_is_computed_to_the_end_when_the_worker_is_gone() {
     let (reply, answer) = oneshot::channel();
     drop(answer);
     let (work, stop, span) = (work(Task::Gradient, Block::leaf(0), 1), Stop::default(), Span::none());
-    worker.do_job(Job::Compute { work, stop, span, reply });
+    worker.do_job(Job::Compute { work, moments: Vec::new(), stop, span, reply });
     assert_eq!(worker.kept.enter(""), []);
 }
 
@@ -298,7 +314,7 @@ async fn a_base_is_held_over_memberships_and_until_a_failure() {
     let expected = Some(Gradient::from(computer.gradient(&gradient.slots[0].batch, key).unwrap().gradient));
     let computed = async |device: &DeviceThread| {
         device.load(trained.clone()).await.unwrap();
-        device.compute(gradient.clone(), Stop::default(), Span::none()).await.unwrap().gradient
+        device.compute(gradient.clone(), Vec::new(), Stop::default(), Span::none()).await.unwrap().gradient
     };
 
     // What the probe says is of the probe's base.
@@ -327,7 +343,7 @@ async fn a_base_is_held_over_memberships_and_until_a_failure() {
 
     let mut bad = Work::clone(&gradient);
     bad.slots[0].batch.columns.pop();
-    device.compute(Arc::new(bad), Stop::default(), Span::none()).await.unwrap_err();
+    device.compute(Arc::new(bad), Vec::new(), Stop::default(), Span::none()).await.unwrap_err();
     assert!(!device.holds(name).await.unwrap(), "what a failure leaves behind is not used again");
     assert!(device.load_base(name, base[1..].to_vec()).await.is_err());
     device.load_base(name, base).await.unwrap();

@@ -11,7 +11,7 @@ fn u32_column() -> v1::Column {
 }
 
 fn wire_lease() -> v1::Lease {
-    let slot = |slot| v1::Slot { slot, columns: vec![u32_column()] };
+    let slot = |slot| v1::Slot { slot, columns: vec![u32_column()], moments_blake3: Vec::new() };
     v1::Lease {
         lease_id: 5,
         step: 3,
@@ -109,7 +109,7 @@ fn floats_keep_their_bits() {
 
 #[test]
 fn senseless_leases_are_refused_in_words() {
-    let slots = |numbers: &[u32]| numbers.iter().map(|&slot| v1::Slot { slot, columns: Vec::new() }).collect();
+    let slots = |numbers: &[u32]| numbers.iter().map(|&slot| v1::Slot { slot, ..v1::Slot::default() }).collect();
     let with_slots = |numbers: &[u32]| work(v1::Lease { slots: slots(numbers), ..wire_lease() });
     refused(with_slots(&[]), &expect!["lease 5: slots [] are not the first of block 2/1, slots 4 to 7"]);
     refused(with_slots(&[4, 6]), &expect!["lease 5: slots [4, 6] are not the first of block 2/1, slots 4 to 7"]);
@@ -132,7 +132,11 @@ fn senseless_leases_are_refused_in_words() {
         &expect!["lease 5: parameters_blake3 has 31 bytes, not 32"],
     );
     let with_column = |column| {
-        let slot = |slot, column: &v1::Column| v1::Slot { slot, columns: vec![u32_column(), column.clone()] };
+        let slot = |slot, column: &v1::Column| v1::Slot {
+            slot,
+            columns: vec![u32_column(), column.clone()],
+            moments_blake3: Vec::new(),
+        };
         work(v1::Lease { slots: vec![slot(4, &column)], ..wire_lease() })
     };
     refused(
@@ -295,7 +299,7 @@ fn a_local_optimizer_is_read_or_refused() {
     let adamw = || v1::Adamw { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
     let config = AdamwConfig { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
     let with = |rule, grad_clip| {
-        let local_optimizer = Some(v1::LocalOptimizer { rule, grad_clip });
+        let local_optimizer = Some(v1::LocalOptimizer { rule, grad_clip, keep_moments: false });
         invitation(v1::Invitation { local_optimizer, ..wire_invitation() }).map(|read| read.local_optimizer.unwrap())
     };
     use v1::local_optimizer::Rule;
@@ -306,9 +310,16 @@ fn a_local_optimizer_is_read_or_refused() {
         (Rule::Nesterov(v1::Nesterov { momentum: 0.9 }), UpdateRule::Nesterov(NesterovConfig { momentum: 0.9 })),
         (Rule::Sgd(v1::Sgd {}), UpdateRule::Sgd),
     ] {
-        assert_eq!(with(Some(rule), Some(1.0)).unwrap(), LocalOptimizer { rule: expected, grad_clip: Some(1.0) });
+        assert_eq!(
+            with(Some(rule), Some(1.0)).unwrap(),
+            LocalOptimizer { rule: expected, grad_clip: Some(1.0), keep_moments: false }
+        );
     }
     assert_eq!(invitation(wire_invitation()).unwrap().local_optimizer, None);
+    let adamw_rule = Some(Rule::Adamw(adamw()));
+    let kept = v1::LocalOptimizer { rule: adamw_rule, grad_clip: None, keep_moments: true };
+    let kept = invitation(v1::Invitation { local_optimizer: Some(kept), ..wire_invitation() }).unwrap();
+    assert_eq!((kept.elements, kept.kept_elements), (2, 4));
     let refusals = [
         with(None, None),
         with(Some(Rule::Adamw(v1::Adamw { beta2: 1.0, ..adamw() })), None),
@@ -332,4 +343,16 @@ fn learning_rates_come_with_a_lease() {
     };
     assert_eq!(with(vec![0.1, 0.2]).unwrap().learning_rates, [0.1, 0.2]);
     refused(with(vec![0.1, f64::NAN]), &expect!["lease 5: a learning rate is NaN"]);
+}
+
+#[test]
+fn a_slot_names_the_moments_that_it_begins_with() {
+    let with = |moments_blake3| {
+        let mut lease = wire_lease();
+        lease.slots[0].moments_blake3 = moments_blake3;
+        work(lease)
+    };
+    let read = with(vec![5; 32]).unwrap();
+    assert_eq!((read.slots[0].moments_blake3, read.slots[1].moments_blake3), (Some([5; 32]), None));
+    refused(with(vec![5; 3]), &expect!["lease 5: slot 4: moments_blake3 has 3 bytes, not 32"]);
 }

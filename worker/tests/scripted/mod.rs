@@ -202,7 +202,11 @@ pub(crate) fn lease(lease_id: u64, gradient: bool, slots: &[u32]) -> v1::Lease {
         let element_type = v1::ElementType::F32.into();
         v1::Column { name: column.name, element_type, shape, data: chunk::to_bytes(&values) }
     };
-    let slot = |&slot: &u32| v1::Slot { slot, columns: batch(slot).columns.into_iter().map(column).collect() };
+    let slot = |&slot: &u32| v1::Slot {
+        slot,
+        columns: batch(slot).columns.into_iter().map(column).collect(),
+        moments_blake3: Vec::new(),
+    };
     v1::Lease {
         lease_id,
         step: 8,

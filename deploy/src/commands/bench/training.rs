@@ -131,6 +131,7 @@ impl Training<'_> {
             bytes_per_token: None,
             optimizer: OptimizerConfig { rule: self.rule.clone(), lr: 1e-3, grad_clip: None },
             outer: None,
+            keep_moments: false,
             skip: SkipConfig { max_in_a_row: 3, above_median: None },
             schedule: ScheduleConfig {
                 steps: u64::from(WARM_UP + self.steps),
