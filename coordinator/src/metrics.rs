@@ -24,7 +24,8 @@ pub enum Line {
 pub struct StepLine {
     /// The step, from 1.
     pub step: u64,
-    /// Mean loss over the step's batch, before the update (of replicas, before each local one); `null` in the file where it is NaN.
+    /// Mean loss over the step's batch, before the update (of replicas, before each local one); `null` in the file where it is
+    /// NaN.
     #[serde(deserialize_with = "or_nan")]
     pub loss: f64,
     /// Where pairs are learned from, what they are given.
@@ -34,7 +35,8 @@ pub struct StepLine {
     pub tokens: u64,
     /// Learning rate; of replicas, that of their last local step.
     pub lr: f64,
-    /// Global L2 norm of the mean gradient, before clipping; of replicas, of their mean pseudo-gradient; `null` in the file where it is NaN.
+    /// Global L2 norm of the mean gradient, before clipping, or of replicas' mean pseudo-gradient; `null` in the file where it
+    /// is NaN.
     #[serde(deserialize_with = "or_nan")]
     pub grad_norm: f64,
     /// Whether the gradient was of no use, and the parameters stayed as they were; left out where they did not.

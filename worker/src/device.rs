@@ -172,8 +172,8 @@ impl DeviceThread {
         self.ask(|reply| Job::LoadShared { version, reply }).await
     }
 
-    /// Computes a lease with the parameters loaded last, and with these `moments` where its replica has kept such, within `span`.
-    /// A gradient that has a name is kept. It is computed to
+    /// Computes a lease with the parameters loaded last, and with these `moments` where its replica has kept such, within
+    /// `span`. A gradient that has a name is kept. It is computed to
     /// the end even if the future that waits for the answer is dropped; anything else is then cut short.
     ///
     /// # Errors
