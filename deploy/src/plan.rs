@@ -116,8 +116,10 @@ impl WorkerMemory {
     }
 
     /// The same where slots are replicas that follow this rule.
-    fn with_replicas(self, rule: &UpdateRule, trained: u64) -> Self {
-        Self { replica: 3 * trained * FLOAT_BYTES + moment_bytes(rule, trained as usize), ..self }
+    fn with_replicas(self, rule: &UpdateRule, trained: u64, kept_moments: u64) -> Self {
+        // Moments that are kept are here as they came and as they go, too.
+        let vectors = 3 + 2 * kept_moments;
+        Self { replica: vectors * trained * FLOAT_BYTES + moment_bytes(rule, trained as usize), ..self }
     }
 
     fn total(&self) -> u64 {
@@ -157,7 +159,7 @@ impl Plan {
         // As the optimizer's state, and as they are published.
         let kept_by_all = u64::from(recipe.batch.slots) * kept_moments * vector;
         let worker = WorkerMemory::of(&model, adapters, recipe.batch, recipe.rows_per_sequence());
-        let worker = if recipe.outer.is_some() { worker.with_replicas(rule, trained) } else { worker };
+        let worker = if recipe.outer.is_some() { worker.with_replicas(rule, trained, kept_moments) } else { worker };
         let mut plan = Self {
             recipe: recipe.name.clone(),
             model: in_words(&model),

@@ -255,6 +255,40 @@ async fn a_revoked_lease_is_abandoned_and_the_next_begins() {
     assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 3));
 }
 
+/// A replica cannot begin with other moments than its own.
+#[tokio::test]
+async fn a_lease_whose_moments_do_not_come_is_declined() {
+    let adamw = v1::Adamw { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
+    let rule = Some(v1::local_optimizer::Rule::Adamw(adamw));
+    let local_optimizer = Some(v1::LocalOptimizer { rule, grad_clip: None, keep_moments: true });
+    let local = |lease: v1::Lease| v1::Lease {
+        task: Some(v1::lease::Task::Gradient(v1::GradientTask { learning_rates: vec![0.1, 0.1] })),
+        ..lease
+    };
+    let probe = vec![local(lease(1, true, &[0]))];
+    let invitation = Ok(v1::Invitation { local_optimizer, probe, ..invitation() });
+    let mut coordinator = Scripted::start(Script { invitation, ..Script::default() }, 0).await;
+    let worker = worker(&coordinator.address, no_spans());
+    let (_, to_worker) = coordinator.sees_joining().await;
+    let mut first = local(lease(5, true, &[0]));
+    to_worker.lease(first.clone()).await;
+    let Seen::Pull(_) = coordinator.sees().await else { panic!("pulled") };
+    let Seen::Push { vector, .. } = coordinator.sees().await else { panic!("pushed") };
+    assert_eq!(vector.len(), 6, "the way of two parameters, and two moments of each");
+    let Seen::Result(_) = coordinator.sees().await else { panic!("computed without moments, which are 0") };
+
+    (first.lease_id, first.slots[0].moments_blake3) = (6, vec![7; 32]);
+    to_worker.lease(first).await;
+    for _ in 0..3 {
+        let Seen::Pull(pull) = coordinator.sees().await else { panic!("asked for, three times in all") };
+        assert_eq!(pull.moments_blake3, [7; 32]);
+    }
+    let Seen::Declined(declined) = coordinator.sees().await else { panic!("they are others") };
+    assert!(declined.lease_id == 6 && declined.reason.contains("the replica's moments did not come"), "{declined:?}");
+    to_worker.release("done").await;
+    worker.await.unwrap().unwrap();
+}
+
 #[tokio::test]
 async fn leases_that_cannot_be_computed_are_declined_and_the_worker_goes_on() {
     let mut coordinator = Scripted::start(Script::default(), 0).await;

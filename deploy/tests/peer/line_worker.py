@@ -391,6 +391,8 @@ def join(stub: Any, wrong_from: int | None) -> Membership:
     model = invitation.model.WhichOneof("kind")
     if model != "line":
         sys.exit(f"line_worker: the run trains a model of kind {model}; this worker computes line alone")
+    if invitation.HasField("local_optimizer"):
+        sys.exit("line_worker: the run's slots are replicas that take local steps; this worker computes gradients alone")
     reply = stub.Admit(
         pb.AdmitRequest(
             run_id=invitation.run_id,

@@ -427,7 +427,10 @@ mod tests {
     #[test]
     fn what_is_written_is_read_back() {
         let dir = tempfile::tempdir().unwrap();
-        for optimizer in [moments(), OptimizerState::default()] {
+        let replicas =
+            OptimizerState { replicas: vec![vec![1.0, 2.0, 3.0, 4.0], vec![5.0, 6.0, 7.0, 8.0]], ..moments() };
+        let with_one_moment = OptimizerState { replicas: vec![vec![1.0, 2.0]; 11], ..OptimizerState::default() };
+        for optimizer in [moments(), OptimizerState::default(), replicas, with_one_moment] {
             let path = publish(dir.path(), manifest(7, None), &[1.5, -0.0], &optimizer);
             let back = read(&path).unwrap();
             assert_eq!(path, dir.path().join("step-000000007"));
