@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lockstep_model::adapters::AdapterConfig;
+use lockstep_model::compression::Compression;
 use lockstep_model::config::{BatchConfig, LocalOptimizer, ModelConfig, Objective, OptimizerConfig, ScheduleConfig};
 use lockstep_model::sampler::Source;
 use lockstep_model::schedule::local_learning_rates;
@@ -49,6 +50,8 @@ pub struct RunConfig {
     pub schedule: ScheduleConfig,
     /// How a step is cut into slots.
     pub batch: BatchConfig,
+    /// In which form vectors travel.
+    pub compression: Compression,
     /// Validation.
     pub evaluation: EvaluationConfig,
     /// Text sampled while training.
@@ -192,6 +195,7 @@ impl RunConfig {
             skip: SkipConfig { max_in_a_row: 0, above_median: None },
             schedule: ScheduleConfig { steps: 10, warmup_steps: 0, decay: Decay::Constant, min_lr: 0.0 },
             batch,
+            compression: Compression::default(),
             evaluation: EvaluationConfig { every_steps: 0, slots: 0 },
             sampling: SamplingConfig { every_steps: 0, prompts: Vec::new(), tokens: 0, temperature: 0.0, top_k: 0 },
             turns: None,

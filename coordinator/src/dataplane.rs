@@ -9,23 +9,24 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use lockstep_model::batch::Sums;
+use lockstep_model::compression::{GradientFormat, Rounding};
 use lockstep_model::config::OptimizerConfig;
 use lockstep_model::layout::Layout;
-use lockstep_model::optimizer::{self, OptimizerState, Update};
+use lockstep_model::optimizer::{self, OptimizerState, Stepped, Update};
 use lockstep_model::step_filter::{SkipConfig, StepFilter, StepNumbers};
-use lockstep_model::tree::{Block, TreeSum, add_vectors};
+use lockstep_model::tree::{Block, TreeSum};
 use tracing::Span;
 
 use crate::background::Background;
-use crate::exchange::{Publication, Spare};
+use crate::exchange::{Publication, Published, Spare};
 use crate::replicas::Replicas;
 
 /// A run's changing numbers.
 #[derive(Clone, Debug)]
 pub(crate) struct State {
-    /// Flat parameters.
+    /// Flat parameters, as they are published.
     pub(crate) parameters: Vec<f32>,
-    /// Moments.
+    /// Moments, and master parameters where they are apart.
     pub(crate) optimizer: OptimizerState,
     /// What is known of the last steps' gradients.
     pub(crate) filter: StepFilter,
@@ -43,11 +44,15 @@ pub(crate) struct Rules {
     pub(crate) skip: SkipConfig,
     /// Of a step.
     pub(crate) slots: u32,
+    /// What gradients are rounded to at every node of the sum.
+    pub(crate) format: GradientFormat,
+    /// Of the run, by which they are.
+    pub(crate) seed: u64,
 }
 
 /// What the thread is asked to do, in order.
 enum Job {
-    Add { block: Block, vector: Vec<f32>, span: Span },
+    Add { step: u64, block: Block, vector: Vec<f32>, span: Span },
     Apply { step: u64, lr: f64, sums: Sums, span: Span },
     Restart,
     Restore(State),
@@ -113,9 +118,9 @@ impl DataPlane {
         self.replicas.clone()
     }
 
-    /// BLAKE3 of what is published.
-    pub(crate) fn published_digest(&self) -> [u8; 32] {
-        self.publication.get().digest
+    /// What is published now.
+    pub(crate) fn published(&self) -> Published {
+        self.publication.get()
     }
 
     /// Does something on the thread, after the jobs before.
@@ -123,9 +128,9 @@ impl DataPlane {
         self.jobs.send(Job::Then(Box::new(act)));
     }
 
-    /// Adds an accepted block to the sum of the step under way, whose span is `span`.
-    pub(crate) fn add(&self, block: Block, vector: Vec<f32>, span: &Span) {
-        self.jobs.send(Job::Add { block, vector, span: span.clone() });
+    /// Adds an accepted block to the sum of the step under way, `step`, whose span is `span`.
+    pub(crate) fn add(&self, step: u64, block: Block, vector: Vec<f32>, span: &Span) {
+        self.jobs.send(Job::Add { step, block, vector, span: span.clone() });
     }
 
     /// Applies the step, all of whose slots were added, at learning rate `lr`.
@@ -167,7 +172,7 @@ impl Plane {
     fn run(mut self, jobs: &Receiver<Job>, publication: &Publication, applied: &impl Fn(anyhow::Result<Applied>)) {
         for job in jobs {
             match job {
-                Job::Add { block, vector, span } => self.add(block, vector, &span),
+                Job::Add { step, block, vector, span } => self.add(step, block, vector, &span),
                 Job::Apply { step, lr, sums, span } => applied(self.apply(step, lr, sums, &span, publication)),
                 Job::Restart => self.begin(),
                 Job::Restore(state) => {
@@ -186,14 +191,15 @@ impl Plane {
         self.moments.clear();
     }
 
-    fn add(&mut self, block: Block, mut vector: Vec<f32>, span: &Span) {
+    fn add(&mut self, step: u64, block: Block, mut vector: Vec<f32>, span: &Span) {
         let _span = tracing::info_span!(target: "lockstep", parent: span, "reduce").entered();
         let start = Instant::now();
         if self.rules.kept_elements > 0 {
             self.moments.insert(block.index, vector.split_off(vector.len() - self.rules.kept_elements));
         }
-        let inserted = self.sum.insert(block, vector, |left, right| {
-            let sum = add_vectors(left, &right);
+        let rounding = Rounding { format: self.rules.format, seed: self.rules.seed, step };
+        let inserted = self.sum.insert(block, vector, |left, right, node| {
+            let sum = rounding.add(left, &right, node);
             self.spare.give_back(right);
             sum
         });
@@ -219,7 +225,7 @@ impl Plane {
         let start = Instant::now();
         let State { parameters, optimizer, filter } = &mut self.state;
         let draft = publication.draft(step, parameters.len());
-        let (report, digests) = {
+        let Stepped { report, pieces: digests, difference } = {
             let _span = tracing::info_span!(target: "lockstep", parent: span, "optimizer").entered();
             let Rules { optimizer: OptimizerConfig { rule, grad_clip, .. }, layout, replicas, skip, slots, .. } =
                 &self.rules;
@@ -238,7 +244,7 @@ impl Plane {
             self.state.optimizer.replicas = moments.into_values().collect();
             self.replicas.set(&self.state.optimizer.replicas);
         }
-        publication.publish(draft, &digests, &self.state.parameters);
+        publication.publish(draft, &digests, &self.state.parameters, difference);
         let (grad_norm, skipped) = (report.grad_norm, !report.applied);
         Ok(Applied { step, grad_norm, skipped, reduce, optimize, publish: start.elapsed() })
     }
@@ -269,16 +275,23 @@ mod tests {
         kept_elements: usize,
         rule: UpdateRule,
     ) -> (DataPlane, Receiver<anyhow::Result<Applied>>) {
+        let state = OptimizerState::new(&rule, 2);
+        plane_from(replicas, kept_elements, rule, GradientFormat::F32, state)
+    }
+
+    fn plane_from(
+        replicas: bool,
+        kept_elements: usize,
+        rule: UpdateRule,
+        format: GradientFormat,
+        optimizer_state: OptimizerState,
+    ) -> (DataPlane, Receiver<anyhow::Result<Applied>>) {
         let layout = Layout::of(&ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }));
         let optimizer = OptimizerConfig { rule, lr: 0.5, grad_clip: None };
         let skip = SkipConfig { max_in_a_row: 3, above_median: None };
         let (done, news) = channel();
-        let state = State {
-            parameters: vec![1.0, 2.0],
-            optimizer: OptimizerState::new(&optimizer.rule, 2),
-            filter: StepFilter::default(),
-        };
-        let rules = Rules { layout, optimizer, kept_elements, replicas, skip, slots: 3 };
+        let state = State { parameters: vec![1.0, 2.0], optimizer: optimizer_state, filter: StepFilter::default() };
+        let rules = Rules { layout, optimizer, kept_elements, replicas, skip, slots: 3, format, seed: 1 };
         let plane = DataPlane::start(rules, 0, state, Arc::default(), move |applied| {
             let _ = done.send(applied);
         });
@@ -301,8 +314,8 @@ mod tests {
     #[test]
     fn blocks_become_a_step_and_a_published_version() {
         let (plane, news) = plane();
-        plane.add(RIGHT, vec![4.0, 0.0], &Span::none());
-        plane.add(LEFT, vec![4.0, 8.0], &Span::none());
+        plane.add(1, RIGHT, vec![4.0, 0.0], &Span::none());
+        plane.add(1, LEFT, vec![4.0, 8.0], &Span::none());
         apply(&plane, 1);
         let applied = news.recv().unwrap().unwrap();
         assert_eq!((applied.step, applied.grad_norm, applied.skipped), (1, 8f64.sqrt(), false));
@@ -315,8 +328,8 @@ mod tests {
     #[test]
     fn what_replicas_learned_is_their_mean_whatever_they_read() {
         let (plane, news) = plane_of(true, UpdateRule::Nesterov(NesterovConfig { momentum: 0.5 }));
-        plane.add(LEFT, vec![3.0, 1.5], &Span::none());
-        plane.add(RIGHT, vec![3.0, 0.0], &Span::none());
+        plane.add(1, LEFT, vec![3.0, 1.5], &Span::none());
+        plane.add(1, RIGHT, vec![3.0, 0.0], &Span::none());
         apply(&plane, 1);
         assert_eq!(news.recv().unwrap().unwrap().grad_norm, (6f64.powi(2) + 1.5f64.powi(2)).sqrt() / 3.0);
         // The mean over three, (2, 0.5), and half of it as momentum, at a rate of 0.5.
@@ -328,7 +341,12 @@ mod tests {
         let (plane, news) = plane_with(true, 1, UpdateRule::Sgd);
         let round = |step, moments: [f32; 3], last: f32| {
             for (slot, moment) in (0..3).zip(moments).rev() {
-                plane.add(Block::leaf(slot), vec![1.0, if slot == 2 { last } else { 1.0 }, moment], &Span::none());
+                plane.add(
+                    step,
+                    Block::leaf(slot),
+                    vec![1.0, if slot == 2 { last } else { 1.0 }, moment],
+                    &Span::none(),
+                );
             }
             apply(&plane, step);
             news.recv().unwrap().unwrap().skipped
@@ -340,7 +358,7 @@ mod tests {
         assert_eq!((published(&plane), kept()), ((1, chunk::to_bytes(&[0.5, 1.5])), of([7.0, 8.0, 9.0])));
         assert!(round(2, [1.0, 2.0, 3.0], f32::NAN), "a step of no use");
         assert_eq!(kept(), of([7.0, 8.0, 9.0]));
-        plane.add(Block::leaf(1), vec![1.0, 1.0, 100.0], &Span::none());
+        plane.add(3, Block::leaf(1), vec![1.0, 1.0, 100.0], &Span::none());
         plane.restart();
         assert!(!round(3, [4.0, 5.0, 6.0], 1.0));
         assert_eq!(kept(), of([4.0, 5.0, 6.0]));
@@ -356,28 +374,70 @@ mod tests {
     #[test]
     fn a_gradient_of_no_use_changes_nothing() {
         let (plane, news) = plane();
-        plane.add(Block { level: 2, index: 0 }, vec![f32::NAN, 0.0], &Span::none());
+        plane.add(1, Block { level: 2, index: 0 }, vec![f32::NAN, 0.0], &Span::none());
         apply(&plane, 1);
         assert!(news.recv().unwrap().unwrap().skipped);
         assert_eq!(published(&plane), (1, chunk::to_bytes(&[1.0, 2.0])));
     }
 
     #[test]
+    fn sums_are_rounded_where_blocks_meet() {
+        let (plane, news) = plane_from(false, 0, UpdateRule::Sgd, GradientFormat::Int8, OptimizerState::default());
+        let rounding = Rounding { format: GradientFormat::Int8, seed: 1, step: 1 };
+        let leaf = |slot: u32, mut gradient: Vec<f32>| {
+            rounding.round(Block::leaf(slot), &mut gradient);
+            gradient
+        };
+        let [one, two, three] = [leaf(0, vec![100.0, 0.3]), leaf(1, vec![90.0, 0.2]), leaf(2, vec![70.0, 0.1])];
+        let left = rounding.add(one.clone(), &two, LEFT);
+        let sum = rounding.add(left, &three, Block { level: 2, index: 0 });
+        for (slot, gradient) in [(2, three), (0, one), (1, two)] {
+            plane.add(1, Block::leaf(slot), gradient, &Span::none());
+        }
+        apply(&plane, 1);
+        news.recv().unwrap().unwrap();
+        assert_eq!(published(&plane).1, chunk::to_bytes(&[1.0 - 0.5 * (sum[0] * 0.25), 2.0 - 0.5 * (sum[1] * 0.25)]));
+    }
+
+    #[test]
+    fn what_is_published_follows_the_master() {
+        let master = vec![1.0, 2.0];
+        let apart = OptimizerState { master, ..OptimizerState::default() };
+        let (plane, news) = plane_from(false, 0, UpdateRule::Sgd, GradientFormat::F32, apart);
+        let before = plane.published().digest;
+        // The second master parameter is 1.999 then, and the difference is no bf16.
+        plane.add(1, Block { level: 2, index: 0 }, vec![8.0, 0.008], &Span::none());
+        apply(&plane, 1);
+        news.recv().unwrap().unwrap();
+        let published = plane.published();
+        let difference = published.difference.clone().unwrap();
+        let mut held = [1.0, 2.0];
+        lockstep_model::compression::add_difference(&difference.bytes, &mut held);
+        assert_eq!(difference.from, before);
+        assert_eq!(plane.publication().bytes(&published), Some(chunk::to_bytes(&held)));
+        let (asked, answer) = channel();
+        plane.snapshot(move |state| asked.send(state).unwrap());
+        let state = answer.recv().unwrap();
+        assert_eq!((state.parameters, state.optimizer.master), (held.to_vec(), vec![0.0, 2.0 - 0.5 * (0.008 * 0.25)]));
+        assert!(held[0] == 0.0 && held[1] != 2.0 - 0.001 && (held[1] - 1.999).abs() < 1e-5, "{held:?}");
+    }
+
+    #[test]
     fn a_step_starts_over_and_a_run_goes_back() {
         let (plane, news) = plane();
-        plane.add(LEFT, vec![100.0, 100.0], &Span::none());
+        plane.add(1, LEFT, vec![100.0, 100.0], &Span::none());
         plane.restart();
-        plane.add(Block { level: 2, index: 0 }, vec![8.0, 8.0], &Span::none());
+        plane.add(1, Block { level: 2, index: 0 }, vec![8.0, 8.0], &Span::none());
         apply(&plane, 1);
         news.recv().unwrap().unwrap();
         assert_eq!(published(&plane), (1, chunk::to_bytes(&[0.0, 1.0])));
 
-        plane.add(LEFT, vec![100.0, 100.0], &Span::none());
+        plane.add(1, LEFT, vec![100.0, 100.0], &Span::none());
         let state =
             State { parameters: vec![5.0, 6.0], optimizer: OptimizerState::default(), filter: StepFilter::default() };
         plane.restore(0, state);
         assert_eq!(plane.publication().get().version, 0);
-        plane.add(Block { level: 2, index: 0 }, vec![8.0, 8.0], &Span::none());
+        plane.add(1, Block { level: 2, index: 0 }, vec![8.0, 8.0], &Span::none());
         apply(&plane, 1);
         news.recv().unwrap().unwrap();
         assert_eq!(published(&plane), (1, chunk::to_bytes(&[4.0, 5.0])));

@@ -178,6 +178,17 @@ pub(crate) struct Published {
     pub(crate) digest: [u8; 32],
     /// These bytes, once somebody asks for them.
     bytes: Arc<OnceLock<Bytes>>,
+    /// How to get there from the version that was published before.
+    pub(crate) difference: Option<Difference>,
+}
+
+/// What two versions of the parameters differ by.
+#[derive(Clone, Debug)]
+pub(crate) struct Difference {
+    /// BLAKE3 of the version that it is added to.
+    pub(crate) from: [u8; 32],
+    /// For [`lockstep_model::compression::add_difference`].
+    pub(crate) bytes: Bytes,
 }
 
 /// The newest parameters, for workers elsewhere and for those who share memory with us.
@@ -206,7 +217,7 @@ impl Publication {
             tracing::debug!("vectors go through the network stack on this machine, too: {error}");
         }
         let shared = shared.ok();
-        let unpublished = Published { version, digest: [0; 32], bytes: Arc::default() };
+        let unpublished = Published { version, digest: [0; 32], bytes: Arc::default(), difference: None };
         let publication = Self(Arc::new(Publisher { newest: RwLock::new(unpublished), shared }));
         publication.set(version, parameters);
         publication
@@ -221,7 +232,7 @@ impl Publication {
     pub(crate) fn set(&self, version: u64, parameters: &[f32]) {
         let draft = self.draft(version, parameters.len());
         let digests = in_pieces(parameters, |start, piece| draft.add(start, piece));
-        self.publish(draft, &digests, parameters);
+        self.publish(draft, &digests, parameters, None);
     }
 
     /// Begins a version of so many `elements`, to be made ready piece by piece.
@@ -229,10 +240,19 @@ impl Publication {
         Draft::new(version, elements, self.0.shared.as_ref())
     }
 
-    /// Publishes what `draft` was made of: these `parameters`, whose pieces have these `digests`.
-    pub(crate) fn publish(&self, draft: Draft<'_>, digests: &[PieceDigest], parameters: &[f32]) {
+    /// Publishes what `draft` was made of: these `parameters`, whose pieces have these `digests`, and which are by `difference`
+    /// what was published before, if that is known.
+    pub(crate) fn publish(
+        &self,
+        draft: Draft<'_>,
+        digests: &[PieceDigest],
+        parameters: &[f32],
+        difference: Option<Vec<u8>>,
+    ) {
         let published = draft.finish(digests, parameters);
-        *self.0.newest.write().unwrap_or_else(PoisonError::into_inner) = published;
+        let mut newest = self.0.newest.write().unwrap_or_else(PoisonError::into_inner);
+        let difference = difference.map(|bytes| Difference { from: newest.digest, bytes: bytes.into() });
+        *newest = Published { difference, ..published };
     }
 
     /// What is published, as little-endian f32; `None` if it is not any more.
@@ -291,7 +311,7 @@ impl<'a> Draft<'a> {
         if !(self.written.into_inner() && self.region.is_some_and(stamped)) {
             let _ = bytes.set(chunk::to_bytes(parameters));
         }
-        Published { version: self.version, digest, bytes: Arc::new(bytes) }
+        Published { version: self.version, digest, bytes: Arc::new(bytes), difference: None }
     }
 }
 
@@ -320,6 +340,7 @@ fn random_token() -> Token {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_model::compression::{add_difference, advance};
     use lockstep_model::pieces::vector_blake3;
 
     use super::*;
@@ -358,6 +379,24 @@ mod tests {
             assert_eq!(publication.bytes(&second), None, "another version is in its place");
         }
         assert_eq!(publication.bytes(&publication.get()), Some(chunk::to_bytes(&[7.0, 8.0])));
+        assert!(publication.get().difference.is_none());
+    }
+
+    #[test]
+    fn a_difference_is_one_to_what_was_published_before() {
+        let (mut published, master) = ([1.0, -2.0], [1.5, -2.0]);
+        let publication = Publication::new(4, &published);
+        let (draft, before) = (publication.draft(5, 2), publication.get());
+        let (digests, difference) = advance(&mut published, &master, |start, piece| draft.add(start, piece));
+        publication.publish(draft, &digests, &published, Some(difference));
+        let now = publication.get();
+        let Difference { from, bytes } = now.difference.clone().unwrap();
+        assert_eq!((from, now.digest), (before.digest, vector_blake3(&published)));
+        let mut held = [1.0, -2.0];
+        add_difference(&bytes, &mut held);
+        assert_eq!(held, master);
+        publication.set(6, &[0.0, 0.0]);
+        assert!(publication.get().difference.is_none(), "what is set leads on from nothing");
     }
 
     #[cfg(target_os = "linux")]

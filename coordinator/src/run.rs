@@ -52,6 +52,7 @@ pub async fn run(
     let start = start::prepare(&mut config)?;
     let base = start.base.clone();
     let invitation = start::invitation(&config, start.run_dir.identity(), base.as_deref())?;
+    let format = config.compression.gradients;
     let (inputs, mut queue) = mpsc::unbounded_channel();
     let staging = Arc::new(Staging::default());
     let elements = invitation.layout.as_ref().map_or(0, |layout| layout.total_elements as usize);
@@ -64,6 +65,7 @@ pub async fn run(
         staging,
         publication: runtime.publication(),
         replicas: runtime.replicas(),
+        format,
         base,
     };
     // Ends when dropped, whatever happens below.

@@ -105,6 +105,8 @@ impl Runtime {
             replicas: config.outer.is_some(),
             skip: config.skip,
             slots: config.batch.slots,
+            format: config.compression.gradients,
+            seed: config.seed,
         };
         let news = inputs.clone();
         let plane = DataPlane::start(rules, manifest.step, state, staging.spare.clone(), move |applied| {
@@ -317,7 +319,7 @@ impl Runtime {
                 let message = self.lease_message(worker, &lease);
                 self.send(worker, Message::Lease(message));
             }
-            Command::Accept { worker, lease, block, .. } => {
+            Command::Accept { worker, lease, step, block } => {
                 self.ledger.accept(worker, lease)?;
                 self.references.accept(worker, lease, block, &self.config.source)?;
                 if let Some(result) = self.judging.take() {
@@ -325,7 +327,7 @@ impl Runtime {
                     self.step.upload += result.upload;
                 }
                 if let Some(vector) = self.staging.take(worker, lease) {
-                    self.plane.add(block, vector, &self.step.span);
+                    self.plane.add(step, block, vector, &self.step.span);
                 }
             }
             Command::Discard { worker, lease, reason } => {
@@ -452,6 +454,7 @@ impl Runtime {
         let rows: Vec<_> = numbers.clone().map(|slot| (slot, batch(slot))).collect();
         let digests = rows.iter().map(|(slot, batch)| slot_sha256(*slot, batch)).collect();
         let name = self.members.get(&worker).map_or("", |member| &member.name);
+        let published = self.plane.published();
         self.ledger.lend(worker, name, lease, numbers, digests);
         let replicas = self.plane.replicas();
         let moments = |slot| replicas.blake3(slot).filter(|_| lease.task == Task::Gradient);
@@ -464,7 +467,8 @@ impl Runtime {
             slots: rows.iter().map(|(slot, batch)| translate::slot(*slot, batch, moments(*slot))).collect(),
             seed: self.config.seed,
             traceparent: traceparent(&self.manifest.run_id, lease.step),
-            parameters_blake3: self.plane.published_digest().to_vec(),
+            parameters_blake3: published.digest.to_vec(),
+            difference_from_blake3: published.difference.map_or_else(Vec::new, |difference| difference.from.to_vec()),
         }
     }
 

@@ -6,8 +6,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lockstep_model::batch::{PairSums, Sums};
 use lockstep_model::checkpoint::BaseFile;
+use lockstep_model::compression::{DIFFERENCE_BYTES, GradientFormat};
 use lockstep_model::tree::Block;
-use lockstep_proto::chunk::{self, Assembler};
+use lockstep_proto::chunk::{self, Assembler, FLOAT_BYTES};
 use lockstep_proto::v1::{self, push_message, worker_message};
 use lockstep_proto::{INCARNATION_KEY, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, RUN_ID_KEY, WORKER_ID_KEY};
 use tokio::sync::{mpsc, oneshot};
@@ -37,6 +38,8 @@ pub(crate) struct Service {
     pub(crate) staging: Arc<Staging>,
     pub(crate) publication: Publication,
     pub(crate) replicas: Replicas,
+    /// In which form gradients come.
+    pub(crate) format: GradientFormat,
     /// What adapters stand on, if such are trained.
     pub(crate) base: Option<Arc<BaseFile>>,
 }
@@ -153,8 +156,11 @@ impl v1::lockstep_server::Lockstep for Service {
         };
         self.check_run(&header.run_id, header.incarnation)?;
         let elements = self.pushed_elements;
-        if header.total_bytes != elements as u64 * 4 {
-            let text = format!("a gradient of {} bytes for {elements} elements of 4 bytes", header.total_bytes);
+        let format = if header.shared { GradientFormat::F32 } else { self.format };
+        let bytes = format.bytes(elements);
+        if header.total_bytes != bytes as u64 {
+            let found = header.total_bytes;
+            let text = format!("a gradient of {found} bytes; that of {elements} elements as {format:?} has {bytes}");
             return Err(Status::invalid_argument(text));
         }
         let (worker, lease) = (WorkerId(header.worker_id), LeaseId(header.lease_id));
@@ -163,7 +169,7 @@ impl v1::lockstep_server::Lockstep for Service {
             true => self.receive_shared(worker, lease).instrument(span).await?,
             false => {
                 let expected = digest(&header.vector_blake3, "vector_blake3")?;
-                let staged = receive(messages, elements, self.staging.spare.take()).instrument(span).await?;
+                let staged = receive(messages, format, elements, self.staging.spare.take()).instrument(span).await?;
                 if staged.digest != expected {
                     return Err(Status::data_loss("the vector's BLAKE3 is not the header's; push it again"));
                 }
@@ -185,25 +191,32 @@ impl v1::lockstep_server::Lockstep for Service {
         if request.base {
             let none = || Status::not_found("this run trains all of its model, and no adapters: there is no base");
             let base = self.base.clone().ok_or_else(none)?;
-            let chunks = chunk::split_as_read(4 * base.elements(), move |range| base.bytes(range).into());
+            let bytes = FLOAT_BYTES * base.elements();
+            let chunks = chunk::split_as_read(bytes, FLOAT_BYTES, move |range| base.bytes(range).into());
             return Ok(Response::new(Box::pin(tokio_stream::iter(chunks.map(Ok)))));
         }
         if !request.moments_blake3.is_empty() {
             let moments = self.replicas.bytes(digest(&request.moments_blake3, "moments_blake3")?);
             let none =
                 || Status::not_found("these moments are not those of a replica now: another version is published");
-            return Ok(Response::new(Box::pin(tokio_stream::iter(chunk::split(moments.ok_or_else(none)?).map(Ok)))));
+            return Ok(Response::new(Box::pin(tokio_stream::iter(
+                chunk::split(moments.ok_or_else(none)?, FLOAT_BYTES).map(Ok),
+            ))));
         }
         let published = self.publication.get();
-        let bytes = (published.version == request.version).then(|| self.publication.bytes(&published)).flatten();
-        let Some(bytes) = bytes else {
+        let bytes = match (published.version == request.version, request.difference) {
+            (true, true) => published.difference.map(|difference| (difference.bytes, DIFFERENCE_BYTES)),
+            (true, false) => self.publication.bytes(&published).map(|bytes| (bytes, FLOAT_BYTES)),
+            (false, _) => None,
+        };
+        let Some((bytes, unit_bytes)) = bytes else {
             return Err(Status::not_found(format!(
                 "version {} of the parameters is not published; version {} is",
                 request.version,
                 self.publication.get().version
             )));
         };
-        Ok(Response::new(Box::pin(tokio_stream::iter(chunk::split(bytes).map(Ok)))))
+        Ok(Response::new(Box::pin(tokio_stream::iter(chunk::split(bytes, unit_bytes).map(Ok)))))
     }
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
@@ -213,20 +226,24 @@ impl v1::lockstep_server::Lockstep for Service {
     }
 }
 
-/// Takes a vector of `elements` off the wire, into `memory`.
+/// Takes a vector of `elements` in this `format` off the wire, into `memory`.
 async fn receive(
     mut messages: Streaming<v1::PushMessage>,
+    format: GradientFormat,
     elements: usize,
     memory: Vec<f32>,
 ) -> Result<Staged, Status> {
-    let mut assembler = Assembler::within(memory, elements);
+    let mut assembler = Assembler::new(format.bytes(elements), format.unit_bytes());
+    let mut vector = memory;
+    vector.clear();
+    vector.reserve_exact(elements);
     while let Some(message) = messages.message().await? {
         let Some(push_message::Kind::Chunk(chunk)) = message.kind else {
             return Err(Status::invalid_argument("after its header a push holds chunks alone"));
         };
-        assembler.push(&chunk).map_err(chunk_status)?;
+        format.decode(assembler.take(&chunk).map_err(chunk_status)?, &mut vector);
     }
-    let vector = assembler.finish().map_err(chunk_status)?;
+    assembler.finish().map_err(chunk_status)?;
     blocking(move || Staged::of(vector)).await
 }
 

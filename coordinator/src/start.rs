@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, bail};
 use lockstep_model::adapters::{AdaptedLayout, initial_adapters, trained_layout};
 use lockstep_model::checkpoint::{self, BaseFile, Checkpoint, CheckpointError, Manifest};
+use lockstep_model::compression::ParameterFormat;
 use lockstep_model::config::ModelConfig;
 use lockstep_model::digest::{bytes_sha256, hex, parse_hex};
 use lockstep_model::layout::initial_parameters;
@@ -197,7 +198,10 @@ pub(crate) fn initial_state(config: &RunConfig) -> State {
         (None, Some(initial)) => initial.parameters.to_vec(),
         (None, None) => initial_parameters(&config.model, config.seed),
     };
-    let optimizer = OptimizerState::new(&config.optimizer_of_versions().rule, parameters.len());
+    let mut optimizer = OptimizerState::new(&config.optimizer_of_versions().rule, parameters.len());
+    if config.compression.parameters != ParameterFormat::F32 {
+        optimizer.master.clone_from(&parameters);
+    }
     State { parameters, optimizer, filter: StepFilter::default() }
 }
 
@@ -291,6 +295,7 @@ pub(crate) fn invitation(
         seed: config.seed,
         traceparent: traceparent(&identity.run_id, 0),
         parameters_blake3: Vec::new(),
+        difference_from_blake3: Vec::new(),
     };
     let mut slot = config.source.training_slot(1, 0);
     let mut learning_rates = config.local_learning_rates(1);
@@ -315,6 +320,7 @@ pub(crate) fn invitation(
         liveness_timeout_ms: config.cluster.liveness_timeout.as_millis() as u32,
         objective: Some(translate::objective(config.objective)),
         local_optimizer: config.local_optimizer().map(translate::local_optimizer),
+        gradient_format: translate::gradient_format(config.compression.gradients).into(),
         adapters: config.adapters.as_ref().zip(base).map(|(adapters, base)| {
             translate::adapters(adapters, &AdaptedLayout::of(&config.model, adapters).base, base.blake3())
         }),

@@ -2,6 +2,7 @@
 
 use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::batch::{Batch, Column, PairSums, Values};
+use lockstep_model::compression::GradientFormat;
 use lockstep_model::config::{
     AdamwConfig, DpoConfig, Gelu, LocalOptimizer, ModelConfig, MuonConfig, NesterovConfig, Objective, UpdateRule,
 };
@@ -81,6 +82,15 @@ pub(crate) fn local_optimizer(optimizer: LocalOptimizer) -> v1::LocalOptimizer {
         UpdateRule::Sgd => v1::local_optimizer::Rule::Sgd(v1::Sgd {}),
     };
     v1::LocalOptimizer { rule: Some(rule), grad_clip, keep_moments }
+}
+
+/// What gradients are rounded to.
+pub(crate) fn gradient_format(format: GradientFormat) -> v1::GradientFormat {
+    match format {
+        GradientFormat::F32 => v1::GradientFormat::F32,
+        GradientFormat::Bf16 => v1::GradientFormat::Bf16,
+        GradientFormat::Int8 => v1::GradientFormat::Int8,
+    }
 }
 
 /// What a worker sums up of pairs.

@@ -4,6 +4,7 @@ use std::fmt;
 
 use indicatif::{DecimalBytes, HumanCount};
 use lockstep_model::adapters::{AdapterConfig, trained_layout};
+use lockstep_model::compression::{Compression, DIFFERENCE_BYTES, ParameterFormat};
 use lockstep_model::config::{BatchConfig, ModelConfig, UpdateRule};
 use lockstep_model::layout::Layout;
 
@@ -27,6 +28,8 @@ pub(crate) struct Plan {
     pub(crate) trained: u64,
     /// The adapters in words, where they are trained alone.
     pub(crate) adapters: Option<String>,
+    /// In which form vectors travel.
+    pub(crate) compression: Compression,
     /// Steps of the run, each of which makes a version of the parameters; rounds, where there are local steps.
     pub(crate) steps: u64,
     /// Slots a step.
@@ -71,7 +74,7 @@ pub(crate) struct WorkerMemory {
 /// What the coordinator holds. All in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CoordinatorMemory {
-    /// Master parameters and the vector that is published.
+    /// Master parameters and the vector that is published; where it is apart, that as it is computed, too, and the difference.
     pub(crate) parameters: u64,
     /// The optimizer's moments.
     pub(crate) moments: u64,
@@ -88,8 +91,10 @@ pub(crate) struct Step {
     pub(crate) workers: u32,
     /// Leases of the step, each answered with one vector.
     pub(crate) blocks: u32,
-    /// Bytes over the coordinator's link: parameters to each worker, a gradient for each block, the tokens of all slots.
-    pub(crate) wire_bytes: u64,
+    /// Bytes from the coordinator: parameters to each worker, which holds the version before, and the tokens of all slots.
+    pub(crate) down_bytes: u64,
+    /// Bytes to the coordinator: a gradient for each block.
+    pub(crate) up_bytes: u64,
     /// Until the busiest worker has computed.
     pub(crate) compute_secs: f64,
     /// Until the link has carried everything.
@@ -153,6 +158,10 @@ impl Plan {
         let adapters = recipe.adapters.as_ref();
         let trained = trained_layout(&model, adapters).len() as u64;
         let vector = trained * FLOAT_BYTES;
+        let (published, master) = match recipe.compression.parameters {
+            ParameterFormat::F32 => (vector, 0),
+            ParameterFormat::Bf16 => (2 * vector + trained * DIFFERENCE_BYTES as u64, vector),
+        };
         let rule = &recipe.optimizer.rule;
         let moments = moment_bytes(recipe.outer.as_ref().map_or(rule, |outer| &outer.rule), trained as usize);
         let kept_moments = if recipe.keep_moments { rule.moments() as u64 } else { 0 };
@@ -168,6 +177,7 @@ impl Plan {
             adapters: adapters.map(|AdapterConfig { rank, targets, .. }| {
                 format!("adapters of rank {rank} beside {}", targets.join(", "))
             }),
+            compression: recipe.compression,
             steps: recipe.schedule.steps,
             slots: recipe.batch.slots,
             local_steps: recipe.outer.as_ref().map(|_| recipe.batch.local_steps),
@@ -177,10 +187,10 @@ impl Plan {
             bytes_per_token: recipe.bytes_per_token(),
             worker,
             coordinator: CoordinatorMemory {
-                parameters: 2 * vector,
+                parameters: vector + published,
                 moments: moments + 2 * kept_by_all,
                 block: (1 + kept_moments) * vector,
-                checkpoint: vector + moments + kept_by_all,
+                checkpoint: vector + master + moments + kept_by_all,
             },
             bandwidth_bits_per_sec,
             worker_tokens_per_sec,
@@ -201,6 +211,19 @@ impl Plan {
         u64::from(self.local_steps.unwrap_or(1)) * u64::from(self.sequences_per_slot) * self.tokens_per_sequence
     }
 
+    /// Of a version of the parameters, to a worker that holds the one before.
+    fn pulled_bytes(&self) -> u64 {
+        match self.compression.parameters {
+            ParameterFormat::F32 => self.trained * FLOAT_BYTES,
+            ParameterFormat::Bf16 => self.trained * DIFFERENCE_BYTES as u64,
+        }
+    }
+
+    /// Of a block's gradient.
+    fn pushed_bytes(&self) -> u64 {
+        self.compression.gradients.bytes(self.trained as usize) as u64
+    }
+
     /// One step with `workers` workers.
     ///
     /// Each leases the largest block of the tree, a power of two of slots, that is within its share and fits into a
@@ -216,13 +239,16 @@ impl Plan {
         let blocks = self.slots.div_ceil(block_slots);
         let busiest_slots = (blocks.div_ceil(workers) * block_slots).min(self.slots);
 
-        let vector = self.trained * FLOAT_BYTES;
-        let vectors = u64::from(workers) + u64::from(blocks) * (1 + 2 * self.kept_moments);
-        let wire_bytes = vectors * vector + self.tokens_per_step() * self.bytes_per_token;
+        let moments = self.kept_moments * self.trained * FLOAT_BYTES;
+        let pulled = u64::from(workers) * self.pulled_bytes() + u64::from(blocks) * moments;
+        let down_bytes = pulled + self.tokens_per_step() * self.bytes_per_token;
+        let up_bytes = u64::from(blocks) * (self.pushed_bytes() + moments);
+        let wire_bytes = down_bytes + up_bytes;
         Step {
             workers,
             blocks,
-            wire_bytes,
+            down_bytes,
+            up_bytes,
             compute_secs: (u64::from(busiest_slots) * self.tokens_per_slot()) as f64 / self.worker_tokens_per_sec,
             transfer_secs: wire_bytes as f64 * 8.0 / self.bandwidth_bits_per_sec,
         }
@@ -330,13 +356,18 @@ impl fmt::Display for Plan {
         }
         writeln!(f)?;
         writeln!(f, "on the wire, a {step_word}")?;
-        writeln!(f, "  parameters      {vector} to each worker")?;
-        writeln!(f, "  gradients       {vector} for each block of slots that is leased")?;
+        let [pulled, pushed] = [self.pulled_bytes(), self.pushed_bytes()].map(DecimalBytes);
+        let first = match self.compression.parameters {
+            ParameterFormat::F32 => String::new(),
+            ParameterFormat::Bf16 => format!(" that holds the version before; {vector} to others"),
+        };
+        writeln!(f, "  parameters      {pulled} down to each worker{first}")?;
+        writeln!(f, "  gradients       {pushed} up for each block of slots that is leased")?;
         if self.kept_moments > 0 {
             let moments = DecimalBytes(self.kept_moments * self.trained * FLOAT_BYTES);
-            writeln!(f, "  moments         {moments} to each replica, and as much back")?;
+            writeln!(f, "  moments         {moments} down to each replica, and as much up again")?;
         }
-        writeln!(f, "  tokens          {} in all", DecimalBytes(tokens.0 * self.bytes_per_token))?;
+        writeln!(f, "  tokens          {} down in all", DecimalBytes(tokens.0 * self.bytes_per_token))?;
         if self.adapters.is_some() {
             writeln!(f, "  and once        {all} to each worker: the model that adapters stand on")?;
         }
@@ -374,16 +405,16 @@ impl fmt::Display for Plan {
             self.worker_tokens_per_sec,
             self.bandwidth_bits_per_sec / 1e6
         )?;
-        let wire = format!("wire a {step_word}");
-        writeln!(f, "  workers  blocks {wire:>12}     compute    transfer  {step_word:>10}    tokens/s")?;
+        writeln!(f, "  workers  blocks       down         up     compute    transfer  {step_word:>10}    tokens/s")?;
         for step in &self.outlook {
             let tokens_per_sec = (tokens.0 as f64 / step.secs()).round();
             writeln!(
                 f,
-                "  {:>7}  {:>6}  {:>11}  {:>10}  {:>10}  {:>10}  {:>10}",
+                "  {:>7}  {:>6}  {:>9}  {:>9}  {:>10}  {:>10}  {:>10}  {:>10}",
                 step.workers,
                 step.blocks,
-                DecimalBytes(step.wire_bytes).to_string(),
+                DecimalBytes(step.down_bytes).to_string(),
+                DecimalBytes(step.up_bytes).to_string(),
                 seconds(step.compute_secs),
                 seconds(step.transfer_secs),
                 seconds(step.secs()),
@@ -429,9 +460,9 @@ mod tests {
             the run           2,000 steps, 1,536,000 tokens
 
             on the wire, a step
-              parameters      3.22 MB to each worker
-              gradients       3.22 MB for each block of slots that is leased
-              tokens          6.14 kB in all
+              parameters      3.22 MB down to each worker
+              gradients       3.22 MB up for each block of slots that is leased
+              tokens          6.14 kB down in all
 
             memory, about, beside program and corpus
               a worker        29.08 MB: parameters 6.43 MB, gradients 12.87 MB, activations of a slot 9.78 MB
@@ -439,10 +470,10 @@ mod tests {
                               and 9.65 MB more while a checkpoint is written
 
             with 4000 tokens/s a worker and 1000 Mbit/s at the coordinator
-              workers  blocks  wire a step     compute    transfer        step    tokens/s
-                    1       1      6.44 MB    192.0 ms     51.5 ms    243.5 ms       3,154
-                    2       2     12.87 MB     96.0 ms    103.0 ms    199.0 ms       3,860
-                    4       4     25.74 MB     48.0 ms    205.9 ms    253.9 ms       3,025
+              workers  blocks       down         up     compute    transfer        step    tokens/s
+                    1       1    3.22 MB    3.22 MB    192.0 ms     51.5 ms    243.5 ms       3,154
+                    2       2    6.44 MB    6.43 MB     96.0 ms    103.0 ms    199.0 ms       3,860
+                    4       4   12.87 MB   12.87 MB     48.0 ms    205.9 ms    253.9 ms       3,025
             useful workers    2: more shorten the step by less than 5 %, or not at all"#]]
         .assert_eq(&plan("shakespeare-char-cpu", &[], 1e9, 4000.0).to_string());
     }
@@ -460,9 +491,9 @@ mod tests {
             the run           2,000 steps, 768,000 tokens
 
             on the wire, a step
-              parameters      73.73 kB to each worker
-              gradients       73.73 kB for each block of slots that is leased
-              tokens          3.07 kB in all
+              parameters      73.73 kB down to each worker
+              gradients       73.73 kB up for each block of slots that is leased
+              tokens          3.07 kB down in all
               and once        3.22 MB to each worker: the model that adapters stand on
 
             memory, about, beside program and corpus
@@ -471,14 +502,15 @@ mod tests {
                               and 221.18 kB more while a checkpoint is written
 
             with 4000 tokens/s a worker and 1000 Mbit/s at the coordinator
-              workers  blocks  wire a step     compute    transfer        step    tokens/s
-                    1       1    150.53 kB     96.0 ms      1.2 ms     97.2 ms       3,950
-                    2       2    297.98 kB     48.0 ms      2.4 ms     50.4 ms       7,621
+              workers  blocks       down         up     compute    transfer        step    tokens/s
+                    1       1   76.80 kB   73.73 kB     96.0 ms      1.2 ms     97.2 ms       3,950
+                    2       2  150.53 kB  147.46 kB     48.0 ms      2.4 ms     50.4 ms       7,621
             useful workers    2: more shorten the step by less than 5 %, or not at all"#]].assert_eq(&adapted.to_string());
         let all = plan("shakespeare-char-cpu", &["batch.slots=2"], 1e9, 4000.0);
         let tokens = 2 * 3 * 64 * 8;
-        assert_eq!(adapted.step(1).wire_bytes - tokens, 2 * 4 * adapted.trained);
-        assert_eq!(all.step(1).wire_bytes - tokens, 2 * 4 * adapted.parameters);
+        let wire = |plan: &Plan| (plan.step(1).down_bytes, plan.step(1).up_bytes);
+        assert_eq!(wire(&adapted), (4 * adapted.trained + tokens, 4 * adapted.trained));
+        assert_eq!(wire(&all), (4 * adapted.parameters + tokens, 4 * adapted.parameters));
         assert_eq!(adapted.trained, 4 * 4 * ((128 + 384) + (128 + 512)));
     }
 
@@ -514,15 +546,17 @@ mod tests {
         // As many bytes a round as a step has without, but for tokens; and fifty times as long to compute.
         let all = plan("shakespeare-char-cpu", &[], 1e8, 4000.0);
         let tokens = 4 * 3 * 64 * 8;
-        assert_eq!(local.step(4).wire_bytes - 50 * tokens, all.step(4).wire_bytes - tokens);
+        assert_eq!(local.step(4).down_bytes - 50 * tokens, all.step(4).down_bytes - tokens);
         assert!((local.step(4).compute_secs / all.step(4).compute_secs - 50.0).abs() < 1e-9);
         assert_eq!((all.useful_workers, local.useful_workers), (1, 4));
         let kept = plan("shakespeare-char-cpu", &[&sets[..], &["outer.keep_moments=true"]].concat(), 1e8, 4000.0);
-        assert!(kept.to_string().contains("  moments         6.43 MB to each replica, and as much back"), "{kept}");
+        assert!(kept.to_string().contains("  moments         6.43 MB down to each replica, and as much up"), "{kept}");
         let vector = 4 * kept.trained;
         // A replica's way is a vector, and its moments are two in each direction.
         for workers in [1, 4] {
-            assert_eq!(kept.step(workers).wire_bytes, (u64::from(workers) + 4 * (1 + 2 * 2)) * vector + 50 * tokens);
+            let Step { down_bytes, up_bytes, .. } = kept.step(workers);
+            assert_eq!(down_bytes, (u64::from(workers) + 4 * 2) * vector + 50 * tokens);
+            assert_eq!(up_bytes, 4 * (1 + 2) * vector);
         }
     }
 
@@ -536,9 +570,9 @@ mod tests {
             the run           200 steps, 2,000 tokens
 
             on the wire, a step
-              parameters      8 B to each worker
-              gradients       8 B for each block of slots that is leased
-              tokens          80 B in all
+              parameters      8 B down to each worker
+              gradients       8 B up for each block of slots that is leased
+              tokens          80 B down in all
 
             memory, about, beside program and corpus
               a worker        100 B: parameters 16 B, gradients 24 B, activations of a slot 60 B
@@ -546,22 +580,61 @@ mod tests {
                               and 8 B more while a checkpoint is written
 
             with 1000000 tokens/s a worker and 1000 Mbit/s at the coordinator
-              workers  blocks  wire a step     compute    transfer        step    tokens/s
-                    1       1         96 B     10.0 µs      0.8 µs     10.8 µs     928,678
-                    2       2        112 B      5.0 µs      0.9 µs      5.9 µs   1,696,065
+              workers  blocks       down         up     compute    transfer        step    tokens/s
+                    1       1       88 B        8 B     10.0 µs      0.8 µs     10.8 µs     928,678
+                    2       2       96 B       16 B      5.0 µs      0.9 µs      5.9 µs   1,696,065
             useful workers    2: more shorten the step by less than 5 %, or not at all"#]]
         .assert_eq(&plan("line", &[], 1e9, 1e6).to_string());
     }
 
     #[test]
     fn wire_bytes_are_vectors_and_tokens() {
-        let plan = plan("shakespeare-char-cpu", &[], 1e9, 4000.0);
-        let vector = 804_096 * 4;
         let tokens = 4 * 3 * 64 * 8;
-        // One worker pulls once and pushes the whole tree; four pull and push each.
-        assert_eq!(plan.step(1).wire_bytes, 2 * vector + tokens);
-        assert_eq!(plan.step(4).wire_bytes, 8 * vector + tokens);
-        assert!((plan.step(4).transfer_secs - (8 * vector + tokens) as f64 * 8.0 / 1e9).abs() < 1e-12);
+        for (gradients, parameters, pushed, pulled) in [
+            ("f32", "f32", 804_096 * 4, 804_096 * 4),
+            ("bf16", "bf16", 804_096 * 2, 804_096 * 2),
+            // 3,141 blocks of 256 elements, with a byte more each.
+            ("int8", "bf16", 804_096 + 3_141, 804_096 * 2),
+            ("int8", "f32", 804_096 + 3_141, 804_096 * 4),
+        ] {
+            let sets = [format!("wire.gradients={gradients}"), format!("wire.parameters={parameters}")];
+            let plan = plan("shakespeare-char-cpu", &sets.each_ref().map(|set| set.as_str()), 1e9, 4000.0);
+            // One worker pulls once and pushes the whole tree; four pull and push each.
+            for (workers, step) in [(1, plan.step(1)), (4, plan.step(4))] {
+                assert_eq!((step.down_bytes, step.up_bytes), (workers * pulled + tokens, workers * pushed));
+                let secs = (workers * (pulled + pushed) + tokens) as f64 * 8.0 / 1e9;
+                assert!((step.transfer_secs - secs).abs() < 1e-12);
+            }
+        }
+    }
+
+    #[test]
+    fn the_plan_of_a_slow_network() {
+        let sets = ["wire.gradients=int8", "wire.parameters=bf16"];
+        expect![[r#"
+            recipe            shakespeare-char-cpu
+            model             Transformer of 4 layers, 4 heads, 128 wide, context 64, vocabulary 65
+            parameters        804,096 (3.22 MB)
+            tokens a step     768: 4 slots of 3 sequences of 64
+            the run           2,000 steps, 1,536,000 tokens
+
+            on the wire, a step
+              parameters      1.61 MB down to each worker that holds the version before; 3.22 MB to others
+              gradients       807.24 kB up for each block of slots that is leased
+              tokens          6.14 kB down in all
+
+            memory, about, beside program and corpus
+              a worker        29.08 MB: parameters 6.43 MB, gradients 12.87 MB, activations of a slot 9.78 MB
+              the coordinator 20.91 MB: parameters 11.26 MB, moments 6.43 MB, gradients of 1 waiting blocks 3.22 MB
+                              and 12.87 MB more while a checkpoint is written
+
+            with 4000 tokens/s a worker and 10 Mbit/s at the coordinator
+              workers  blocks       down         up     compute    transfer        step    tokens/s
+                    1       1    1.61 MB  807.24 kB    192.0 ms      1.94 s      2.13 s         361
+                    2       2    3.22 MB    1.61 MB     96.0 ms      3.87 s      3.97 s         194
+                    4       4    6.44 MB    3.23 MB     48.0 ms      7.73 s      7.78 s          99
+            useful workers    1: more shorten the step by less than 5 %, or not at all"#]]
+        .assert_eq(&plan("shakespeare-char-cpu", &sets, 1e7, 4000.0).to_string());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use burn::tensor::{Device, Tensor, TensorData, Transaction};
 pub use self::local_steps::LocalSteps;
 use crate::adapters::{AdaptedLayout, AdapterConfig, Origin};
 use crate::batch::{Batch, BatchError, Sums};
+use crate::compression::{GradientFormat, Rounding};
 use crate::config::{ModelConfig, Objective};
 use crate::device::ComputeDevice;
 use crate::dropout::Dropout;
@@ -21,7 +22,7 @@ use crate::leaves::{Leaf, Part, add_on_device};
 use crate::network::{KeptPositions, Network, PendingSums, Text};
 use crate::projection::Adapter;
 use crate::traffic::{self, upload};
-use crate::tree::{add_vectors, sum_leaves};
+use crate::tree::{Block, sum_leaves};
 
 /// Names one slot of one step of one run: all that dropout depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -213,34 +214,56 @@ impl Computer {
     }
 
     /// Losses and the summed gradient of a block's slots (at least one), in order, dropout active. Slots are computed one
-    /// by one, and their gradients added along the tree: on the device, and read back once at the end, if the device adds
-    /// as a CPU does; else each is read back and added here.
+    /// by one, and their gradients added along the tree, at whose nodes they are rounded to `format`: on the device, and read
+    /// back once at the end, if nothing is rounded and the device adds as a CPU does; else each is read back and added here.
     ///
     /// # Errors
     /// The first among `slots`; else if a batch does not fit the model, or the device fails.
     pub fn block_gradient<'a>(
         &self,
         slots: impl ExactSizeIterator<Item = Result<(&'a Batch, SlotKey), ComputeError>>,
+        format: GradientFormat,
     ) -> Result<BlockGradient, ComputeError> {
-        if self.adds_exactly {
+        if self.adds_exactly && format == GradientFormat::F32 {
             let mut losses = Vec::with_capacity(slots.len());
             let gradients = slots.map(|slot| -> Result<_, ComputeError> {
                 let (loss, gradient) = self.backward(&self.leaves, slot?)?;
                 losses.push(loss);
                 Ok(gradient)
             });
-            let gradient = sum_leaves(gradients, add_on_device)?.ok_or_else(no_slots)?;
+            let gradient = sum_leaves(gradients, |left, right, _| add_on_device(left, right))?.ok_or_else(no_slots)?;
             let (slot_sums, gradient) = read(losses, gradient)?;
             return Ok(BlockGradient { slot_sums, gradient: self.flat(gradient)? });
         }
         let mut slot_sums = Vec::with_capacity(slots.len());
-        let gradients = slots.map(|slot| {
-            let SlotGradient { sums, gradient } = self.gradient_at(&self.leaves, slot?)?;
+        let gradients = slots.map(|slot| -> Result<_, ComputeError> {
+            let (batch, key) = slot?;
+            let SlotGradient { sums, gradient } = self.gradient_at(&self.leaves, (batch, key))?;
             slot_sums.push(sums);
-            Ok::<_, ComputeError>(gradient)
+            Ok((key, gradient))
         });
-        let gradient = sum_leaves(gradients, |left, right| add_vectors(left, &right))?.ok_or_else(no_slots)?;
+        let gradient = self.sum_rounded(gradients, format)?;
         Ok(BlockGradient { slot_sums, gradient })
+    }
+
+    /// The sum of what slots of a block give, in order, along the tree, at whose nodes it is rounded to `format`.
+    fn sum_rounded(
+        &self,
+        leaves: impl ExactSizeIterator<Item = Result<(SlotKey, Vec<f32>), ComputeError>>,
+        format: GradientFormat,
+    ) -> Result<Vec<f32>, ComputeError> {
+        let rounded = leaves.map(|leaf| -> Result<_, ComputeError> {
+            let (SlotKey { seed, step, slot }, mut gradient) = leaf?;
+            let rounding = Rounding { format, seed, step };
+            rounding.round(Block::leaf(slot), &mut gradient);
+            Ok((slot, rounding, gradient))
+        });
+        let sum = sum_leaves(rounded, |(slot, rounding, left), (_, _, right), node| {
+            let sum = rounding.add(left, &right, Block::above(slot, node.level));
+            self.reuse(right);
+            (slot, rounding, sum)
+        })?;
+        sum.map(|(_, _, gradient)| gradient).ok_or_else(no_slots)
     }
 
     /// Loss and gradient of one slot with the parameters in `leaves`, read back.

@@ -84,18 +84,9 @@ impl Factors {
         let mut element = first;
         let mut factors = factors;
         while !factors.is_empty() {
-            // Word by word of all draws, then draw by draw.
-            let words = self.draws.some_words(0, element / 8);
-            let mut in_order = [0; 4 * SOME];
-            for draw in 0..SOME {
-                for word in 0..4 {
-                    in_order[4 * draw + word] = words[word][draw];
-                }
-            }
             let mut drawn = [0.0; 8 * SOME];
-            for (pair, word) in drawn.as_chunks_mut::<2>().0.iter_mut().zip(in_order) {
-                *pair = [factor(word & 0xFFFF), factor(word >> 16)];
-            }
+            let bits = self.draws.some_halves(element / 8);
+            drawn.iter_mut().zip(bits).for_each(|(drawn, bits)| *drawn = factor(bits));
             let drawn = &drawn[(element % 8) as usize..];
             let count = drawn.len().min(factors.len());
             let (now, later) = factors.split_at_mut(count);

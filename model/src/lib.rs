@@ -12,6 +12,7 @@ pub mod ceiling;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod comparison;
+pub mod compression;
 pub mod compute;
 pub mod config;
 pub mod conversation;

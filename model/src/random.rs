@@ -34,6 +34,8 @@ pub enum Stream {
     Examples = 12,
     /// Answers that people compare.
     Ratings = 13,
+    /// Which way gradients are rounded.
+    GradientRounding = 14,
 }
 
 /// Draws whose words are computed side by side by [`Draws::some_words`].
@@ -95,6 +97,25 @@ impl Draws {
         let low: [u64; SOME] = std::array::from_fn(|draw| low.wrapping_add(draw as u64));
         let (low, above) = (low.map(|low| low as u32), low.map(|low| (low >> 32) as u32));
         philox_of([low, above, [high as u32; SOME], [(high >> 32) as u32; SOME]], self.key)
+    }
+
+    /// 16 bits for each of `8 * SOME` elements, from element `8 * group` on: those of element e, counted from 0 in all, are a
+    /// half of word `(e % 8) / 2` of the draw `(0, e / 8)`, the lower one if e is even.
+    #[inline(always)]
+    pub(crate) fn some_halves(self, group: u64) -> [u32; 8 * SOME] {
+        let words = self.some_words(0, group);
+        // Word by word of all draws, then draw by draw.
+        let mut in_order = [0; 4 * SOME];
+        for draw in 0..SOME {
+            for word in 0..4 {
+                in_order[4 * draw + word] = words[word][draw];
+            }
+        }
+        let mut halves = [0; 8 * SOME];
+        for (pair, word) in halves.as_chunks_mut::<2>().0.iter_mut().zip(in_order) {
+            *pair = [word & 0xFFFF, word >> 16];
+        }
+        halves
     }
 
     /// A uniform number below `bound` (at least 1) for the draw `(high, low)`, by multiplication of 64 random bits

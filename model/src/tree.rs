@@ -25,6 +25,11 @@ impl Block {
         Self { level: 0, index: slot }
     }
 
+    /// The node of `level` that covers `slot`.
+    pub fn above(slot: u32, level: u32) -> Self {
+        Self { level, index: slot >> level }
+    }
+
     /// The node that covers all of `slots` slots.
     pub fn root(slots: u32) -> Self {
         Self { level: slots.max(1).next_power_of_two().trailing_zeros(), index: 0 }
@@ -85,11 +90,11 @@ impl<T> TreeSum<T> {
     }
 
     /// Adds one block, whose slots must not be counted yet, and merges it upwards as far as siblings are there.
-    /// `add(left, right)` adds the right operand to the left one.
+    /// `add(left, right, node)` adds the right operand to the left one, which makes the sum of `node`.
     ///
     /// # Errors
     /// Gives the value back if the block is no node of this tree or overlaps one already counted.
-    pub fn insert(&mut self, block: Block, value: T, mut add: impl FnMut(T, T) -> T) -> Result<(), T> {
+    pub fn insert(&mut self, block: Block, value: T, mut add: impl FnMut(T, T, Block) -> T) -> Result<(), T> {
         let overlaps = |other: &Block| block.contains(*other) || other.contains(block);
         if !block.exists(self.slots) || self.waiting.keys().any(overlaps) {
             return Err(value);
@@ -100,7 +105,8 @@ impl<T> TreeSum<T> {
             let sibling = block.sibling();
             if sibling.exists(self.slots) {
                 let Some(other) = self.waiting.remove(&sibling) else { break };
-                value = if block.index < sibling.index { add(value, other) } else { add(other, value) };
+                let (left, right) = if block.index < sibling.index { (value, other) } else { (other, value) };
+                value = add(left, right, block.parent());
             }
             block = block.parent();
         }
@@ -120,13 +126,13 @@ impl<T> TreeSum<T> {
 }
 
 /// The sum of consecutive slots, given in order, along the tree; `None` of none. Blocks being aligned, it is that of any
-/// block that consists of so many slots.
+/// block that consists of so many slots. `add` is that of [`TreeSum::insert`], with nodes as if the first slot were 0.
 ///
 /// # Errors
 /// The first among `leaves`.
 pub fn sum_leaves<T, E>(
     leaves: impl ExactSizeIterator<Item = Result<T, E>>,
-    mut add: impl FnMut(T, T) -> T,
+    mut add: impl FnMut(T, T, Block) -> T,
 ) -> Result<Option<T>, E> {
     let mut sum = TreeSum::new(leaves.len() as u32);
     for (slot, leaf) in (0..).zip(leaves) {
@@ -190,7 +196,7 @@ mod tests {
             let mut sum = TreeSum::new(slots);
             for block in blocks {
                 prop_assert!(!sum.is_complete());
-                sum.insert(block, plain(&values, block), |a, b| a + b).unwrap();
+                sum.insert(block, plain(&values, block), |a, b, _| a + b).unwrap();
             }
             prop_assert_eq!(sum.into_root().unwrap().to_bits(), plain(&values, root).to_bits());
         }
@@ -199,7 +205,7 @@ mod tests {
     #[test]
     fn a_slot_is_counted_once() {
         let mut sum = TreeSum::new(4);
-        let add = |a: u32, b: u32| a + b;
+        let add = |a: u32, b: u32, _: Block| a + b;
         sum.insert(Block::leaf(1), 2, add).unwrap();
         assert_eq!(sum.insert(Block::leaf(1), 9, add), Err(9));
         assert_eq!(sum.insert(Block { level: 1, index: 0 }, 9, add), Err(9));
@@ -213,8 +219,8 @@ mod tests {
     #[test]
     fn blocks_outside_the_tree_are_refused() {
         let mut sum = TreeSum::new(3);
-        assert!(sum.insert(Block::leaf(3), 0, |a, b| a + b).is_err());
-        assert!(sum.insert(Block { level: 3, index: 0 }, 0, |a, b| a + b).is_err());
+        assert!(sum.insert(Block::leaf(3), 0, |a, b, _| a + b).is_err());
+        assert!(sum.insert(Block { level: 3, index: 0 }, 0, |a, b, _| a + b).is_err());
         assert_eq!(Block { level: 1, index: 1 }.slots(3), 2..3);
         assert_eq!(Block::root(1), Block::leaf(0));
     }

@@ -4,9 +4,10 @@ use std::error::Error;
 use std::time::Duration;
 
 use bytes::Bytes;
+use lockstep_model::compression::{DIFFERENCE_BYTES, GradientFormat, add_difference};
 use lockstep_model::digest::hex;
 use lockstep_model::pieces::vector_blake3;
-use lockstep_proto::chunk::{self, Assembler};
+use lockstep_proto::chunk::{self, Assembler, FLOAT_BYTES};
 use lockstep_proto::v1::lockstep_client::LockstepClient;
 use lockstep_proto::{
     CONNECTION_WINDOW_BYTES, INCARNATION_KEY, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, RUN_ID_KEY,
@@ -61,6 +62,15 @@ pub(crate) struct Identity {
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     rpc: LockstepClient<Channel>,
+}
+
+/// How a gradient gets to the coordinator.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Way<'a> {
+    /// By memory that both share, as f32.
+    Memory(&'a Shared),
+    /// In the format that it was rounded to.
+    Network(GradientFormat),
 }
 
 /// The two ends of a control stream.
@@ -160,6 +170,25 @@ impl Client {
         self.receive(request, digest, elements, memory).await
     }
 
+    /// The same by what they differ by from those that are `held`.
+    pub(crate) async fn pull_difference(
+        &mut self,
+        run: &Run,
+        Parameters { version, digest }: Parameters,
+        mut held: Vec<f32>,
+    ) -> Result<Vec<f32>, TransferFailure> {
+        let request = v1::PullRequest { version, difference: true, ..pull_request(run) };
+        let assembler = Assembler::new(DIFFERENCE_BYTES * held.len(), DIFFERENCE_BYTES);
+        let mut at = 0;
+        let add = |bytes: &[u8]| {
+            let end = at + bytes.len() / DIFFERENCE_BYTES;
+            add_difference(bytes, &mut held[at..end]);
+            at = end;
+        };
+        self.receive_bytes(request, assembler, add).await?;
+        checked(held, digest).await
+    }
+
     /// Fetches what adapters stand on, and checks that it is what its digest says.
     pub(crate) async fn pull_base(&mut self, run: &Run, base: BaseName) -> Result<Vec<f32>, TransferFailure> {
         let request = v1::PullRequest { base: true, ..pull_request(run) };
@@ -185,33 +214,37 @@ impl Client {
         elements: usize,
         memory: Vec<f32>,
     ) -> Result<Vec<f32>, TransferFailure> {
-        let mut chunks = self.rpc.pull(request).await.map_err(transfer_failure)?.into_inner();
-        let mut vector = Assembler::within(memory, elements);
-        while let Some(chunk) = chunks.message().await.map_err(transfer_failure)? {
-            vector.push(&chunk).map_err(|error| TransferFailure::Damaged(error.to_string()))?;
-        }
-        let vector = vector.finish().map_err(|error| TransferFailure::Damaged(error.to_string()))?;
-        let Some(expected) = digest else { return Ok(vector) };
-        let (found, vector) = blocking(move || (vector_blake3(&vector), vector)).await?;
-        match found == expected {
-            true => Ok(vector),
-            false => Err(TransferFailure::Damaged(format!(
-                "its BLAKE3 is {}, and should be {}",
-                hex(&found),
-                hex(&expected)
-            ))),
-        }
+        let assembler = Assembler::new(FLOAT_BYTES * elements, FLOAT_BYTES);
+        let mut vector = memory;
+        vector.clear();
+        vector.reserve_exact(elements);
+        self.receive_bytes(request, assembler, |bytes| chunk::read_floats(bytes, &mut vector)).await?;
+        checked(vector, digest).await
     }
 
-    /// Sends the gradient of one lease, by `shared` memory where there is some; its BLAKE3. `traceparent` names the lease's
-    /// span to the coordinator.
+    /// Fetches what is asked for, and gives its bytes to `take`, part by part.
+    async fn receive_bytes(
+        &mut self,
+        request: v1::PullRequest,
+        mut assembler: Assembler,
+        mut take: impl FnMut(&[u8]),
+    ) -> Result<(), TransferFailure> {
+        let damaged = |error: chunk::ChunkError| TransferFailure::Damaged(error.to_string());
+        let mut chunks = self.rpc.pull(request).await.map_err(transfer_failure)?.into_inner();
+        while let Some(chunk) = chunks.message().await.map_err(transfer_failure)? {
+            take(assembler.take(&chunk).map_err(damaged)?);
+        }
+        assembler.finish().map_err(damaged)
+    }
+
+    /// Sends the gradient of one lease; its BLAKE3. `traceparent` names the lease's span to the coordinator.
     pub(crate) async fn push(
         &mut self,
         run: &Run,
         worker_id: u64,
         lease_id: u64,
         gradient: &Gradient,
-        shared: Option<&Shared>,
+        way: Way<'_>,
         traceparent: &str,
     ) -> Result<[u8; 32], TransferFailure> {
         use v1::push_message::Kind;
@@ -220,27 +253,28 @@ impl Client {
             incarnation: run.incarnation,
             worker_id,
             lease_id,
-            total_bytes: 4 * gradient.len() as u64,
+            total_bytes: (FLOAT_BYTES * gradient.len()) as u64,
             vector_blake3: Vec::new(),
-            shared: shared.is_some(),
+            shared: matches!(way, Way::Memory(_)),
         };
         // Until the coordinator has read the vector.
         let mut place = None;
-        let (header, bytes) = match shared {
-            Some(shared) => {
+        let (header, bytes, unit_bytes) = match way {
+            Way::Memory(shared) => {
                 place = Some(shared.put(lease_id, gradient).await?);
-                (header, Bytes::new())
+                (header, Bytes::new(), FLOAT_BYTES)
             }
-            None => {
+            Way::Network(format) => {
                 let gradient = gradient.clone();
                 let prepared = blocking(move || {
-                    let bytes = chunk::to_bytes(&gradient);
-                    (v1::PushHeader { vector_blake3: vector_blake3(&gradient).to_vec(), ..header }, bytes)
+                    let bytes = Bytes::from(format.encode(&gradient));
+                    let (total_bytes, vector_blake3) = (bytes.len() as u64, vector_blake3(&gradient).to_vec());
+                    (v1::PushHeader { total_bytes, vector_blake3, ..header }, bytes, format.unit_bytes())
                 });
                 prepared.await?
             }
         };
-        let messages = std::iter::once(Kind::Header(header)).chain(chunk::split(bytes).map(Kind::Chunk));
+        let messages = std::iter::once(Kind::Header(header)).chain(chunk::split(bytes, unit_bytes).map(Kind::Chunk));
         let messages = messages.map(|kind| v1::PushMessage { kind: Some(kind) });
         let mut request = Request::new(tokio_stream::iter(messages));
         if let Ok(traceparent) = traceparent.parse::<MetadataValue<Ascii>>()
@@ -260,6 +294,19 @@ impl Client {
 /// A request for nothing yet.
 fn pull_request(run: &Run) -> v1::PullRequest {
     v1::PullRequest { run_id: run.id.clone(), incarnation: run.incarnation, ..v1::PullRequest::default() }
+}
+
+/// The vector, if it has this digest, where one is known.
+async fn checked(vector: Vec<f32>, digest: Option<[u8; 32]>) -> Result<Vec<f32>, TransferFailure> {
+    let Some(expected) = digest else { return Ok(vector) };
+    let (found, vector) = blocking(move || (vector_blake3(&vector), vector)).await?;
+    match found == expected {
+        true => Ok(vector),
+        false => {
+            let (found, expected) = (hex(&found), hex(&expected));
+            Err(TransferFailure::Damaged(format!("its BLAKE3 is {found}, and should be {expected}")))
+        }
+    }
 }
 
 /// Does something that takes a while beside the other tasks.

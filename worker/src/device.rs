@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use lockstep_model::batch::Sums;
+use lockstep_model::compression::{GradientFormat, Rounding};
 use lockstep_model::compute::{Base, BlockGradient, ComputeError, Computer, LocalSteps, SlotKey};
 use lockstep_model::config::{LocalOptimizer, ModelConfig, Objective};
 use lockstep_model::device::ComputeDevice;
@@ -117,6 +118,8 @@ pub(crate) struct Setting {
     pub(crate) adapters: Option<Adapters>,
     /// How replicas take their local steps, if slots are such.
     pub(crate) local_optimizer: Option<LocalOptimizer>,
+    /// What gradients are rounded to.
+    pub(crate) format: GradientFormat,
 }
 
 impl DeviceThread {
@@ -322,17 +325,27 @@ impl DeviceWorker {
         digest
     }
 
-    /// The digest of what leases give with the probe's parameters.
+    /// The digest of what leases, of one slot each, give with the probe's parameters. Gradients that are rounded are in it as
+    /// they were before, too: rounding hides small differences, and no device of another class may pass.
     fn digest(&self, leases: &[Work]) -> Result<[u8; 32], ComputeError> {
         let mut digest = probe::Digest::new();
         for work in leases {
-            let block = self.sum(work, &[], || false)?;
+            let block = self.sum(work, &[], GradientFormat::F32, || false)?;
             digest.add_sums(block.sums);
-            if let Some(gradient) = block.gradient {
+            let Some(mut gradient) = block.gradient else { continue };
+            digest.add_vector(&gradient);
+            let (format, lease) = (self.format(), &work.lease);
+            if format != GradientFormat::F32 {
+                Rounding { format, seed: lease.seed, step: lease.step }.round(lease.block, &mut gradient);
                 digest.add_vector(&gradient);
             }
         }
         Ok(digest.finish())
+    }
+
+    /// What gradients are rounded to.
+    fn format(&self) -> GradientFormat {
+        self.setting.as_ref().map_or(GradientFormat::F32, |setting| setting.format)
     }
 
     /// Computes a lease; `None` if it was cut short, which leaves the device as it was.
@@ -348,7 +361,8 @@ impl DeviceWorker {
             cut_short.set(abandoned());
             cut_short.get()
         };
-        let BlockSum { sums, slot_sums, gradient, row_values } = match self.sum(work, moments, abandoned) {
+        let summed = self.sum(work, moments, self.format(), abandoned);
+        let BlockSum { sums, slot_sums, gradient, row_values } = match summed {
             Err(_) if cut_short.get() => return Ok(None),
             summed => summed?,
         };
@@ -358,7 +372,13 @@ impl DeviceWorker {
         Ok(Some(Outcome { sums, slot_sums, gradient, row_values, batch_sha256, compute_time }))
     }
 
-    fn sum(&self, work: &Work, moments: &[f32], abandoned: impl Fn() -> bool) -> Result<BlockSum, ComputeError> {
+    fn sum(
+        &self,
+        work: &Work,
+        moments: &[f32],
+        format: GradientFormat,
+        abandoned: impl Fn() -> bool,
+    ) -> Result<BlockSum, ComputeError> {
         let Some(computer) = &self.computer else {
             return Err(ComputeError::Input("no parameters are loaded".into()));
         };
@@ -375,7 +395,7 @@ impl DeviceWorker {
                 )));
             }
         };
-        sum_block(computer, local, work, abandoned)
+        sum_block(computer, local, work, format, abandoned)
     }
 }
 
@@ -387,11 +407,12 @@ struct BlockSum {
     row_values: Vec<f32>,
 }
 
-/// Computes a lease's slots one by one and adds them up, in tree order.
+/// Computes a lease's slots one by one and adds them up, in tree order, rounding gradients to `format`.
 fn sum_block(
     computer: &Computer,
     local: Option<LocalSteps<'_>>,
     work: &Work,
+    format: GradientFormat,
     abandoned: impl Fn() -> bool,
 ) -> Result<BlockSum, ComputeError> {
     let check = || match abandoned() {
@@ -404,8 +425,8 @@ fn sum_block(
             let key = |slot: &Slot| SlotKey { seed: work.lease.seed, step: work.lease.step, slot: slot.number };
             let slots = work.slots.iter().map(|slot| (&slot.batch, key(slot)));
             let BlockGradient { slot_sums, gradient } = match local {
-                None => computer.block_gradient(slots.map(|slot| check().map(|()| slot)))?,
-                Some(local) => computer.block_pseudo_gradient(local, slots, check)?,
+                None => computer.block_gradient(slots.map(|slot| check().map(|()| slot)), format)?,
+                Some(local) => computer.block_pseudo_gradient(local, slots, format, check)?,
             };
             (slot_sums, Some(gradient))
         }
@@ -422,7 +443,7 @@ fn sum_block(
             (work.slots.iter().map(of_slot).collect::<Result<_, _>>()?, None)
         }
     };
-    let sums = sum_leaves(slot_sums.iter().copied().map(Ok::<Sums, ComputeError>), |left, right| left + right)?;
+    let sums = sum_leaves(slot_sums.iter().copied().map(Ok::<Sums, ComputeError>), |left, right, _| left + right)?;
     Ok(BlockSum { sums: sums.unwrap_or_default(), slot_sums, gradient, row_values })
 }
 

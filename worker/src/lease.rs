@@ -79,6 +79,8 @@ pub struct Work {
     pub slots: Vec<Slot>,
     /// Of each local step that a slot takes; empty where slots are no replicas.
     pub learning_rates: Vec<f64>,
+    /// BLAKE3 of parameters by a difference from which the lease's can be had, if there is one.
+    pub difference_from: Option<[u8; 32]>,
     /// W3C trace context of the lease, as the coordinator gave it; may be empty.
     pub traceparent: String,
 }

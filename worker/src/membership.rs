@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use lockstep_model::compression::GradientFormat;
 use lockstep_proto::v1;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument, Span, debug, info, info_span, warn};
 
-use crate::client::{Client, Control};
+use crate::client::{Client, Control, Way};
 use crate::clock_offset::ClockOffset;
 use crate::device::{DeviceFailure, DeviceThread, Outcome, Stop};
 use crate::kept::KeptGradient;
@@ -37,6 +38,8 @@ pub(crate) struct Membership {
     pub(crate) elements: usize,
     /// Of a replica's moments, if they stay with it.
     pub(crate) kept_elements: usize,
+    /// What gradients are rounded to, and so travel as.
+    pub(crate) format: GradientFormat,
     /// What adapters stand on, if such are trained.
     pub(crate) base: Option<BaseName>,
     /// What vectors pass through, if the coordinator is on this machine.
@@ -55,7 +58,7 @@ impl Membership {
             kept: kept.into_iter().map(|kept| (kept.name, kept.outcome)).collect(),
             leases: HashMap::new(),
             tasks: JoinSet::new(),
-            spare: Arc::default(),
+            pulled: Arc::default(),
             clock_offset: ClockOffset::default(),
         };
         service.run(on_first_word).await
@@ -72,9 +75,17 @@ struct Service {
     leases: HashMap<u64, Held>,
     /// Computing, pulling and pushing.
     tasks: JoinSet<Report>,
-    /// Memory for the next parameters.
-    spare: Arc<Mutex<Vec<f32>>>,
+    /// The parameters that came by the network last, and memory for the next ones.
+    pulled: Arc<Mutex<Pulled>>,
     clock_offset: ClockOffset,
+}
+
+/// Parameters that came by the network.
+#[derive(Default)]
+struct Pulled {
+    vector: Vec<f32>,
+    /// BLAKE3 of them; `None` where they are none, or the coordinator did not say.
+    digest: Option<[u8; 32]>,
 }
 
 /// A lease and what has become of it.
@@ -234,7 +245,7 @@ impl Service {
         let (mut client, device) = (self.membership.client.clone(), self.membership.device.clone());
         let (run, elements, shared) =
             (self.membership.run.clone(), self.membership.elements, self.membership.shared.clone());
-        let (spare, base) = (self.spare.clone(), self.membership.base);
+        let (pulled, base) = (self.pulled.clone(), self.membership.base);
         let task = async move {
             let refused = |failure: DeviceFailure| TransferFailure::Refused(failure.to_string());
             if let Some(base) = base
@@ -249,9 +260,17 @@ impl Service {
                     Err(failure) => return Report::Pulled { parameters, result: Err(refused(failure)) },
                 }
             }
-            let memory = std::mem::take(&mut *lock(&spare));
-            let result = match client.pull(&run, parameters, elements, memory).await {
-                Ok(vector) => device.load(vector).await.map(|memory| *lock(&spare) = memory).map_err(refused),
+            // Gone if the difference does not arrive whole: then all of the version is pulled the next time.
+            let Pulled { vector, digest: held } = std::mem::take(&mut *lock(&pulled));
+            let arrived = match held.is_some() && held == work.difference_from {
+                true => client.pull_difference(&run, parameters, vector).await,
+                false => client.pull(&run, parameters, elements, vector).await,
+            };
+            let digest = parameters.digest;
+            let result = match arrived {
+                Ok(vector) => {
+                    device.load(vector).await.map(|vector| *lock(&pulled) = Pulled { vector, digest }).map_err(refused)
+                }
                 Err(failure) => Err(failure),
             };
             Report::Pulled { parameters, result }
@@ -300,7 +319,8 @@ impl Service {
         let (work, lease_span) = (held.work.clone(), held.span());
         let gradient = held.outcome.as_ref().and_then(|outcome| outcome.gradient.clone());
         let gradient = gradient.expect("the session has a gradient pushed only after it was computed");
-        let bytes = 4 * gradient.len();
+        let format = self.membership.format;
+        let bytes = format.bytes(gradient.len());
         let span = info_span!(
             target: "lockstep", parent: &lease_span, "upload", step = work.lease.step, slot = work.first_slot(), bytes
         );
@@ -308,7 +328,8 @@ impl Service {
         let (worker_id, shared) = (self.membership.worker_id, self.membership.shared.clone());
         let task = async move {
             let began = Instant::now();
-            let pushed = client.push(&run, worker_id, lease, &gradient, shared.as_deref(), &work.traceparent).await;
+            let way = shared.as_deref().map_or(Way::Network(format), Way::Memory);
+            let pushed = client.push(&run, worker_id, lease, &gradient, way, &work.traceparent).await;
             Report::Pushed { lease, result: pushed.map(|digest| (began.elapsed(), digest)) }
         };
         let upload = self.tasks.spawn(task.instrument(span));
@@ -392,8 +413,8 @@ async fn fetch_moments(
     }
 }
 
-fn lock(spare: &Mutex<Vec<f32>>) -> MutexGuard<'_, Vec<f32>> {
-    spare.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(pulled: &Mutex<Pulled>) -> MutexGuard<'_, Pulled> {
+    pulled.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Now, by this machine's clock.

@@ -179,6 +179,7 @@ impl Worker {
             objective: invitation.objective,
             adapters: invitation.adapters,
             local_optimizer: invitation.local_optimizer,
+            format: invitation.format,
         };
         let probe = self.device.probe(setting, invitation.probe).await.map_err(no_use)?;
         let kept = self.device.enter(run.id.clone()).await.map_err(no_use)?;
@@ -200,6 +201,7 @@ impl Worker {
             worker_id,
             elements,
             kept_elements,
+            format: invitation.format,
             base,
             shared,
             timing: invitation.timing,

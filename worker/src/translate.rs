@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use lockstep_model::adapters::{AdaptedLayout, AdapterConfig, trained_layout};
 use lockstep_model::batch::{Batch, Column, PairSums, Sums, Values};
+use lockstep_model::compression::GradientFormat;
 use lockstep_model::config::{
     AdamwConfig, DpoConfig, Gelu, GptConfig, LineConfig, LlamaConfig, LocalOptimizer, ModelConfig, MuonConfig,
     NesterovConfig, Objective, RopeScaling, UpdateRule,
@@ -39,6 +40,8 @@ pub(crate) struct Invitation {
     pub(crate) adapters: Option<Adapters>,
     /// How replicas take their local steps, if slots are such.
     pub(crate) local_optimizer: Option<LocalOptimizer>,
+    /// What gradients are rounded to.
+    pub(crate) format: GradientFormat,
     /// Elements of the parameters that are pulled.
     pub(crate) elements: usize,
     /// Of the moments that are pulled and pushed beside them.
@@ -99,6 +102,7 @@ pub(crate) fn invitation(invitation: v1::Invitation) -> Result<Invitation, WireE
         run: Run { id: invitation.run_id, incarnation: invitation.incarnation },
         elements: expected.len(),
         kept_elements: kept_moments * expected.len(),
+        format: gradient_format(invitation.gradient_format)?,
         objective: objective(invitation.objective.as_ref(), &model)?,
         model,
         adapters,
@@ -226,6 +230,16 @@ fn objective(objective: Option<&v1::Objective>, model: &ModelConfig) -> Result<O
     match (objective == Objective::Reward) == model.has_score_head() {
         true => Ok(objective),
         false => Err(WireError(format!("a model cannot be trained for {objective:?} with the head that it has"))),
+    }
+}
+
+/// What gradients are rounded to.
+fn gradient_format(format: i32) -> Result<GradientFormat, WireError> {
+    match v1::GradientFormat::try_from(format) {
+        Ok(v1::GradientFormat::F32) => Ok(GradientFormat::F32),
+        Ok(v1::GradientFormat::Bf16) => Ok(GradientFormat::Bf16),
+        Ok(v1::GradientFormat::Int8) => Ok(GradientFormat::Int8),
+        Err(_) => Err(WireError(format!("gradients are rounded to format {format}, which this build does not know"))),
     }
 }
 
@@ -416,8 +430,9 @@ pub(crate) fn work(lease: v1::Lease) -> Result<Work, WireError> {
         version: lease.version,
         digest: digest("parameters_blake3", &lease.parameters_blake3).map_err(in_lease)?,
     };
+    let difference_from = digest("difference_from_blake3", &lease.difference_from_blake3).map_err(in_lease)?;
     let lease_name = Lease { id, step: lease.step, parameters, block, seed: lease.seed, task };
-    Ok(Work { lease: lease_name, slots, learning_rates, traceparent: lease.traceparent })
+    Ok(Work { lease: lease_name, slots, learning_rates, difference_from, traceparent: lease.traceparent })
 }
 
 /// A digest, if one is given.

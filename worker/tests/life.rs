@@ -5,17 +5,19 @@ mod scripted;
 use std::sync::Arc;
 
 use lockstep_model::batch::Sums;
+use lockstep_model::compression::{GradientFormat, Rounding};
 use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
 use lockstep_model::config::{LineConfig, ModelConfig};
 use lockstep_model::device::{ComputeDevice, DeviceChoice};
 use lockstep_model::ledger::{block_sha256, slot_sha256};
 use lockstep_model::pieces::vector_blake3;
 use lockstep_model::probe;
-use lockstep_model::tree::add_vectors;
+use lockstep_model::tree::{Block, add_vectors};
 use lockstep_proto::v1;
 use lockstep_worker::{Ended, SpanSource, WorkerConfig, WorkerError, run};
 use scripted::{
-    INCARNATION, PARAMETERS, RUN_ID, Script, Scripted, Seen, WORKER_ID, batch, invitation, lease, span_log,
+    INCARNATION, PARAMETERS, RUN_ID, Script, Scripted, Seen, WORKER_ID, batch, invitation, lease, next_parameters,
+    span_log,
 };
 use tokio::task::JoinHandle;
 use tonic::Status;
@@ -174,6 +176,80 @@ async fn parameters_of_another_digest_are_pulled_again() {
         assert!(matches!(coordinator.sees().await, Seen::Pull(_)));
     }
     coordinator.sees_joining().await;
+}
+
+/// Whoever holds what a difference is from pulls that; others pull all of the version.
+#[tokio::test]
+async fn parameters_are_pulled_as_a_difference_from_what_is_held() {
+    let next = next_parameters();
+    let loss = computer(&next).loss(&batch(0)).unwrap().loss;
+    let (held, other) = (vector_blake3(&PARAMETERS).to_vec(), vec![9; 32]);
+    for (from, pulls) in [(&held, [false, true]), (&other, [false, false])] {
+        let mut coordinator = Scripted::start(Script::default(), 0).await;
+        let _worker = worker(&coordinator.address, no_spans());
+        let (_, to_worker) = coordinator.sees_joining().await;
+        let differs = |lease| v1::Lease { difference_from_blake3: from.clone(), ..lease };
+        to_worker.lease(differs(lease(1, false, &[0]))).await;
+        let parameters_blake3 = vector_blake3(&next).to_vec();
+        to_worker.lease(v1::Lease { version: 8, parameters_blake3, ..differs(lease(2, false, &[0])) }).await;
+        let mut seen = Vec::new();
+        loop {
+            match coordinator.sees().await {
+                Seen::Pull(pull) => seen.push(pull.difference),
+                Seen::Result(result) if result.lease_id == 2 => break assert_eq!(result.loss_sum, loss),
+                _ => {}
+            }
+        }
+        assert_eq!(seen, pulls);
+    }
+}
+
+#[tokio::test]
+async fn a_difference_that_leads_elsewhere_is_followed_by_the_whole() {
+    let mut coordinator = Scripted::start(Script { foreign_differences: 1, ..Script::default() }, 0).await;
+    let _worker = worker(&coordinator.address, no_spans());
+    let (_, to_worker) = coordinator.sees_joining().await;
+    to_worker.lease(lease(1, false, &[0])).await;
+    let (from, to) = (vector_blake3(&PARAMETERS).to_vec(), vector_blake3(&next_parameters()).to_vec());
+    let next = v1::Lease { version: 8, parameters_blake3: to, difference_from_blake3: from, ..lease(2, false, &[0]) };
+    to_worker.lease(next).await;
+    let mut pulls = Vec::new();
+    while pulls.len() < 3 {
+        if let Seen::Pull(pull) = coordinator.sees().await {
+            pulls.push((pull.version, pull.difference));
+        }
+    }
+    assert_eq!(pulls, [(7, false), (8, true), (8, false)]);
+    assert!(matches!(coordinator.sees().await, Seen::Result(result) if result.lease_id == 2));
+}
+
+#[tokio::test]
+async fn a_gradient_travels_in_the_format_that_it_is_rounded_to() {
+    for format in [GradientFormat::Bf16, GradientFormat::Int8] {
+        let wire = match format {
+            GradientFormat::Bf16 => v1::GradientFormat::Bf16,
+            _ => v1::GradientFormat::Int8,
+        };
+        let invitation = v1::Invitation { gradient_format: wire.into(), ..invitation() };
+        let mut coordinator = Scripted::start(Script { invitation: Ok(invitation), ..Script::default() }, 0).await;
+        let _worker = worker(&coordinator.address, no_spans());
+        let (_, to_worker) = coordinator.sees_joining().await;
+        to_worker.lease(lease(1, true, &[0, 1])).await;
+        let (header, vector) = loop {
+            if let Seen::Push { header, vector, .. } = coordinator.sees().await {
+                break (header, vector);
+            }
+        };
+        let (computer, rounding) = (computer(&PARAMETERS), Rounding { format, seed: 1, step: 8 });
+        let leaf = |slot| {
+            let mut gradient = slot_gradient(&computer, slot).gradient;
+            rounding.round(Block::leaf(slot), &mut gradient);
+            gradient
+        };
+        assert_eq!(vector, rounding.add(leaf(0), &leaf(1), Block::root(2)));
+        assert_eq!(header.total_bytes, format.bytes(2) as u64);
+        assert_eq!(header.vector_blake3, vector_blake3(&vector));
+    }
 }
 
 #[tokio::test]

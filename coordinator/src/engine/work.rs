@@ -256,7 +256,7 @@ impl Work {
         let slots = self.range(done.block);
         match &mut self.tally {
             Tally::Gradient(tree) => {
-                tree.insert(done.block, done.sums, Add::add)
+                tree.insert(done.block, done.sums, |left, right, _| left + right)
                     .expect("taken blocks do not overlap, and each counts once");
                 self.norms.extend(done.norm.map(|norm| Norm { slots: slots.len(), norm }));
             }

@@ -151,6 +151,7 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
         skip: recipe.skip,
         schedule: recipe.schedule.clone(),
         batch: recipe.batch,
+        compression: recipe.compression,
         evaluation: recipe.evaluation.clone(),
         sampling: recipe.sampling.clone(),
         turns: data.turns,

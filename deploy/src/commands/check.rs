@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use lockstep_model::adapters::{AdaptedLayout, initial_adapters};
+use lockstep_model::compression::GradientFormat;
 use lockstep_model::compute::{Computer, LocalSteps, SlotKey};
 use lockstep_model::config::{LocalOptimizer, OptimizerConfig};
 use lockstep_model::device::ComputeDevice;
@@ -67,8 +68,8 @@ fn measure(recipe: &Recipe, data: &assemble::Data, device: &ComputeDevice) -> an
         let slot = (&batch, SlotKey { seed: recipe.seed, step: 1, slot });
         let start = Instant::now();
         let computed = match recipe.outer {
-            Some(_) => computer.block_pseudo_gradient(local, [slot].into_iter(), || Ok(())),
-            None => computer.block_gradient([Ok(slot)].into_iter()),
+            Some(_) => computer.block_pseudo_gradient(local, [slot].into_iter(), GradientFormat::F32, || Ok(())),
+            None => computer.block_gradient([Ok(slot)].into_iter(), GradientFormat::F32),
         };
         computed.context("the slot cannot be computed here")?;
         fastest = fastest.min(start.elapsed().as_secs_f64());

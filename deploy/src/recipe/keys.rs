@@ -218,6 +218,9 @@ pub(super) const KEYS: &[Key] = &[
     key("outer.momentum",                Default("0.9"),              Local,       Fixed),
     key("outer.keep_moments",            Default("false"),            Local,       Fixed),
 
+    key("wire.gradients",                Default("\"f32\""),          Every,       Fixed),
+    key("wire.parameters",               Default("\"f32\""),          Every,       Fixed),
+
     key("evaluation.every_steps",        Default("0"),                Every,       Fixed),
     key("evaluation.slots",              Default("32"),               Every,       Fixed),
 

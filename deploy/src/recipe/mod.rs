@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationConfig, SamplingConfig};
 use lockstep_model::adapters::AdapterConfig;
+use lockstep_model::compression::Compression;
 use lockstep_model::config::{
     BatchConfig, GptConfig, LlamaConfig, ModelConfig, Objective, OptimizerConfig, ScheduleConfig, WindowOrder,
 };
@@ -75,6 +76,8 @@ pub(crate) struct Recipe {
     pub(crate) schedule: ScheduleConfig,
     /// How a step is cut into slots.
     pub(crate) batch: BatchConfig,
+    /// In which form vectors travel.
+    pub(crate) compression: Compression,
     /// Validation; no slots where there is none.
     pub(crate) evaluation: EvaluationConfig,
     /// Text sampled while training.

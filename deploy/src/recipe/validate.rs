@@ -7,6 +7,7 @@ use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationCo
 use lockstep_coordinator::engine::OnDispute;
 use lockstep_model::adapters::{AdapterConfig, all_targets};
 use lockstep_model::bpe::MIN_VOCAB_SIZE;
+use lockstep_model::compression::{Compression, GradientFormat};
 use lockstep_model::config::{
     AdamwConfig, BatchConfig, Decay, DpoConfig, GptConfig, LineConfig, LlamaConfig, ModelConfig, MuonConfig,
     NesterovConfig, Objective, OptimizerConfig, RopeScaling, ScheduleConfig, UpdateRule, WindowOrder,
@@ -71,6 +72,7 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
         sampling: sampling(v, kinds)?,
         checkpoint: checkpoint(v, schedule.steps)?,
         cluster: cluster(v)?,
+        compression: compression(v, kinds)?,
         model,
         adapters,
         data,
@@ -454,6 +456,15 @@ fn batch(v: &Values, context: usize, bytes_per_token: u64) -> Result<BatchConfig
     let local_steps = local_steps.max(1);
     check_sequences(v, "batch.slots", slots, sequences_per_slot.saturating_mul(local_steps))?;
     Ok(BatchConfig { slots, sequences_per_slot, local_steps })
+}
+
+fn compression(v: &Values, kinds: Kinds) -> Result<Compression, RecipeError> {
+    let compression = Compression { gradients: v.choice("wire.gradients")?, parameters: v.choice("wire.parameters")? };
+    if compression.gradients != GradientFormat::F32 && keep_moments(v, kinds)? {
+        let reason = "moments travel with a replica's way, and cannot be rounded";
+        return Err(v.refuse_for("wire.gradients", reason, "wire.gradients = \"f32\", or outer.keep_moments = false"));
+    }
+    Ok(compression)
 }
 
 fn evaluation(v: &Values, data: Option<&DataRecipe>, batch: BatchConfig) -> Result<EvaluationConfig, RecipeError> {

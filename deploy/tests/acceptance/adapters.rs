@@ -279,7 +279,7 @@ fn only_adapters_travel() {
         let mut only = worker_with(&proxy.address, "only", &["--no-shared-memory"]);
         assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
         assert_eq!(only.wait(), Some(0), "{}", only.said);
-        (proxy.passed_bytes(), only.said.matches("fetched the base").count(), inspect(&run))
+        (proxy.passed_bytes().iter().sum::<u64>(), only.said.matches("fetched the base").count(), inspect(&run))
     };
     let (all_bytes, fetched, _) = travelled("all", &[]);
     assert_eq!(fetched, 0);

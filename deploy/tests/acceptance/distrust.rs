@@ -13,10 +13,11 @@ const LINE: &[&str] = &["batch.slots=5", "batch.sequences_per_slot=2"];
 /// Goes on with, or begins, [`LINE`] in `dir` on two workers of ours and one in Python whose gradients are off from step 50
 /// on. Once that one is found out, a fourth joins, since the run wants three. It ends as a quiet run does, and verifies.
 /// Returns what the coordinator said.
-fn line_with_a_broken_worker(python: &Path, dir: &Path, resume: &[&str], audit: &str) -> String {
+fn line_with_a_broken_worker(python: &Path, dir: &Path, resume: &[&str], audit: &str, wire: &[&str]) -> String {
     let [quiet, run] = ["quiet", "distrustful"].map(|name| dir.join(name));
-    succeed(lockstep(&["train", "line", "--device", "cpu", "--workers", "1", "--run", path(&quiet)], LINE));
-    let overrides = [LINE, &["cluster.min_workers=3", "checkpoint.stop_after=0", audit]].concat();
+    let line = ["train", "line", "--device", "cpu", "--workers", "1", "--run", path(&quiet)];
+    succeed(lockstep(&line, &[LINE, wire].concat()));
+    let overrides = [LINE, wire, &["cluster.min_workers=3", "checkpoint.stop_after=0", audit]].concat();
     let (mut coordinator, address) = coordinator("line", &run, resume, &overrides);
     let mut command = Command::new(python);
     command.args([path(&workspace("deploy/tests/peer/line_worker.py")), &address, "--wrong-from", "50"]);
@@ -41,7 +42,7 @@ fn a_worker_that_computes_wrong_is_outvoted_before_its_results_count() {
     let test = "a_worker_that_computes_wrong_is_outvoted_before_its_results_count";
     let Some(python) = python(test, &["grpc", "grpc_tools", "blake3"]) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let said = line_with_a_broken_worker(&python, dir.path(), &[], "cluster.audit=1");
+    let said = line_with_a_broken_worker(&python, dir.path(), &[], "cluster.audit=1", &[]);
     assert!(!said.contains("goes back"), "{said}");
 }
 
@@ -50,7 +51,7 @@ fn what_a_broken_worker_did_before_it_was_found_out_is_done_again() {
     let test = "what_a_broken_worker_did_before_it_was_found_out_is_done_again";
     let Some(python) = python(test, &["grpc", "grpc_tools", "blake3"]) else { return };
     let dir = tempfile::tempdir().unwrap();
-    let said = line_with_a_broken_worker(&python, dir.path(), &[], "cluster.audit=0.2");
+    let said = line_with_a_broken_worker(&python, dir.path(), &[], "cluster.audit=0.2", &[]);
     assert!(said.contains("the run goes back to step 0"), "{said}");
 }
 
@@ -62,8 +63,21 @@ fn what_was_done_before_the_broken_worker_came_stands() {
     let run = dir.path().join("distrustful");
     let before = ["train", "line", "--device", "cpu", "--run", path(&run)];
     succeed(lockstep(&before, &[LINE, &["checkpoint.stop_after=40"]].concat()));
-    let said = line_with_a_broken_worker(&python, dir.path(), &["--resume"], "cluster.audit=0.2");
+    let said = line_with_a_broken_worker(&python, dir.path(), &["--resume"], "cluster.audit=0.2", &[]);
     assert!(said.contains("the run goes back to step 40"), "{said}");
+}
+
+/// What is rounded, and added up from differences, is audited and taken back as well: the odd one speaks the same formats.
+#[test]
+fn so_it_is_where_vectors_are_made_smaller() {
+    let test = "so_it_is_where_vectors_are_made_smaller";
+    let Some(python) = python(test, &["grpc", "grpc_tools", "blake3"]) else { return };
+    for (gradients, audit, back) in [("bf16", "cluster.audit=1", false), ("int8", "cluster.audit=0.2", true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let wire = [&format!("wire.gradients={gradients}"), "wire.parameters=bf16"];
+        let said = line_with_a_broken_worker(&python, dir.path(), &[], audit, &wire);
+        assert_eq!(said.contains("the run goes back to step 0"), back, "{said}");
+    }
 }
 
 #[test]

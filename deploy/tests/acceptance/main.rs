@@ -8,6 +8,7 @@ mod bad_input;
 mod bench;
 mod cluster;
 mod compare;
+mod compression;
 mod distrust;
 mod equal_runs;
 mod eval;

@@ -21,9 +21,10 @@ struct Shared {
 #[derive(Default)]
 struct State {
     links: Vec<Link>,
-    /// Pieces forwarded on all links so far, and the bytes in them.
+    /// Pieces forwarded on all links so far.
     passed: u64,
-    passed_bytes: u64,
+    /// The bytes in them, from workers and to workers.
+    passed_bytes: [u64; 2],
     closed: bool,
 }
 
@@ -56,8 +57,8 @@ impl Proxy {
         Self { address, shared }
     }
 
-    /// Bytes forwarded on all links so far, in both directions.
-    pub(crate) fn passed_bytes(&self) -> u64 {
+    /// Bytes forwarded on all links so far: from workers, and to workers.
+    pub(crate) fn passed_bytes(&self) -> [u64; 2] {
         self.shared.state().passed_bytes
     }
 
@@ -117,17 +118,18 @@ impl Shared {
         for (from, to) in [(0, 1), (1, 0)] {
             let pair = [from, to].map(|end| ends[end].try_clone().expect("a socket can be shared"));
             let shared = self.clone();
-            thread::spawn(move || shared.forward(link, pair));
+            thread::spawn(move || shared.forward(link, from, pair));
         }
         state.links.push(Link { ends: copies, held: false, open: true });
     }
 
-    fn forward(&self, link: usize, [mut from, mut to]: [TcpStream; 2]) {
+    fn forward(&self, link: usize, direction: usize, [mut from, mut to]: [TcpStream; 2]) {
         let mut piece = vec![0; 1 << 16];
         while let Ok(read @ 1..) = from.read(&mut piece) {
             let waited = self.changed.wait_while(self.state(), |state| state.links[link].held);
             let mut state = waited.unwrap_or_else(PoisonError::into_inner);
-            (state.passed, state.passed_bytes) = (state.passed + 1, state.passed_bytes + read as u64);
+            state.passed += 1;
+            state.passed_bytes[direction] += read as u64;
             drop(state);
             self.changed.notify_all();
             if to.write_all(&piece[..read]).is_err() {

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import importlib
 import itertools
-import math
 import os
 import queue
 import random
@@ -24,7 +23,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,10 @@ import grpc
 from blake3 import blake3
 from grpc_tools import protoc
 
+from rounding import BF16, F32, INT8, Rounding, add_difference, f32
+
 PROTO = Path(__file__).resolve().parents[3] / "proto" / "lockstep.proto"
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024
 TRANSFER_ATTEMPTS = 3
@@ -66,14 +67,6 @@ def say(text: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
-
-
-def f32(value: float) -> float:
-    """The nearest f32. One operation on f32 values in f64, rounded so, is the f32 operation."""
-    try:
-        return float(*struct.unpack("<f", struct.pack("<f", value)))
-    except OverflowError:
-        return math.copysign(math.inf, value)
 
 
 def to_bytes(vector: list[float]) -> bytes:
@@ -136,20 +129,25 @@ def compute_slot(slot: Any, parameters: list[float], with_gradient: bool) -> Sum
     return Sums(loss, float(len(xs)), [weight_gradient, bias_gradient] if with_gradient else [])
 
 
-def tree_sum(level: int, index: int, slots: dict[int, Sums]) -> Sums | None:
-    """The sum of block (level, index) in tree order; None where it covers no existing slot."""
+def tree_sum(level: int, index: int, slots: dict[int, Sums], rounding: Rounding) -> Sums | None:
+    """The sum of block (level, index) in tree order, rounded at each node; None where it covers no existing slot."""
     if level == 0:
-        return slots.get(index)
-    left = tree_sum(level - 1, 2 * index, slots)
-    right = tree_sum(level - 1, 2 * index + 1, slots)
-    return left if left is None or right is None else left + right
+        total = slots.get(index)
+    else:
+        left = tree_sum(level - 1, 2 * index, slots, rounding)
+        right = tree_sum(level - 1, 2 * index + 1, slots, rounding)
+        if left is None or right is None:
+            return left
+        total = left + right
+    return total and replace(total, gradient=rounding.round(level, index, total.gradient))
 
 
-def compute_lease(lease: Any, parameters: list[float]) -> tuple[Sums, list[Sums]]:
+def compute_lease(lease: Any, parameters: list[float], gradient_format: int) -> tuple[Sums, list[Sums]]:
     """The sum over a lease's block, and the sums of its slots in order."""
     with_gradient = lease.WhichOneof("task") == "gradient"
     slots = {slot.slot: compute_slot(slot, parameters, with_gradient) for slot in lease.slots}
-    total = tree_sum(lease.block.level, lease.block.index, slots)
+    rounding = Rounding(gradient_format, lease.seed, lease.step)
+    total = tree_sum(lease.block.level, lease.block.index, slots, rounding)
     if total is None:
         raise CannotCompute(f"block ({lease.block.level}, {lease.block.index}) has no slots")
     return total, list(slots.values())
@@ -171,9 +169,12 @@ def probe_digest(invitation: Any) -> bytes:
     digest = hashlib.sha256()
     parameters = probe_parameters(invitation.layout.total_elements)
     for lease in invitation.probe:
-        total, _ = compute_lease(lease, parameters)
+        total, _ = compute_lease(lease, parameters, F32)
         digest.update(struct.pack("<dd", total.loss, total.weight))
         digest.update(to_bytes(total.gradient))
+        if invitation.gradient_format != F32:
+            total, _ = compute_lease(lease, parameters, invitation.gradient_format)
+            digest.update(to_bytes(total.gradient))
     return digest.digest()
 
 
@@ -189,7 +190,7 @@ class Membership:
         self.invitation = invitation
         self.worker_id = worker_id
         self.version: tuple[int, bytes] | None = None
-        """The number of the version in `parameters`, and its SHA-256 as the lease gave it."""
+        """The number of the version in `parameters`, and its BLAKE3 as the lease gave it."""
         self.parameters: list[float] = []
         self.outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.ended = threading.Event()
@@ -274,7 +275,7 @@ class Membership:
     def result_of(self, lease: Any) -> Any:
         """Everything that is to be done for one lease."""
         if self.version != (lease.version, lease.parameters_blake3):
-            self.pull(lease.version, lease.parameters_blake3)
+            self.pull(lease.version, lease.parameters_blake3, lease.difference_from_blake3)
         result = pb.BlockResult(
             run_id=self.invitation.run_id,
             incarnation=self.invitation.incarnation,
@@ -285,16 +286,16 @@ class Membership:
             batch_sha256=batch_digest(lease),
         )
         start = time.time_ns()
-        total, slots = compute_lease(lease, self.parameters)
+        total, slots = compute_lease(lease, self.parameters, self.invitation.gradient_format)
         result.compute_nanos = time.time_ns() - start
         result.spans.append(span("compute", lease, start, result.compute_nanos))
         result.loss_sum, result.weight_sum = total.loss, total.weight
         if lease.WhichOneof("task") == "gradient":
             gradient = total.gradient
             if self.wrong_from is not None and lease.step >= self.wrong_from:
-                gradient = [-element for element in gradient]
+                gradient = [-element or 0.0 for element in gradient]
             start = time.time_ns()
-            result.vector_blake3 = self.push(lease, to_bytes(gradient))
+            result.vector_blake3 = self.push(lease, gradient)
             result.upload_nanos = time.time_ns() - start
             result.spans.append(span("upload", lease, start, result.upload_nanos))
         else:
@@ -302,11 +303,12 @@ class Membership:
             result.slot_weight_sums.extend(slot.weight for slot in slots)
         return result
 
-    def pull(self, version: int, digest: bytes) -> None:
+    def pull(self, version: int, digest: bytes, difference_from: bytes) -> None:
         """Takes over the parameters of a version, asking again where they were damaged on the way or are other ones."""
         request = pb.PullRequest(
             run_id=self.invitation.run_id, incarnation=self.invitation.incarnation, version=version
         )
+        request.difference = difference_from != b"" and self.version is not None and self.version[1] == difference_from
         for _ in range(TRANSFER_ATTEMPTS):
             try:
                 vector = join_chunks(self.stub.Pull(request, timeout=RPC_TIMEOUT_SECS))
@@ -314,6 +316,11 @@ class Membership:
                 if error.code() == grpc.StatusCode.NOT_FOUND:
                     raise CannotCompute(f"version {version} is not published: {error.details()}") from error
                 raise
+            if request.difference:
+                request.difference = False
+                if vector is None or len(vector) != 2 * len(self.parameters):
+                    continue
+                vector = to_bytes(add_difference(self.parameters, vector))
             if vector is None or len(vector) != 4 * self.invitation.layout.total_elements:
                 continue
             if digest in (b"", blake3(vector).digest()):
@@ -321,9 +328,10 @@ class Membership:
                 return
         raise ConnectionError(f"version {version} of the parameters came damaged {TRANSFER_ATTEMPTS} times")
 
-    def push(self, lease: Any, vector: bytes) -> bytes:
+    def push(self, lease: Any, gradient: list[float]) -> bytes:
         """Sends a gradient, again where it was damaged on the way, and returns its BLAKE3."""
-        digest = blake3(vector).digest()
+        digest = blake3(to_bytes(gradient)).digest()
+        vector = Rounding(self.invitation.gradient_format, lease.seed, lease.step).encode(gradient)
         header = pb.PushHeader(
             run_id=self.invitation.run_id,
             incarnation=self.invitation.incarnation,
@@ -393,6 +401,8 @@ def join(stub: Any, wrong_from: int | None) -> Membership:
         sys.exit(f"line_worker: the run trains a model of kind {model}; this worker computes line alone")
     if invitation.HasField("local_optimizer"):
         sys.exit("line_worker: the run's slots are replicas that take local steps; this worker computes gradients alone")
+    if invitation.gradient_format not in (F32, BF16, INT8):
+        sys.exit(f"line_worker: gradients are rounded to format {invitation.gradient_format}, which it does not know")
     reply = stub.Admit(
         pb.AdmitRequest(
             run_id=invitation.run_id,

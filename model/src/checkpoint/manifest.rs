@@ -71,9 +71,10 @@ pub struct Manifest {
     pub ledger_seal: String,
     /// Seal of the last line of the run's metrics; empty before the first.
     pub metrics_seal: String,
-    /// SHA-256 of what is trained as little-endian f32 in layout order, hexadecimal.
+    /// SHA-256 of what is trained, as workers compute with it, as little-endian f32 in layout order, hexadecimal.
     pub params_sha256: String,
-    /// SHA-256 of first and second moments likewise, one after the other, then of those of each replica that keeps such.
+    /// SHA-256 of first and second moments likewise, one after the other, then of those of each replica that keeps such, then
+    /// of master parameters where they are apart.
     pub optimizer_sha256: String,
     /// The other files.
     pub files: BTreeMap<String, FileSeal>,

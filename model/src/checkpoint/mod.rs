@@ -27,6 +27,7 @@ const PARAMETERS: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const FIRST_MOMENT: &str = "first_moment.";
 const SECOND_MOMENT: &str = "second_moment.";
+const MASTER: &str = "master.";
 
 /// A checkpoint in memory.
 #[derive(Clone, Debug)]
@@ -35,7 +36,7 @@ pub struct Checkpoint {
     pub manifest: Manifest,
     /// What is trained, flat in [the manifest's layout](Manifest::layout): the model's parameters, or its adapters'.
     pub parameters: Vec<f32>,
-    /// Moments.
+    /// Moments, and master parameters where `parameters` are not these.
     pub optimizer: OptimizerState,
 }
 
@@ -165,14 +166,15 @@ fn write_files(
 ) -> Result<(), CheckpointError> {
     let layout = manifest.layout();
     let tensors = |prefix: &str, vector| Tensors { prefix: prefix.into(), layout: &layout, vector };
-    let moments = [(FIRST_MOMENT, &optimizer.first_moment), (SECOND_MOMENT, &optimizer.second_moment)];
-    let moments = moments.into_iter().filter(|(_, vector)| !vector.is_empty());
-    let mut moments: Vec<_> = moments.map(|(prefix, vector)| tensors(prefix, vector.as_slice())).collect();
-    for (replica, vector) in optimizer.replicas.iter().enumerate() {
+    let OptimizerState { first_moment, second_moment, replicas, master } = optimizer;
+    let remembered = [(FIRST_MOMENT, first_moment), (SECOND_MOMENT, second_moment), (MASTER, master)];
+    let remembered = remembered.into_iter().filter(|(_, vector)| !vector.is_empty());
+    let mut remembered: Vec<_> = remembered.map(|(prefix, vector)| tensors(prefix, vector.as_slice())).collect();
+    for (replica, vector) in replicas.iter().enumerate() {
         let kinds = [FIRST_MOMENT, SECOND_MOMENT].into_iter().zip(vector.chunks(layout.len()));
-        moments.extend(kinds.map(|(kind, vector)| tensors(&of_replica(replica, kind), vector)));
+        remembered.extend(kinds.map(|(kind, vector)| tensors(&of_replica(replica, kind), vector)));
     }
-    for (name, groups) in [(PARAMETERS, vec![tensors("", parameters)]), (OPTIMIZER, moments)] {
+    for (name, groups) in [(PARAMETERS, vec![tensors("", parameters)]), (OPTIMIZER, remembered)] {
         let path = partial.join(name);
         let views = groups.iter().flat_map(Tensors::views);
         let metadata = Some([("format".to_string(), "pt".to_string())].into());
@@ -192,29 +194,33 @@ fn write_files(
 pub fn read(path: &Path) -> Result<Checkpoint, CheckpointError> {
     let (manifest, parameters) = read_trained(path)?;
     let layout = manifest.layout();
-    let (optimizer_path, moments) = read_sealed(path, &manifest, OPTIMIZER)?;
-    let moment = |prefix: &str| match has_prefix(&optimizer_path, &moments, prefix)? {
-        true => flatten(&optimizer_path, &moments, prefix, &layout),
+    let (optimizer_path, remembered) = read_sealed(path, &manifest, OPTIMIZER)?;
+    let vector = |prefix: &str| match has_prefix(&optimizer_path, &remembered, prefix)? {
+        true => flatten(&optimizer_path, &remembered, prefix, &layout),
         false => Ok(Vec::new()),
     };
     let mut replicas = Vec::new();
-    while has_prefix(&optimizer_path, &moments, &of_replica(replicas.len(), ""))? {
-        let kinds = [FIRST_MOMENT, SECOND_MOMENT].map(|kind| moment(&of_replica(replicas.len(), kind)));
+    while has_prefix(&optimizer_path, &remembered, &of_replica(replicas.len(), ""))? {
+        let kinds = [FIRST_MOMENT, SECOND_MOMENT].map(|kind| vector(&of_replica(replicas.len(), kind)));
         replicas.push(kinds.into_iter().collect::<Result<Vec<_>, _>>()?.concat());
     }
-    let optimizer =
-        OptimizerState { first_moment: moment(FIRST_MOMENT)?, second_moment: moment(SECOND_MOMENT)?, replicas };
+    let optimizer = OptimizerState {
+        first_moment: vector(FIRST_MOMENT)?,
+        second_moment: vector(SECOND_MOMENT)?,
+        replicas,
+        master: vector(MASTER)?,
+    };
     if optimizer_sha256(&optimizer) != manifest.optimizer_sha256 {
-        return Err(CheckpointError::damaged(path, "moments have another SHA-256 than the manifest says"));
+        return Err(CheckpointError::damaged(path, "the optimizer's state has another SHA-256 than the manifest says"));
     }
     Ok(Checkpoint { manifest, parameters, optimizer })
 }
 
-/// Of all moments, one after the other.
+/// Of all moments, one after the other, and of master parameters.
 fn optimizer_sha256(optimizer: &OptimizerState) -> String {
-    let OptimizerState { first_moment, second_moment, replicas } = optimizer;
+    let OptimizerState { first_moment, second_moment, replicas, master } = optimizer;
     let of_versions = [first_moment, second_moment].into_iter();
-    hex(&vectors_sha256(&of_versions.chain(replicas).map(Vec::as_slice).collect::<Vec<_>>()))
+    hex(&vectors_sha256(&of_versions.chain(replicas).chain([master]).map(Vec::as_slice).collect::<Vec<_>>()))
 }
 
 /// What the names of a replica's moments of a kind begin with.
@@ -421,7 +427,11 @@ mod tests {
     }
 
     fn moments() -> OptimizerState {
-        OptimizerState { first_moment: vec![0.5, -0.5], second_moment: vec![1e-9, f32::MAX], replicas: Vec::new() }
+        OptimizerState {
+            first_moment: vec![0.5, -0.5],
+            second_moment: vec![1e-9, f32::MAX],
+            ..OptimizerState::default()
+        }
     }
 
     #[test]
@@ -430,7 +440,8 @@ mod tests {
         let replicas =
             OptimizerState { replicas: vec![vec![1.0, 2.0, 3.0, 4.0], vec![5.0, 6.0, 7.0, 8.0]], ..moments() };
         let with_one_moment = OptimizerState { replicas: vec![vec![1.0, 2.0]; 11], ..OptimizerState::default() };
-        for optimizer in [moments(), OptimizerState::default(), replicas, with_one_moment] {
+        let apart = OptimizerState { master: vec![1.25, 1e-30], ..replicas.clone() };
+        for optimizer in [moments(), OptimizerState::default(), replicas, with_one_moment, apart] {
             let path = publish(dir.path(), manifest(7, None), &[1.5, -0.0], &optimizer);
             let back = read(&path).unwrap();
             assert_eq!(path, dir.path().join("step-000000007"));

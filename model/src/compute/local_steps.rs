@@ -5,11 +5,11 @@
 //! begin at 0, or come with the slot and travel on beside its way: in either case a slot is a function of what is sent, whoever
 //! computes it and however often.
 
-use super::{BlockGradient, ComputeError, Computer, SlotGradient, SlotKey, copied_from, leaves, no_slots};
+use super::{BlockGradient, ComputeError, Computer, SlotGradient, SlotKey, copied_from, leaves};
 use crate::batch::{Batch, Sums};
+use crate::compression::GradientFormat;
 use crate::config::LocalOptimizer;
 use crate::optimizer::{self, OptimizerState, Update};
-use crate::tree::{add_vectors, sum_leaves};
 
 /// What a replica does by itself.
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +24,7 @@ pub struct LocalSteps<'a> {
 
 impl Computer {
     /// What replicas learn, each from one of `slots` (at least one, in order): of each, the sums over its local steps; and the
-    /// sum of their pseudo-gradients along the tree. Where moments are kept, a block is one slot, and they stand behind its
+    /// sum of their pseudo-gradients along the tree, at whose nodes they are rounded to `format`. Where moments are kept, a block is one slot, and they stand behind its
     /// pseudo-gradient. `go_on` is asked before each local step. The parameters that are loaded stay as they are.
     ///
     /// # Errors
@@ -34,6 +34,7 @@ impl Computer {
         &self,
         local: LocalSteps<'_>,
         slots: impl ExactSizeIterator<Item = (&'a Batch, SlotKey)>,
+        format: GradientFormat,
         go_on: impl Fn() -> Result<(), ComputeError>,
     ) -> Result<BlockGradient, ComputeError> {
         if local.optimizer.keep_moments && slots.len() > 1 {
@@ -44,9 +45,9 @@ impl Computer {
         let pseudo_gradients = slots.map(|slot| {
             let SlotGradient { sums, gradient } = self.replica(&published, local, slot, &go_on)?;
             slot_sums.push(sums);
-            Ok::<_, ComputeError>(gradient)
+            Ok((slot.1, gradient))
         });
-        let gradient = sum_leaves(pseudo_gradients, |left, right| add_vectors(left, &right))?.ok_or_else(no_slots)?;
+        let gradient = self.sum_rounded(pseudo_gradients, format)?;
         Ok(BlockGradient { slot_sums, gradient })
     }
 
@@ -105,6 +106,7 @@ mod tests {
     use crate::batch::Values;
     use crate::config::{AdamwConfig, DpoConfig, MuonConfig, NesterovConfig, Objective, UpdateRule};
     use crate::layout::Layout;
+    use crate::tree::add_vectors;
 
     const ADAMW: AdamwConfig = AdamwConfig { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
     const RATES: [f64; 3] = [1e-3, 2e-3, 1.5e-3];
@@ -158,7 +160,7 @@ mod tests {
             let loss = computer.loss(&slot).unwrap();
             let keys = [0, 1, 2].map(|number| SlotKey { step: 5, slot: number, ..KEY });
             let slots = keys.iter().map(|key| (&slot, *key));
-            let block = computer.block_pseudo_gradient(local, slots, no_end).unwrap();
+            let block = computer.block_pseudo_gradient(local, slots, GradientFormat::F32, no_end).unwrap();
             assert_eq!(computer.loss(&slot).unwrap(), loss, "the loaded parameters stay");
             assert!(block.slot_sums.iter().all(|sums| sums.weight == 42.0));
             let [first, second, third] = keys.map(|key| plain_loop(&mut computer, &parameters, local, &slot, key));
@@ -182,7 +184,10 @@ mod tests {
         let learned = |learning_rates: &[f64]| {
             let local = LocalSteps { optimizer: &optimizer, learning_rates, moments: &[] };
             let computer = computer(&model, &lively_parameters(&model));
-            computer.block_pseudo_gradient(local, [(&rows, KEY)].into_iter(), no_end).unwrap().gradient
+            computer
+                .block_pseudo_gradient(local, [(&rows, KEY)].into_iter(), GradientFormat::F32, no_end)
+                .unwrap()
+                .gradient
         };
         // A step that hardly moves, then one that does: of the second part's gradient, which has the rows of the first.
         let (second, first) = (learned(&[1e-30, 1e-2]), learned(&[1e-2, 1e-30]));
@@ -204,7 +209,8 @@ mod tests {
         optimizer::step(&inner.rule, &layout, &mut plain, &mut OptimizerState::new(&inner.rule, start.len()), update);
 
         let local = LocalSteps { optimizer: &inner, learning_rates: &[1e-2], moments: &[] };
-        let block = computer.block_pseudo_gradient(local, [(&slot, KEY)].into_iter(), no_end).unwrap();
+        let block =
+            computer.block_pseudo_gradient(local, [(&slot, KEY)].into_iter(), GradientFormat::F32, no_end).unwrap();
         assert_eq!(block.slot_sums, [sums]);
         let outer = UpdateRule::Nesterov(NesterovConfig { momentum: 0.0 });
         let (mut parameters, mut state) = (start.clone(), OptimizerState::new(&outer, start.len()));
@@ -225,14 +231,17 @@ mod tests {
         let start = lively_adapters(&model, &config);
         let mut with_adapters = adapting(&model, &config, &lively_parameters(&model), &start);
         let slot = batch(4, None);
-        let block = with_adapters.block_pseudo_gradient(local, [(&slot, KEY)].into_iter(), no_end).unwrap();
+        let block = with_adapters
+            .block_pseudo_gradient(local, [(&slot, KEY)].into_iter(), GradientFormat::F32, no_end)
+            .unwrap();
         assert_eq!(block.gradient, plain_loop(&mut with_adapters, &start, local, &slot, KEY));
 
         let start = lively_parameters(&model);
         let dpo = Objective::Dpo(DpoConfig { beta: 0.7, label_smoothing: 0.1 });
         let mut computer = computer(&model, &start).with_objective(dpo);
         let slot = pairs(false);
-        let block = computer.block_pseudo_gradient(local, [(&slot, KEY)].into_iter(), no_end).unwrap();
+        let block =
+            computer.block_pseudo_gradient(local, [(&slot, KEY)].into_iter(), GradientFormat::F32, no_end).unwrap();
         assert_eq!(block.slot_sums[0].weight, 2.0, "two pairs, one in each step");
         assert_eq!(block.gradient, plain_loop(&mut computer, &start, local, &slot, KEY));
     }
@@ -249,7 +258,10 @@ mod tests {
                 let (computer, rows) = (computer(&model, parameters), slot.rows(rows).unwrap());
                 let local = LocalSteps { optimizer: &kept, learning_rates, moments };
                 let slot = (&rows, SlotKey { step, ..KEY });
-                let mut vector = computer.block_pseudo_gradient(local, [slot].into_iter(), no_end).unwrap().gradient;
+                let mut vector = computer
+                    .block_pseudo_gradient(local, [slot].into_iter(), GradientFormat::F32, no_end)
+                    .unwrap()
+                    .gradient;
                 let moments = vector.split_off(layout.len());
                 assert_eq!(moments.len(), kept.rule.moments() * layout.len());
                 let end: Vec<f32> = parameters.iter().zip(vector).map(|(start, way)| start - way).collect();
@@ -278,7 +290,10 @@ mod tests {
         let refused = |moments: &[f32], slots: usize| {
             let local = LocalSteps { optimizer: &kept, learning_rates: &RATES, moments };
             let slots = vec![(&slot, KEY); slots];
-            computer.block_pseudo_gradient(local, slots.into_iter(), no_end).unwrap_err().to_string()
+            computer
+                .block_pseudo_gradient(local, slots.into_iter(), GradientFormat::F32, no_end)
+                .unwrap_err()
+                .to_string()
         };
         assert_eq!(refused(&[], 2), "a block of several slots, whose moments cannot be added up");
         let elements = 2 * computer.layout().len();
@@ -295,10 +310,13 @@ mod tests {
             asked.set(asked.get() + 1);
             if asked.get() == 3 { Err(ComputeError::Input("enough".into())) } else { Ok(()) }
         };
-        let said = computer.block_pseudo_gradient(local, [(&slot, KEY)].into_iter(), go_on).unwrap_err();
+        let said =
+            computer.block_pseudo_gradient(local, [(&slot, KEY)].into_iter(), GradientFormat::F32, go_on).unwrap_err();
         assert_eq!((said.to_string().as_str(), asked.get()), ("enough", 3));
 
-        let said = computer.block_pseudo_gradient(local, [(&batch(4, None), KEY)].into_iter(), no_end).unwrap_err();
+        let said = computer
+            .block_pseudo_gradient(local, [(&batch(4, None), KEY)].into_iter(), GradientFormat::F32, no_end)
+            .unwrap_err();
         assert_eq!(
             said.to_string(),
             "4 rows cannot be cut into 3 parts of equally many; coordinator and worker disagree on the step"

@@ -8,6 +8,7 @@ use crate::device::DeviceChoice;
 use crate::layout::{SCORE_HEAD, initial_parameters};
 use crate::optimizer::{self, OptimizerState};
 use crate::random::{Stream, normal};
+use crate::tree::add_vectors;
 
 pub(super) const KEY: SlotKey = SlotKey { seed: 1, step: 1, slot: 0 };
 
@@ -346,7 +347,7 @@ fn a_block_is_the_same_added_on_the_device_or_here() {
     let slots: Vec<(Batch, SlotKey)> = (0..5).map(|slot| (batch(1, None), SlotKey { slot, ..KEY })).collect();
     let block = |computer: &Computer| {
         let slots = slots.iter().map(|(batch, key)| Ok((batch, *key)));
-        computer.block_gradient(slots).unwrap()
+        computer.block_gradient(slots, GradientFormat::F32).unwrap()
     };
     let there = block(&computer);
     computer.adds_exactly = false;
@@ -355,7 +356,28 @@ fn a_block_is_the_same_added_on_the_device_or_here() {
     let single = |slot: usize| computer.gradient(&slots[slot].0, slots[slot].1).unwrap().gradient;
     let pair = |slot| add_vectors(single(slot), &single(slot + 1));
     assert_eq!(here.gradient, add_vectors(add_vectors(pair(0), &pair(2)), &single(4)));
-    assert!(computer.block_gradient(std::iter::empty()).is_err());
+    assert!(computer.block_gradient(std::iter::empty(), GradientFormat::F32).is_err());
+}
+
+#[test]
+fn a_block_is_rounded_at_each_of_its_nodes() {
+    let model = gpt(0.2);
+    let computer = computer(&model, &lively_parameters(&model));
+    // Slots 4 to 6 are what exists of block 2/1.
+    let slots: Vec<(Batch, SlotKey)> = (4..7).map(|slot| (batch(1, None), SlotKey { slot, ..KEY })).collect();
+    for format in [GradientFormat::Bf16, GradientFormat::Int8] {
+        let rounding = Rounding { format, seed: KEY.seed, step: KEY.step };
+        let leaf = |slot: usize| {
+            let mut gradient = computer.gradient(&slots[slot].0, slots[slot].1).unwrap().gradient;
+            rounding.round(Block::leaf(4 + slot as u32), &mut gradient);
+            gradient
+        };
+        let pair = rounding.add(leaf(0), &leaf(1), Block { level: 1, index: 2 });
+        let expected = rounding.add(pair, &leaf(2), Block { level: 2, index: 1 });
+        let block = computer.block_gradient(slots.iter().map(|(batch, key)| Ok((batch, *key))), format).unwrap();
+        assert_eq!(block.gradient, expected);
+        assert_eq!(block.slot_sums[0], computer.gradient(&slots[0].0, slots[0].1).unwrap().sums);
+    }
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::compression::advance;
 use crate::config::{MuonConfig, UpdateRule};
 use crate::layout::{Layout, TensorSpec};
 use crate::pieces::{PIECE_ELEMENTS, in_pieces, l2_norm};
@@ -27,19 +28,21 @@ pub struct OptimizerState {
     /// Moments of each replica, where they stay with it: what [`into_moments`](Self::into_moments) gives. Empty before there
     /// are any.
     pub replicas: Vec<Vec<f32>>,
+    /// The parameters that it goes on from, where those that are published [differ](advance) from them; else empty.
+    pub master: Vec<f32>,
 }
 
 impl OptimizerState {
     /// The state before the first step, for `elements` parameters.
     pub fn new(rule: &UpdateRule, elements: usize) -> Self {
         let moment = |number: usize| if number <= rule.moments() { vec![0.0; elements] } else { Vec::new() };
-        Self { first_moment: moment(1), second_moment: moment(2), replicas: Vec::new() }
+        Self { first_moment: moment(1), second_moment: moment(2), ..Self::default() }
     }
 
     /// The state that has these moments, of `elements` parameters, the first before the second.
     pub fn with_moments(mut moments: Vec<f32>, elements: usize) -> Self {
         let second_moment = moments.split_off(elements.min(moments.len()));
-        Self { first_moment: moments, second_moment, replicas: Vec::new() }
+        Self { first_moment: moments, second_moment, ..Self::default() }
     }
 
     /// Its moments, the first before the second.
@@ -117,14 +120,46 @@ pub fn step(
     state: &mut OptimizerState,
     update: Update<'_>,
 ) -> StepReport {
-    step_if(rule, layout, parameters, state, update, |_| true, |_, _| ()).0
+    step_if(rule, layout, parameters, state, update, |_| true, |_, _| ()).report
 }
 
-/// One optimizer step, in place, if `accepts` says so of the norm of the mean gradient; else nothing changes. The mean over
-/// the global batch is taken here, once, and its norm clipped. Pieces of the parameters are independent of one another and are
-/// taken in parallel; each is shown to `finished` with its place once it is as it will be, changed or not, and what that gives
-/// comes back in order.
+/// What [`step_if`] gives.
+#[derive(Debug)]
+pub struct Stepped<T> {
+    /// What it did.
+    pub report: StepReport,
+    /// What was made of each piece of the parameters, in order.
+    pub pieces: Vec<T>,
+    /// What the parameters have changed by, as [`advance`] gives it, where they are not the master ones.
+    pub difference: Option<Vec<u8>>,
+}
+
+/// One optimizer step, in place, if `accepts` says so of the norm of the mean gradient; else it changes neither master
+/// parameters nor moments. The mean over the global batch is taken here, once, and its norm clipped. Where master parameters
+/// are apart, those that are published follow them, after either. Pieces of the parameters are shown to `finished` with their
+/// place once they are as they will be, changed or not, in parallel.
 pub fn step_if<T: Send>(
+    rule: &UpdateRule,
+    layout: &Layout,
+    parameters: &mut [f32],
+    state: &mut OptimizerState,
+    update: Update<'_>,
+    accepts: impl FnOnce(f64) -> bool,
+    finished: impl Fn(usize, &[f32]) -> T + Sync,
+) -> Stepped<T> {
+    if state.master.is_empty() {
+        let (report, pieces) = step_in_place(rule, layout, parameters, state, update, accepts, finished);
+        return Stepped { report, pieces, difference: None };
+    }
+    let mut master = std::mem::take(&mut state.master);
+    let (report, _) = step_in_place(rule, layout, &mut master, state, update, accepts, |_, _| ());
+    let (pieces, difference) = advance(parameters, &master, finished);
+    state.master = master;
+    Stepped { report, pieces, difference: Some(difference) }
+}
+
+/// A step of parameters that are the master ones. Pieces are independent of one another, and are taken in parallel.
+fn step_in_place<T: Send>(
     rule: &UpdateRule,
     layout: &Layout,
     parameters: &mut [f32],
@@ -340,6 +375,31 @@ mod tests {
         let report = step(&UpdateRule::Sgd, &layout(1, 1), &mut parameters, state, update);
         assert_eq!(report.grad_norm, 5.0);
         assert!((parameters[0] + 0.6).abs() < 1e-6 && (parameters[1] + 0.8).abs() < 1e-6, "{parameters:?}");
+    }
+
+    /// The master parameters take the very steps that they take alone, and the published ones follow closely.
+    #[test]
+    fn what_is_published_as_differences_leaves_the_master_alone() {
+        let layout = layout(90, 10);
+        let mut alone = crate::probe::parameters(100);
+        let mut published = alone.clone();
+        let mut held = alone.clone();
+        let mut state = OptimizerState::new(&ADAMW, 100);
+        let mut apart = OptimizerState { master: alone.clone(), ..state.clone() };
+        for t in 1..=20u64 {
+            let gradient: Vec<f32> = (0..100).map(|i| ((i * 7 + t * 3) % 11) as f32 - 5.0).collect();
+            let update = Update { grad_clip: Some(1.0), ..update(&gradient, 4.0, 1e-2, t) };
+            let accepts = |_| t % 5 != 0;
+            let one = step_if(&ADAMW, &layout, &mut alone, &mut state, update, accepts, |_, _| ());
+            let two = step_if(&ADAMW, &layout, &mut published, &mut apart, update, accepts, |_, piece| piece.to_vec());
+            assert_eq!((one.report, &alone), (two.report, &apart.master));
+            assert_eq!((one.difference, two.pieces.concat()), (None, published.clone()));
+            crate::compression::add_difference(&two.difference.unwrap(), &mut held);
+            assert_eq!(held, published);
+            let worst = alone.iter().zip(&published).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < 1e-2 / 200.0, "step {t}: off by {worst}");
+        }
+        assert_eq!((state.first_moment, state.second_moment), (apart.first_moment, apart.second_moment));
     }
 
     #[test]

@@ -13,7 +13,8 @@ use crate::lease::{Lease, Parameters};
 const LINE: ModelConfig = ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 });
 
 fn line() -> Setting {
-    Setting { model: LINE, objective: Objective::NextToken, adapters: None, local_optimizer: None }
+    let format = GradientFormat::F32;
+    Setting { model: LINE, objective: Objective::NextToken, adapters: None, local_optimizer: None, format }
 }
 
 fn batch(slot: u32) -> Batch {
@@ -29,7 +30,7 @@ fn work(task: Task, block: Block, step_slots: u32) -> Arc<Work> {
         block.slots(step_slots).map(|number| Slot { number, batch: batch(number), moments_blake3: None }).collect();
     let parameters = Parameters { version: 0, digest: Some([7; 32]) };
     let lease = Lease { id: 1, step: 1, parameters, block, seed: 1, task };
-    Arc::new(Work { lease, slots, learning_rates: Vec::new(), traceparent: String::new() })
+    Arc::new(Work { lease, slots, learning_rates: Vec::new(), difference_from: None, traceparent: String::new() })
 }
 
 fn cpu() -> ComputeDevice {
@@ -164,6 +165,41 @@ async fn the_probe_is_the_digest_of_sums_and_gradients_with_the_probes_parameter
     let device = DeviceThread::start(cpu()).unwrap();
     let leases = leases.iter().map(|work| Work::clone(work)).collect();
     assert_eq!(device.probe(line(), leases).await.unwrap(), expected.finish());
+}
+
+/// Blocks of what a step has are rounded at their nodes, and the probe's digest holds its gradient as it was before, too.
+#[tokio::test]
+async fn gradients_are_rounded_to_what_the_run_says() {
+    let parameters = [0.35, 0.01];
+    let mut computer = Computer::new(&LINE, &cpu());
+    for format in [GradientFormat::Bf16, GradientFormat::Int8] {
+        let rounding = Rounding { format, seed: 1, step: 1 };
+        let leaf = |computer: &Computer, slot: u32| {
+            let key = SlotKey { seed: 1, step: 1, slot };
+            let SlotGradient { sums, gradient } = computer.gradient(&batch(slot), key).unwrap();
+            let mut rounded = gradient.clone();
+            rounding.round(Block::leaf(slot), &mut rounded);
+            (sums, gradient, rounded)
+        };
+        computer.load(&probe::parameters(2)).unwrap();
+        let (sums, before, rounded) = leaf(&computer, 0);
+        assert_ne!(before, rounded);
+        let mut expected = probe::Digest::new();
+        expected.add_sums(sums);
+        expected.add_vector(&before);
+        expected.add_vector(&rounded);
+
+        let device = DeviceThread::start(cpu()).unwrap();
+        let probe = vec![Work::clone(&work(Task::Gradient, Block::leaf(0), 1))];
+        assert_eq!(device.probe(Setting { format, ..line() }, probe).await.unwrap(), expected.finish());
+        device.load(parameters.to_vec()).await.unwrap();
+        let block = work(Task::Gradient, Block { level: 1, index: 1 }, 4);
+        let outcome = device.compute(block, Stop::default(), Span::none()).await.unwrap();
+        computer.load(&parameters).unwrap();
+        let (left, right) = (leaf(&computer, 2).2, leaf(&computer, 3).2);
+        let sum = rounding.add(left, &right, Block { level: 1, index: 1 });
+        assert_eq!(outcome.gradient, Some(Gradient::from(sum)));
+    }
 }
 
 #[tokio::test]
@@ -327,8 +363,7 @@ async fn a_base_is_held_over_memberships_and_until_a_failure() {
     let digest = digest.finish();
 
     let device = DeviceThread::start(cpu()).unwrap();
-    let setting =
-        |adapters| Setting { model: model.clone(), objective: Objective::NextToken, adapters, local_optimizer: None };
+    let setting = |adapters| Setting { adapters, model: model.clone(), ..line() };
     let join = async |adapters: &Adapters| {
         let leases = vec![Work::clone(&gradient)];
         device.probe(setting(Some(adapters.clone())), leases).await.unwrap()

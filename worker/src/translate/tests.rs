@@ -22,6 +22,7 @@ fn wire_lease() -> v1::Lease {
         seed: 11,
         traceparent: "00-aa-bb-01".into(),
         parameters_blake3: vec![3; 32],
+        difference_from_blake3: vec![4; 32],
     }
 }
 
@@ -47,6 +48,7 @@ fn wire_invitation() -> v1::Invitation {
         objective: None,
         adapters: None,
         local_optimizer: None,
+        gradient_format: v1::GradientFormat::Int8.into(),
     }
 }
 
@@ -170,8 +172,17 @@ fn an_invitation_is_read_in_full() {
     assert_eq!(invitation.run, Run { id: "ab".into(), incarnation: 4 });
     assert_eq!(invitation.model, ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }));
     assert_eq!((invitation.elements, invitation.probe.len()), (2, 1));
+    assert_eq!(invitation.format, GradientFormat::Int8);
     let (heartbeat_interval, liveness_timeout) = (Duration::from_millis(500), Duration::from_secs(3));
     assert_eq!(invitation.timing, Timing { heartbeat_interval, liveness_timeout });
+}
+
+#[test]
+fn a_format_of_gradients_that_is_not_known_is_refused() {
+    refused(
+        invitation(v1::Invitation { gradient_format: 9, ..wire_invitation() }),
+        &expect!["gradients are rounded to format 9, which this build does not know"],
+    );
 }
 
 #[test]

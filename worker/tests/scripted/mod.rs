@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use lockstep_model::batch::{Batch, Column, Values};
+use lockstep_model::compression::GradientFormat;
 use lockstep_model::pieces::vector_blake3;
 use lockstep_proto::chunk::{self, Assembler};
 use lockstep_proto::v1::lockstep_server::{Lockstep, LockstepServer};
@@ -22,7 +23,15 @@ use tonic::{Request, Response, Status, Streaming};
 pub(crate) const RUN_ID: &str = "000102030405060708090a0b0c0d0e0f";
 pub(crate) const INCARNATION: u64 = 3;
 pub(crate) const WORKER_ID: u64 = 17;
+/// Version 7.
 pub(crate) const PARAMETERS: [f32; 2] = [0.35, 0.01];
+/// What version 8 differs by.
+const DIFFERENCES: [f32; 2] = [0.25, -0.125];
+
+/// Version 8.
+pub(crate) fn next_parameters() -> [f32; 2] {
+    [PARAMETERS[0] + DIFFERENCES[0], PARAMETERS[1] + DIFFERENCES[1]]
+}
 
 /// What the coordinator saw, in order.
 #[derive(Debug)]
@@ -85,6 +94,8 @@ pub(crate) struct Script {
     pub(crate) damaged_pulls: u32,
     /// So many pulls, after those, deliver other parameters.
     pub(crate) foreign_pulls: u32,
+    /// So many differences lead to other parameters.
+    pub(crate) foreign_differences: u32,
     /// So many pushes are never answered.
     pub(crate) stalled_pushes: u32,
 }
@@ -92,7 +103,14 @@ pub(crate) struct Script {
 impl Default for Script {
     fn default() -> Self {
         let verdict = v1::admit_reply::Verdict::WorkerId(WORKER_ID);
-        Self { invitation: Ok(invitation()), verdict, damaged_pulls: 0, foreign_pulls: 0, stalled_pushes: 0 }
+        Self {
+            invitation: Ok(invitation()),
+            verdict,
+            damaged_pulls: 0,
+            foreign_pulls: 0,
+            foreign_differences: 0,
+            stalled_pushes: 0,
+        }
     }
 }
 
@@ -124,9 +142,11 @@ impl Scripted {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (tell, seen) = mpsc::unbounded_channel();
-        let [damaged_pulls, foreign_pulls, stalled_pushes] =
-            [script.damaged_pulls, script.foreign_pulls, script.stalled_pushes].map(Faults::new);
-        let service = Service { script: Arc::new(script), damaged_pulls, foreign_pulls, stalled_pushes, tell };
+        let Script { damaged_pulls, foreign_pulls, foreign_differences, stalled_pushes, .. } = script;
+        let [damaged_pulls, foreign_pulls, foreign_differences, stalled_pushes] =
+            [damaged_pulls, foreign_pulls, foreign_differences, stalled_pushes].map(Faults::new);
+        let script = Arc::new(script);
+        let service = Service { script, damaged_pulls, foreign_pulls, foreign_differences, stalled_pushes, tell };
         let server = tokio::spawn(async move {
             for _ in 0..dropped_connections {
                 drop(listener.accept().await);
@@ -182,6 +202,7 @@ pub(crate) fn invitation() -> v1::Invitation {
         objective: None,
         adapters: None,
         local_optimizer: None,
+        gradient_format: v1::GradientFormat::F32.into(),
     }
 }
 
@@ -220,6 +241,7 @@ pub(crate) fn lease(lease_id: u64, gradient: bool, slots: &[u32]) -> v1::Lease {
         seed: 1,
         traceparent: "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01".into(),
         parameters_blake3: vector_blake3(&PARAMETERS).to_vec(),
+        difference_from_blake3: Vec::new(),
     }
 }
 
@@ -228,6 +250,7 @@ struct Service {
     script: Arc<Script>,
     damaged_pulls: Faults,
     foreign_pulls: Faults,
+    foreign_differences: Faults,
     stalled_pushes: Faults,
     tell: mpsc::UnboundedSender<Seen>,
 }
@@ -293,22 +316,37 @@ impl Lockstep for Service {
             self.tell(Seen::StalledPush(header));
             return std::future::pending().await;
         }
-        let mut vector = Assembler::new(header.total_bytes as usize / 4);
+        let invitation = self.script.invitation.as_ref().unwrap();
+        let format = match invitation.gradient_format() {
+            v1::GradientFormat::F32 => GradientFormat::F32,
+            v1::GradientFormat::Bf16 => GradientFormat::Bf16,
+            v1::GradientFormat::Int8 => GradientFormat::Int8,
+        };
+        let mut vector = Vec::new();
+        let mut assembler = Assembler::new(header.total_bytes as usize, format.unit_bytes());
         while let Some(v1::push_message::Kind::Chunk(chunk)) = next().await? {
-            vector.push(&chunk).unwrap();
+            format.decode(assembler.take(&chunk).unwrap(), &mut vector);
         }
+        assembler.finish().unwrap();
         let vector_blake3 = header.vector_blake3.clone();
-        self.tell(Seen::Push { header, vector: vector.finish().unwrap(), traceparent });
+        self.tell(Seen::Push { header, vector, traceparent });
         Ok(Response::new(v1::PushReply { vector_blake3 }))
     }
 
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<Self::PullStream>, Status> {
-        self.tell(Seen::Pull(request.into_inner()));
+        let request = request.into_inner();
+        let (version, difference) = (request.version, request.difference);
+        self.tell(Seen::Pull(request));
         let damaged = self.damaged_pulls.strikes();
-        let foreign = !damaged && self.foreign_pulls.strikes();
+        let foreign = !damaged && self.foreign_pulls.strikes() || difference && self.foreign_differences.strikes();
         let damage = |chunk: v1::Chunk| v1::Chunk { crc32: chunk.crc32 ^ u32::from(damaged), ..chunk };
-        let vector = PARAMETERS.map(|parameter| parameter + if foreign { 1.0 } else { 0.0 });
-        let chunks: Vec<_> = chunk::split(chunk::to_bytes(&vector)).map(damage).map(Ok).collect();
+        let published = if version == 8 { next_parameters() } else { PARAMETERS };
+        let vector = published.map(|parameter| parameter + if foreign { 1.0 } else { 0.0 });
+        let bytes = match difference {
+            true => GradientFormat::Bf16.encode(&DIFFERENCES.map(|value| value + if foreign { 1.0 } else { 0.0 })),
+            false => GradientFormat::F32.encode(&vector),
+        };
+        let chunks: Vec<_> = chunk::split(bytes.into(), 2).map(damage).map(Ok).collect();
         Ok(Response::new(tokio_stream::iter(chunks)))
     }
 

@@ -184,7 +184,7 @@ impl World {
     fn check_coverage(&mut self, slots: u32) {
         let mut tree = TreeSum::new(slots);
         for block in self.accepted.drain(..) {
-            tree.insert(block, (), |(), ()| ()).expect("a slot counts once");
+            tree.insert(block, (), |(), (), _| ()).expect("a slot counts once");
         }
         assert!(tree.is_complete(), "every slot counts");
         assert!(self.leases.is_empty());

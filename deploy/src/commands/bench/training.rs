@@ -12,6 +12,7 @@ use lockstep_coordinator::engine::command::Outcome;
 use lockstep_coordinator::metrics::{self, Line, StepLine};
 use lockstep_coordinator::observe::RunEvent;
 use lockstep_coordinator::run_dir;
+use lockstep_model::compression::Compression;
 use lockstep_model::config::{BatchConfig, Decay, Objective, OptimizerConfig, ScheduleConfig, UpdateRule, WindowOrder};
 use lockstep_model::device::DeviceChoice;
 use lockstep_model::sampler::{Source, TokenSource, WeightedCorpus};
@@ -140,6 +141,7 @@ impl Training<'_> {
                 min_lr: 0.0,
             },
             batch,
+            compression: Compression::default(),
             evaluation: EvaluationConfig { every_steps: 0, slots: 0 },
             sampling: SamplingConfig { every_steps: 0, prompts: Vec::new(), tokens: 0, temperature: 0.0, top_k: 0 },
             turns: None,

@@ -55,7 +55,7 @@ pub(super) fn measure(args: &Compare, path: &Path, recipe: &Recipe) -> anyhow::R
     let mut step = |step: u64, parameters: &mut Vec<f32>| -> anyhow::Result<f64> {
         let start = Instant::now();
         let keyed = slots.iter().enumerate().map(|(slot, batch)| Ok((batch, key(step, slot as u32))));
-        let BlockGradient { slot_sums, gradient } = computer.block_gradient(keyed)?;
+        let BlockGradient { slot_sums, gradient } = computer.block_gradient(keyed, recipe.compression.gradients)?;
         let weight_sum = slot_sums.iter().map(|sums| sums.weight).sum();
         let update = Update { gradient_sum: &gradient, weight_sum, grad_clip, lr, step };
         optimizer::step(rule, computer.layout(), parameters, &mut state, update);
@@ -78,7 +78,7 @@ pub(super) fn measure(args: &Compare, path: &Path, recipe: &Recipe) -> anyhow::R
         memory: Memory {
             parameters: worker.parameters,
             gradients: worker.gradients,
-            moments: moment_bytes(rule, parameters.len()),
+            moments: moment_bytes(rule, parameters.len()) + 4 * state.master.len() as u64,
             activations: worker.activations,
             cache: 0,
         },

@@ -389,7 +389,7 @@ impl World {
         self.see(&Seen::Added { block, vector })?;
         let (Some(coordinator), Some(vector)) = (&mut self.coordinator, vector) else { return Ok(()) };
         coordinator.plane.sum_as_it_comes += vector.value;
-        let added = coordinator.plane.sum.insert(block, vector, add);
+        let added = coordinator.plane.sum.insert(block, vector, |left, right, _| add(left, right));
         added.map_err(|_| Violation { invariant: "every_slot_counts_once", what: format!("{block} is there already") })
     }
 

@@ -78,7 +78,7 @@ fn overlap(one: Block, other: Block) -> bool {
 fn every_slot_counts_once(history: &History, seen: &Seen<'_>) -> Result<(), String> {
     let complete = |slots| {
         let mut tree = TreeSum::new(slots);
-        let all = history.counted.iter().all(|block| tree.insert(*block, (), |(), ()| ()).is_ok());
+        let all = history.counted.iter().all(|block| tree.insert(*block, (), |(), (), _| ()).is_ok());
         ensure(all && tree.is_complete(), || format!("{:?} of {slots} slots counted", history.counted))
     };
     match seen {
