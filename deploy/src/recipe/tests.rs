@@ -1,6 +1,7 @@
 //! Recipes from text to types and back, and what they refuse.
 
 use expect_test::expect;
+use lockstep_model::compression::{GradientFormat, ParameterFormat};
 use lockstep_model::config::{AdamwConfig, Decay, DpoConfig, LineConfig, NesterovConfig, UpdateRule};
 use lockstep_model::layout::Layout;
 
@@ -564,6 +565,17 @@ fn preferences_take_stages_of_their_own() {
         ]
         .join("\n"),
     );
+}
+
+#[test]
+fn moments_that_are_kept_travel_as_they_are() {
+    let local = ["batch.local_steps=5", "outer.keep_moments=true"];
+    let with = |set| fixed(&[&local[..], &[set]].concat());
+    let formats = with("wire.parameters=bf16").unwrap().compression;
+    assert_eq!((formats.gradients, formats.parameters), (GradientFormat::F32, ParameterFormat::Bf16));
+    let said = with("wire.gradients=int8").unwrap_err().to_string();
+    expect![[r#"recipe shakespeare-char-cpu: wire.gradients = "int8": moments travel with a replica's way, and cannot be rounded; for example wire.gradients = "f32", or outer.keep_moments = false"#]].assert_eq(&said);
+    fixed(&["batch.local_steps=5", "wire.gradients=int8"]).unwrap();
 }
 
 #[test]

@@ -100,7 +100,7 @@ fn a_run_is_left_with_the_parameters_that_were_validated() {
     succeed(lockstep(&["compare", path(&run), "--rounds", "1", "--json"], &[]));
 }
 
-/// Adapters, and Muon's matrices, are vectors as any.
+/// Adapters, Muon's matrices, and the ways of replicas are vectors as any.
 #[test]
 fn adapters_and_other_optimizers_are_the_same_run_too() {
     let dir = tempfile::tempdir().unwrap();
@@ -108,7 +108,8 @@ fn adapters_and_other_optimizers_are_the_same_run_too() {
     train(&base, &["--workers", "1"], &["schedule.steps=6"]);
     let init = format!("init={}", path(&base));
     let adapted = ["adapters.rank=4", &init];
-    for (name, sets) in [("adapters", &adapted[..]), ("muon", &["optimizer.kind=muon"])] {
+    let others = [("muon", &["optimizer.kind=muon"][..]), ("replicas", &["batch.local_steps=3"])];
+    for (name, sets) in others.into_iter().chain([("adapters", &adapted[..])]) {
         let mode = ["wire.gradients=int8", "wire.parameters=bf16", "schedule.steps=10"];
         let prints = ["1", "3"].map(|workers| {
             let run = dir.path().join(format!("{name}-{workers}"));
