@@ -194,7 +194,7 @@ async fn gradients_are_rounded_to_what_the_run_says() {
         assert_eq!(device.probe(Setting { format, ..line() }, probe).await.unwrap(), expected.finish());
         device.load(parameters.to_vec()).await.unwrap();
         let block = work(Task::Gradient, Block { level: 1, index: 1 }, 4);
-        let outcome = device.compute(block, Stop::default(), Span::none()).await.unwrap();
+        let outcome = device.compute(block, Vec::new(), Stop::default(), Span::none()).await.unwrap();
         computer.load(&parameters).unwrap();
         let (left, right) = (leaf(&computer, 2).2, leaf(&computer, 3).2);
         let sum = rounding.add(left, &right, Block { level: 1, index: 1 });
