@@ -526,9 +526,9 @@ mod tests {
             the run           40 rounds, 2,000 local steps, 1,536,000 tokens
 
             on the wire, a round
-              parameters      3.22 MB to each worker
-              gradients       3.22 MB for each block of slots that is leased
-              tokens          307.20 kB in all
+              parameters      3.22 MB down to each worker
+              gradients       3.22 MB up for each block of slots that is leased
+              tokens          307.20 kB down in all
 
             memory, about, beside program and corpus
               a worker        45.16 MB: parameters 6.43 MB, gradients 12.87 MB, activations of a slot 9.78 MB
@@ -537,10 +537,10 @@ mod tests {
                               and 6.43 MB more while a checkpoint is written
 
             with 4000 tokens/s a worker and 100 Mbit/s at the coordinator
-              workers  blocks wire a round     compute    transfer       round    tokens/s
-                    1       1      6.74 MB      9.60 s    539.2 ms     10.14 s       3,787
-                    2       2     13.17 MB      4.80 s      1.05 s      5.85 s       6,560
-                    4       4     26.04 MB      2.40 s      2.08 s      4.48 s       8,566
+              workers  blocks       down         up     compute    transfer       round    tokens/s
+                    1       1    3.52 MB    3.22 MB      9.60 s    539.2 ms     10.14 s       3,787
+                    2       2    6.74 MB    6.43 MB      4.80 s      1.05 s      5.85 s       6,560
+                    4       4   13.17 MB   12.87 MB      2.40 s      2.08 s      4.48 s       8,566
             useful workers    4: more shorten the round by less than 5 %, or not at all"#]]
         .assert_eq(&local.to_string());
         // As many bytes a round as a step has without, but for tokens; and fifty times as long to compute.

@@ -161,14 +161,19 @@ fn a_round_costs_what_a_step_does() {
         assert_eq!(tokens, 24 * 5 * 2 * 16);
         let said = text(&succeed(lockstep(&["check", "quickstart", "--worker-tokens-per-sec", "1000"], &sets)).stdout);
         let row = said.lines().find(|line| line.trim_start().starts_with("1 ")).unwrap_or_else(|| panic!("{said}"));
-        let [_, _, amount, unit, ..] = row.split_whitespace().collect::<Vec<_>>()[..] else { panic!("{row}") };
-        let unit = match unit {
-            "kB" => 1e3,
-            "MB" => 1e6,
-            other => panic!("{other}"),
+        let [_, _, down, unit_down, up, unit_up, ..] = row.split_whitespace().collect::<Vec<_>>()[..] else {
+            panic!("{row}")
         };
-        let computed = amount.parse::<f64>().unwrap() * unit * steps as f64;
-        let counted = proxy.passed_bytes() as f64;
+        let bytes = |amount: &str, unit: &str| {
+            let unit = match unit {
+                "kB" => 1e3,
+                "MB" => 1e6,
+                other => panic!("{other}"),
+            };
+            amount.parse::<f64>().unwrap() * unit
+        };
+        let computed = (bytes(down, unit_down) + bytes(up, unit_up)) * steps as f64;
+        let counted = proxy.passed_bytes().iter().sum::<u64>() as f64;
         println!("{name}: {counted} bytes counted, {computed} computed");
         // Besides, the invitation, headings, and what a busy machine has sent again.
         let vector = 4.0 * inspect(&run)["parameters"].as_f64().unwrap();
