@@ -9,7 +9,7 @@ use crate::number::bits;
 /// What is usual is the median over so many steps.
 pub const STEPS_REMEMBERED: usize = 64;
 /// Fewer norms than this say nothing of what is usual.
-const LEAST_NORMS: usize = 8;
+pub const LEAST_NORMS: usize = 8;
 
 /// What is to become of steps whose gradient is of no use.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -78,7 +78,8 @@ impl std::fmt::Display for Block {
 /// Adds up the blocks of one step as they come, in any order, to the same result.
 #[derive(Clone, Debug)]
 pub struct TreeSum<T> {
-    slots: u32,
+    /// Of each slot, whether it is counted.
+    counted: Vec<bool>,
     /// Sums of nodes whose sibling is still missing.
     waiting: BTreeMap<Block, T>,
 }
@@ -86,7 +87,7 @@ pub struct TreeSum<T> {
 impl<T> TreeSum<T> {
     /// An empty sum over `slots` slots (at least 1).
     pub fn new(slots: u32) -> Self {
-        Self { slots: slots.max(1), waiting: BTreeMap::new() }
+        Self { counted: vec![false; slots.max(1) as usize], waiting: BTreeMap::new() }
     }
 
     /// Adds one block, whose slots must not be counted yet, and merges it upwards as far as siblings are there.
@@ -95,15 +96,21 @@ impl<T> TreeSum<T> {
     /// # Errors
     /// Gives the value back if the block is no node of this tree or overlaps one already counted.
     pub fn insert(&mut self, block: Block, value: T, mut add: impl FnMut(T, T, Block) -> T) -> Result<(), T> {
-        let overlaps = |other: &Block| block.contains(*other) || other.contains(block);
-        if !block.exists(self.slots) || self.waiting.keys().any(overlaps) {
+        let slots = self.slots();
+        if !block.exists(slots) {
             return Err(value);
         }
-        let root = Block::root(self.slots);
+        let covered = block.slots(slots);
+        let covered = &mut self.counted[covered.start as usize..covered.end as usize];
+        if covered.contains(&true) {
+            return Err(value);
+        }
+        covered.fill(true);
+        let root = Block::root(slots);
         let (mut block, mut value) = (block, value);
         while block != root {
             let sibling = block.sibling();
-            if sibling.exists(self.slots) {
+            if sibling.exists(slots) {
                 let Some(other) = self.waiting.remove(&sibling) else { break };
                 let (left, right) = if block.index < sibling.index { (value, other) } else { (other, value) };
                 value = add(left, right, block.parent());
@@ -116,12 +123,16 @@ impl<T> TreeSum<T> {
 
     /// Whether every slot is counted.
     pub fn is_complete(&self) -> bool {
-        self.waiting.contains_key(&Block::root(self.slots))
+        self.waiting.contains_key(&Block::root(self.slots()))
     }
 
     /// The sum over all slots, if every one is counted.
     pub fn into_root(mut self) -> Option<T> {
-        self.waiting.remove(&Block::root(self.slots))
+        self.waiting.remove(&Block::root(self.slots()))
+    }
+
+    fn slots(&self) -> u32 {
+        self.counted.len() as u32
     }
 }
 

@@ -31,6 +31,9 @@ impl Engine {
     pub(super) fn connect(&mut self, worker: WorkerId) {
         self.hear(worker);
         if self.members.connect(worker) {
+            if let Phase::Work(work) = &mut self.phase {
+                work.leases_mut().arrive(worker);
+            }
             return;
         }
         match &self.phase {
@@ -53,9 +56,7 @@ impl Engine {
 
     /// Takes note that a worker lives.
     pub(super) fn hear(&mut self, worker: WorkerId) {
-        if let Some(member) = self.members.get_mut(worker) {
-            member.last_heard = self.now;
-        }
+        self.members.hear(worker, self.now);
     }
 
     /// A worker is gone.
@@ -82,7 +83,7 @@ impl Engine {
     pub(super) fn decline(&mut self, worker: WorkerId, lease: LeaseId, discard: DiscardReason, reason: String) {
         self.hear(worker);
         let (Some(member), Phase::Work(work)) = (self.members.get_mut(worker), &mut self.phase) else { return };
-        if work.holding(worker, lease).is_none() {
+        if work.leases().get(worker, lease).is_none() {
             return;
         }
         work.decline(worker, lease);
@@ -108,10 +109,11 @@ impl Engine {
     fn remove(&mut self, worker: WorkerId, reason: DiscardReason) -> Option<Member> {
         let member = self.members.remove(worker)?;
         if let Phase::Work(work) = &mut self.phase {
-            let held: Vec<LeaseId> = work.held_by(worker).collect();
+            let held: Vec<LeaseId> = work.leases().of(worker).collect();
             for lease in &held {
                 work.take_back(worker, *lease);
             }
+            work.leases_mut().depart(worker);
             for lease in held.into_iter().chain(work.bid_farewell(worker)) {
                 *self.discards.entry(reason).or_default() += 1;
                 self.commands.push(Command::Discard { worker, lease, reason });

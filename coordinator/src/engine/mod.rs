@@ -17,10 +17,12 @@ pub mod config;
 pub mod event;
 mod finding;
 pub mod id;
+mod leases;
 mod leasing;
 mod members;
 mod membership;
 mod review;
+mod shares;
 mod status;
 mod step;
 #[cfg(test)]
@@ -169,6 +171,9 @@ impl Engine {
     /// Decides what follows from an event.
     pub fn handle(&mut self, event: Event, now: Time) -> Vec<Command> {
         self.now = self.now.max(now);
+        if let Phase::Work(work) = &mut self.phase {
+            work.leases_mut().advance(self.now);
+        }
         if matches!(self.phase, Phase::Begin) {
             self.enter_boundary();
         }
@@ -210,7 +215,7 @@ impl Engine {
 
     /// Whether a worker holds a lease.
     pub fn holds(&self, worker: WorkerId, lease: LeaseId) -> bool {
-        matches!(&self.phase, Phase::Work(work) if work.holding(worker, lease).is_some())
+        matches!(&self.phase, Phase::Work(work) if work.leases().get(worker, lease).is_some())
     }
 
     /// By a worker's name, the first step in which a block of its counts that nobody checked.

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use lockstep_model::batch::Sums;
 use lockstep_model::random::{Draws, Stream};
-use lockstep_model::step_filter::{STEPS_REMEMBERED, usual};
+use lockstep_model::step_filter::{LEAST_NORMS, STEPS_REMEMBERED};
 use lockstep_model::tree::Block;
 
 use super::command::Task;
@@ -178,35 +178,108 @@ pub(super) fn is_audited(audit: f64, seed: u64, step: u64, task: Task, block: Bl
 /// The norms of committed gradients, and what is unusual by them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Gate {
-    /// By the number of slots, since a sum over more tokens is longer: step and norm, in the order of steps.
-    norms: BTreeMap<usize, VecDeque<(u64, f64)>>,
+    /// By the number of slots, since a sum over more tokens is longer.
+    norms: BTreeMap<usize, Norms>,
+}
+
+/// Norms of gradients of as many slots.
+#[derive(Clone, Debug, Default)]
+struct Norms {
+    /// Of each step in which there are some, in order: the bits of the norms, sorted. Norms are not negative, so that their
+    /// bits are in the order of the numbers.
+    steps: VecDeque<(u64, Vec<u64>)>,
+    /// Their median, once somebody asked.
+    usual: Option<Option<f64>>,
 }
 
 impl Gate {
     /// Why a gradient looks wrong, if it does.
-    pub(super) fn suspect(&self, Norm { slots, norm }: Norm) -> Option<Suspicion> {
+    pub(super) fn suspect(&mut self, Norm { slots, norm }: Norm) -> Option<Suspicion> {
         if !norm.is_finite() {
             return Some(Suspicion { norm, median: None });
         }
-        let median = usual(self.norms.get(&slots)?.iter().map(|(_, norm)| *norm))?;
+        let median = self.norms.get_mut(&slots)?.usual()?;
         (norm > UNUSUAL * median).then_some(Suspicion { norm, median: Some(median) })
     }
 
     /// Takes note of the gradients of a step that is committed.
     pub(super) fn commit(&mut self, step: u64, norms: &[Norm]) {
+        let mut sorted: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
         for Norm { slots, norm } in norms.iter().filter(|norm| norm.norm.is_finite()) {
-            self.norms.entry(*slots).or_default().push_back((step, *norm));
+            sorted.entry(*slots).or_default().push(norm.abs().to_bits());
         }
-        for known in self.norms.values_mut() {
-            while known.front().is_some_and(|(old, _)| old + STEPS_REMEMBERED as u64 <= step) {
-                known.pop_front();
-            }
+        for (slots, mut norms) in sorted {
+            norms.sort_unstable();
+            self.norms.entry(slots).or_default().steps.push_back((step, norms));
         }
-        self.norms.retain(|_, known| !known.is_empty());
+        self.retain(|old| old + STEPS_REMEMBERED as u64 > step);
     }
 
     /// Forgets steps after `step`, to which the run went back.
     pub(super) fn forget_after(&mut self, step: u64) {
-        self.norms.values_mut().for_each(|known| known.retain(|(committed, _)| *committed <= step));
+        self.retain(|committed| committed <= step);
+    }
+
+    fn retain(&mut self, keep: impl Fn(u64) -> bool) {
+        for norms in self.norms.values_mut() {
+            norms.steps.retain(|(step, _)| keep(*step));
+            norms.usual = None;
+        }
+        self.norms.retain(|_, norms| !norms.steps.is_empty());
+    }
+}
+
+impl Norms {
+    fn usual(&mut self) -> Option<f64> {
+        *self.usual.get_or_insert_with(|| {
+            let sorted: Vec<&[u64]> = self.steps.iter().map(|(_, norms)| norms.as_slice()).collect();
+            let count = sorted.iter().map(|norms| norms.len()).sum::<usize>();
+            (count >= LEAST_NORMS).then(|| f64::from_bits(nth(&sorted, count / 2)))
+        })
+    }
+}
+
+/// What would stand at place `n`, were several sorted lists one: by bisection over the bits, so that it takes no longer for
+/// lists that are longer.
+fn nth(sorted: &[&[u64]], n: usize) -> u64 {
+    let (mut least, mut most) = (0, u64::MAX);
+    while least < most {
+        let middle = least + (most - least) / 2;
+        let up_to = sorted.iter().map(|numbers| numbers.partition_point(|number| *number <= middle)).sum::<usize>();
+        if up_to > n { most = middle } else { least = middle + 1 }
+    }
+    least
+}
+
+#[cfg(test)]
+mod tests {
+    use lockstep_model::step_filter::usual;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_is_usual_is_the_median_of_the_last_steps(
+            steps in prop::collection::vec(prop::collection::vec((1..3usize, 0.0..1e3f64), 0..20), 1..80),
+            back in prop::option::of(0..80u64),
+        ) {
+            let mut gate = Gate::default();
+            let mut plain: Vec<(u64, Norm)> = Vec::new();
+            for (step, norms) in (1..).zip(steps) {
+                let norms: Vec<Norm> = norms.into_iter().map(|(slots, norm)| Norm { slots, norm }).collect();
+                gate.commit(step, &norms);
+                plain.extend(norms.into_iter().map(|norm| (step, norm)));
+                plain.retain(|(old, _)| old + STEPS_REMEMBERED as u64 > step);
+                if let Some(back) = back.filter(|back| back + 3 == step) {
+                    gate.forget_after(back);
+                    plain.retain(|(old, _)| *old <= back);
+                }
+                for slots in 1..4 {
+                    let known = plain.iter().filter(|(_, norm)| norm.slots == slots).map(|(_, norm)| norm.norm);
+                    prop_assert_eq!(gate.norms.get_mut(&slots).and_then(Norms::usual), usual(known));
+                }
+            }
+        }
     }
 }

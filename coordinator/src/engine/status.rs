@@ -60,7 +60,7 @@ impl Engine {
     /// What the run is doing.
     pub fn status(&self) -> EngineStatus {
         let leases = |worker| match &self.phase {
-            Phase::Work(work) => work.held_by(worker).collect(),
+            Phase::Work(work) => work.leases().of(worker).collect(),
             _ => Vec::new(),
         };
         let members = self.members.iter().map(|(worker, member)| MemberStatus {
@@ -105,7 +105,7 @@ impl Engine {
             Task::Reference => "the reference".into(),
         };
         let leases: Vec<(WorkerId, Range<u32>)> =
-            work.leases().map(|(worker, _, holding)| (worker, work.range(holding.block))).collect();
+            work.leases().iter().map(|(worker, _, block)| (worker, work.range(block))).collect();
         let named = leases.iter().take(WORKERS_NAMED);
         let named =
             named.map(|(worker, slots)| format!("{} to finish {} of {of}", self.name(*worker), in_words(slots)));

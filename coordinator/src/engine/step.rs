@@ -15,9 +15,9 @@ impl Engine {
     /// Version `version` is there: evaluates it if that is due. The first one is asked first what later ones are compared with.
     pub(super) fn enter_boundary(&mut self) {
         if self.version == 0 && !self.referenced {
-            self.phase = Phase::Work(Work::reference(self.config.reference_slots));
+            self.begin(Work::reference(self.config.reference_slots));
         } else if self.config.evaluation_due(self.version) && !self.is_validated_here() {
-            self.phase = Phase::Work(Work::evaluation(self.version, self.config.eval_slots));
+            self.begin(Work::evaluation(self.version, self.config.eval_slots));
         } else {
             self.leave_boundary();
         }
@@ -45,7 +45,13 @@ impl Engine {
         if self.checkpoint_due(step) && self.saving.is_none() {
             self.save();
         }
-        self.phase = Phase::Work(Work::gradient(step + 1, self.config.slots));
+        self.begin(Work::gradient(step + 1, self.config.slots));
+    }
+
+    /// Begins to lease work out, of which nobody holds any.
+    pub(super) fn begin(&mut self, mut work: Work) {
+        self.members.connected().for_each(|(worker, _)| work.leases_mut().arrive(worker));
+        self.phase = Phase::Work(work);
     }
 
     /// Whether a checkpoint is to be written at boundary `step` and the run to go on meanwhile.
@@ -82,23 +88,22 @@ impl Engine {
             let reason = if known { DiscardReason::Stale } else { DiscardReason::NotAMember };
             return self.discard(worker, lease, reason);
         };
-        match (work.judge(&done), work.holding(worker, lease)) {
-            (Ok(()), Some(holding)) => {
-                let turnaround = self.now.since(holding.since);
-                member.measure(done.task, work.range(done.block).len(), done.compute, turnaround);
+        match work.judge(&done) {
+            Ok(holding) => {
                 member.declined_in_a_row = 0;
+                let turnaround = self.now.since(holding.since);
+                self.members.measure(worker, done.task, holding.slots, done.compute, turnaround);
                 self.examine(done);
                 self.complete_work();
             }
-            (Err(reason), Some(_)) => {
+            Err(reason) if work.leases().get(worker, lease).is_some() => {
                 self.decline(worker, lease, reason, format!("its result for lease {lease} is no use: {reason}"));
             }
             // It came before, and its lease is open until others have confirmed it.
-            (Err(reason), None) if work.waits_for_confirmation(worker, lease) => {
+            Err(reason) if work.waits_for_confirmation(worker, lease) => {
                 *self.discards.entry(reason).or_default() += 1;
             }
-            (Err(reason), None) => self.discard(worker, lease, reason),
-            (Ok(()), None) => {}
+            Err(reason) => self.discard(worker, lease, reason),
         }
     }
 

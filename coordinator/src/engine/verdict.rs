@@ -95,15 +95,13 @@ impl Engine {
         let slots = work.range(block).len();
         if let Some(member) = self.members.get_mut(worker) {
             member.blocks_accepted += 1;
-            if !checked && task == Task::Gradient {
+            if !checked && task == Task::Gradient && !std::mem::replace(&mut member.noted_unchecked, true) {
                 self.unchecked_since.entry(member.name.clone()).or_insert(step);
             }
         }
         self.command(Command::Accept { worker, lease, step, block });
         for (worker, lease, holding) in overtaken {
-            if let Some(member) = self.members.get_mut(worker) {
-                member.measure_at_least(task, slots, self.now.since(holding.since));
-            }
+            self.members.measure_at_least(worker, task, slots, self.now.since(holding.since));
             self.discard(worker, lease, DiscardReason::Overtaken);
         }
     }
@@ -145,9 +143,9 @@ impl Engine {
     /// Does step `first` and all later ones again.
     fn redo_from(&mut self, first: u64) {
         self.drop_work(DiscardReason::StartedOver);
-        self.unchecked_since.retain(|_, since| *since < first);
+        self.forget_unchecked(|since| since < first);
         if first > self.version {
-            self.phase = Phase::Work(Work::gradient(first, self.config.slots));
+            self.begin(Work::gradient(first, self.config.slots));
             self.command(Command::RestartStep { step: first });
         } else {
             self.phase = Phase::RollBack;
@@ -168,8 +166,14 @@ impl Engine {
         self.returned = Some(returned);
         self.skipped_in_a_row = skipped_in_a_row;
         self.gate.forget_after(step);
-        self.unchecked_since.retain(|_, since| *since <= step);
+        self.forget_unchecked(|since| since <= step);
         self.enter_boundary();
+    }
+
+    /// Forgets since when blocks of workers count that nobody checked, but for some.
+    fn forget_unchecked(&mut self, but_for: impl Fn(u64) -> bool) {
+        self.unchecked_since.retain(|_, since| but_for(*since));
+        self.members.forget_unchecked();
     }
 
     /// Ends every lease of the work under way, which is given up.

@@ -9,9 +9,12 @@ use std::ops::{Add, Range};
 use lockstep_model::batch::Sums;
 use lockstep_model::tree::{Block, TreeSum};
 
+use super::blocks::Free;
 use super::command::{DiscardReason, Lease, Task};
 use super::event::BlockDone;
 use super::id::{LeaseId, WorkerId};
+use super::leases::{Holding, Leases};
+use super::members::Members;
 use super::review::{Opinion, Review};
 use super::time::Time;
 
@@ -22,27 +25,21 @@ pub(super) struct Work {
     pub(super) step: u64,
     slots: Vec<Slot>,
     /// Slots that are free: those of `slots` for which [`Slot::is_free`] holds.
-    free: u32,
-    leases: BTreeMap<(WorkerId, LeaseId), Holding>,
-    /// The same by block: who computes it.
-    holders: BTreeMap<Block, Vec<(WorkerId, LeaseId)>>,
+    free_count: u32,
+    free: Free,
+    /// Slots whose results are accepted.
+    counted: u32,
+    leases: Leases,
     /// Blocks that have results and need more of them before they count.
     reviews: BTreeMap<Block, Review>,
+    /// Those of them that nobody computes.
+    unconfirmed: BTreeSet<Block>,
     /// Who declined what.
     declined: Vec<(WorkerId, Block)>,
     task: Task,
     tally: Tally,
     /// Norms of the gradients that count.
     norms: Vec<Norm>,
-}
-
-/// A lease under way.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Holding {
-    /// What is computed.
-    pub(super) block: Block,
-    /// Since when.
-    pub(super) since: Time,
 }
 
 /// The L2 norm of a block's gradient.
@@ -96,10 +93,12 @@ impl Work {
         Self {
             step,
             slots: vec![Slot::Free; slots as usize],
-            free: slots,
-            leases: BTreeMap::new(),
-            holders: BTreeMap::new(),
+            free_count: slots,
+            free: Free::new(slots),
+            counted: 0,
+            leases: Leases::default(),
             reviews: BTreeMap::new(),
+            unconfirmed: BTreeSet::new(),
             declined: Vec::new(),
             task,
             tally,
@@ -127,7 +126,17 @@ impl Work {
 
     /// How many slots nobody computes, and none has computed.
     pub(super) fn free_count(&self) -> u32 {
-        self.free
+        self.free_count
+    }
+
+    /// The leases under way.
+    pub(super) fn leases(&self) -> &Leases {
+        &self.leases
+    }
+
+    /// The same, to tell who comes and goes, and that time passes.
+    pub(super) fn leases_mut(&mut self) -> &mut Leases {
+        &mut self.leases
     }
 
     /// The slots of a block.
@@ -135,16 +144,20 @@ impl Work {
         block.slots(self.slot_count())
     }
 
-    /// Of each slot, whether `worker` may compute it: it is free, and the worker has not declined it while one of
-    /// `others` has not.
-    pub(super) fn free_for(&self, worker: WorkerId, others: &BTreeSet<WorkerId>) -> Vec<bool> {
-        let mut free: Vec<bool> = self.slots.iter().map(|slot| slot.is_free()).collect();
-        for (_, block) in self.declined.iter().filter(|(who, _)| *who == worker) {
-            for slot in self.range(*block) {
-                free[slot as usize] &= !self.left_to_others(worker, Block::leaf(slot), others);
+    /// The block that `worker` should compute next: the largest that is free, of at most `max_slots` slots, but none that it
+    /// has declined while one of the others has not.
+    pub(super) fn choose(&self, worker: WorkerId, max_slots: u32, members: &Members) -> Option<Block> {
+        let mut declined = self.declined.iter().filter(|(who, _)| *who == worker).map(|(_, block)| *block).peekable();
+        if declined.peek().is_none() {
+            return self.free.choose(max_slots);
+        }
+        let mut free = self.free.clone();
+        for leaf in declined.flat_map(|block| self.range(block)).map(Block::leaf) {
+            if self.left_to_others(worker, leaf, members) {
+                free.set(leaf, false);
             }
         }
-        free
+        free.choose(max_slots)
     }
 
     /// Whether `worker` has declined a block, or one that holds it.
@@ -152,56 +165,42 @@ impl Work {
         self.declined.iter().any(|(who, declined)| *who == worker && declined.contains(block))
     }
 
-    /// The same, and one of `others` has not.
-    pub(super) fn left_to_others(&self, worker: WorkerId, block: Block, others: &BTreeSet<WorkerId>) -> bool {
-        let mut others = others.iter().filter(|other| **other != worker);
-        self.has_declined(worker, block) && others.any(|other| !self.has_declined(*other, block))
+    /// The same, and one of the others who are here has not.
+    pub(super) fn left_to_others(&self, worker: WorkerId, block: Block, members: &Members) -> bool {
+        let mut others = members.connected().map(|(other, _)| other).filter(|other| *other != worker);
+        self.has_declined(worker, block) && others.any(|other| !self.has_declined(other, block))
     }
 
     /// Blocks that wait for another result, and that nobody computes.
-    pub(super) fn unconfirmed(&self) -> impl Iterator<Item = Block> {
-        self.reviews.keys().copied().filter(|block| !self.is_held(*block))
+    pub(super) fn unconfirmed(&self) -> &BTreeSet<Block> {
+        &self.unconfirmed
     }
 
     /// Whether all of a block is free.
     pub(super) fn is_free(&self, block: Block) -> bool {
-        block.exists(self.slot_count()) && self.range(block).all(|slot| self.slots[slot as usize].is_free())
+        block.exists(self.slot_count()) && self.free.contains(block)
     }
 
-    /// Lends a block that is free, or taken as it is, to a worker. Also says whether a part of it was lent before, in
-    /// vain.
-    pub(super) fn lease(&mut self, worker: WorkerId, id: LeaseId, block: Block, since: Time) -> (Lease, bool) {
+    /// Lends a block that is free, or taken as it is, to a worker that takes so many seconds a slot, as far as is known.
+    /// Also says whether a part of it was lent before, in vain.
+    pub(super) fn lease(
+        &mut self,
+        worker: WorkerId,
+        id: LeaseId,
+        block: Block,
+        since: Time,
+        secs_per_slot: Option<f64>,
+    ) -> (Lease, bool) {
         let again = self.cover(block).contains(&Slot::Returned);
         self.set(block, Slot::Taken);
-        self.leases.insert((worker, id), Holding { block, since });
-        self.holders.entry(block).or_default().push((worker, id));
+        self.leases.add(worker, id, Holding { block, slots: self.range(block).len(), since, secs_per_slot });
+        self.unconfirmed.remove(&block);
         (Lease { id, step: self.step, version: self.version(), task: self.task(), block }, again)
-    }
-
-    /// A lease, if this worker holds it.
-    pub(super) fn holding(&self, worker: WorkerId, lease: LeaseId) -> Option<Holding> {
-        self.leases.get(&(worker, lease)).copied()
-    }
-
-    /// The leases that a worker holds.
-    pub(super) fn held_by(&self, worker: WorkerId) -> impl Iterator<Item = LeaseId> {
-        let all = (worker, LeaseId(0))..=(worker, LeaseId(u64::MAX));
-        self.leases.range(all).map(|((_, lease), _)| *lease)
-    }
-
-    /// All leases under way.
-    pub(super) fn leases(&self) -> impl Iterator<Item = (WorkerId, LeaseId, Holding)> {
-        self.leases.iter().map(|((worker, lease), holding)| (*worker, *lease, *holding))
-    }
-
-    /// How many leases are under way.
-    pub(super) fn lease_count(&self) -> usize {
-        self.leases.len()
     }
 
     /// Whether somebody computes a block.
     pub(super) fn is_held(&self, block: Block) -> bool {
-        self.holders.contains_key(&block)
+        self.leases.holders(block).next().is_some()
     }
 
     /// Blocks whose results need confirmation.
@@ -209,30 +208,34 @@ impl Work {
         &self.reviews
     }
 
-    /// Whether a result answers its lease, and if not, why not.
-    pub(super) fn judge(&self, done: &BlockDone) -> Result<(), DiscardReason> {
+    /// The lease that a result answers, and if it answers none, why not.
+    pub(super) fn judge(&self, done: &BlockDone) -> Result<Holding, DiscardReason> {
         if (done.step, done.version, done.task) != (self.step, self.version(), self.task()) {
             return Err(DiscardReason::Stale);
         }
         let slots = self.slot_count();
-        let Some(Holding { block, .. }) = self.holding(done.worker, done.lease) else {
+        let Some(holding) = self.leases.get(done.worker, done.lease) else {
             let counted = |slot| self.slots[slot as usize] == Slot::Counted;
             let all_counted = done.block.exists(slots) && self.range(done.block).all(counted);
             return Err(if all_counted { DiscardReason::AlreadyCounted } else { DiscardReason::LeaseNotHeld });
         };
-        let of_each_slot = done.slot_sums.len() == self.range(block).len();
+        let of_each_slot = done.slot_sums.len() == holding.slots;
         let fits = match self.task {
             Task::Gradient => done.digest.is_some() && done.norm.is_some() && done.slot_sums.is_empty(),
             Task::Evaluate => done.digest.is_none() && of_each_slot,
             Task::Reference => done.digest.is_some() && of_each_slot,
         };
-        if done.block == block && fits { Ok(()) } else { Err(DiscardReason::Malformed) }
+        if done.block == holding.block && fits { Ok(holding) } else { Err(DiscardReason::Malformed) }
     }
 
     /// Ends the lease of a result that [`Self::judge`] let pass, and keeps it until others confirm it.
     pub(super) fn review(&mut self, review: impl FnOnce() -> Review, opinion: Opinion) -> &Review {
-        self.end_lease(opinion.done.worker, opinion.done.lease);
-        let review_of = self.reviews.entry(opinion.done.block).or_insert_with(review);
+        let block = opinion.done.block;
+        self.leases.end(opinion.done.worker, opinion.done.lease);
+        if !self.is_held(block) {
+            self.unconfirmed.insert(block);
+        }
+        let review_of = self.reviews.entry(block).or_insert_with(review);
         review_of.add(opinion);
         review_of
     }
@@ -245,15 +248,17 @@ impl Work {
 
     /// Takes a block out of review, to decide on its results.
     pub(super) fn conclude(&mut self, block: Block) -> Option<Review> {
+        self.unconfirmed.remove(&block);
         self.reviews.remove(&block)
     }
 
     /// Counts a result that [`Self::judge`] let pass. Returns the leases under which the same block is still computed:
     /// they end, too.
     pub(super) fn accept(&mut self, done: &BlockDone) -> Vec<(WorkerId, LeaseId, Holding)> {
-        self.end_lease(done.worker, done.lease);
+        self.leases.end(done.worker, done.lease);
         self.set(done.block, Slot::Counted);
         let slots = self.range(done.block);
+        self.counted += slots.len() as u32;
         match &mut self.tally {
             Tally::Gradient(tree) => {
                 tree.insert(done.block, done.sums, |left, right, _| left + right)
@@ -264,13 +269,13 @@ impl Work {
                 sums[slots.start as usize..slots.end as usize].copy_from_slice(&done.slot_sums);
             }
         }
-        let others = self.holders.remove(&done.block).unwrap_or_default().into_iter();
-        others.filter_map(|(worker, lease)| Some((worker, lease, self.leases.remove(&(worker, lease))?))).collect()
+        let others: Vec<(WorkerId, LeaseId)> = self.leases.holders(done.block).collect();
+        others.into_iter().filter_map(|(worker, lease)| Some((worker, lease, self.leases.end(worker, lease)?))).collect()
     }
 
     /// Ends a lease without a result: its slots are free again, unless others have them.
     pub(super) fn take_back(&mut self, worker: WorkerId, lease: LeaseId) -> Option<Block> {
-        let Holding { block, .. } = self.end_lease(worker, lease)?;
+        let Holding { block, .. } = self.leases.end(worker, lease)?;
         self.free_if_nobody_has(block);
         Some(block)
     }
@@ -290,7 +295,7 @@ impl Work {
         let abandoned: Vec<Block> =
             self.reviews.iter().filter(|(_, review)| abandoned(review)).map(|(block, _)| *block).collect();
         for block in abandoned {
-            self.reviews.remove(&block);
+            self.conclude(block);
             self.free_if_nobody_has(block);
         }
         leases
@@ -298,14 +303,14 @@ impl Work {
 
     /// Everything open: leases under way, and results that wait for confirmation.
     pub(super) fn open_leases(&self) -> Vec<(WorkerId, LeaseId)> {
-        let leases = self.leases.keys().copied();
+        let leases = self.leases.iter().map(|(worker, lease, _)| (worker, lease));
         let waiting = self.reviews.values().flat_map(|review| review.present());
         leases.chain(waiting.map(|opinion| (opinion.done.worker, opinion.done.lease))).collect()
     }
 
     /// The sums over all slots, once every one is counted.
     pub(super) fn total(&self) -> Option<Sums> {
-        if self.slots.iter().any(|slot| *slot != Slot::Counted) {
+        if self.counted < self.slot_count() {
             return None;
         }
         match &self.tally {
@@ -319,20 +324,14 @@ impl Work {
         &self.norms
     }
 
-    fn end_lease(&mut self, worker: WorkerId, lease: LeaseId) -> Option<Holding> {
-        let holding = self.leases.remove(&(worker, lease))?;
-        if let Some(holders) = self.holders.get_mut(&holding.block) {
-            holders.retain(|holder| *holder != (worker, lease));
-            if holders.is_empty() {
-                self.holders.remove(&holding.block);
-            }
-        }
-        Some(holding)
-    }
-
+    /// A lease of a block ended without a result.
     fn free_if_nobody_has(&mut self, block: Block) {
-        if !self.is_held(block) && !self.reviews.contains_key(&block) {
-            self.set(block, Slot::Returned);
+        if self.is_held(block) {
+            return;
+        }
+        match self.reviews.contains_key(&block) {
+            true => drop(self.unconfirmed.insert(block)),
+            false => self.set(block, Slot::Returned),
         }
     }
 
@@ -341,7 +340,8 @@ impl Work {
         let before = cover.iter().filter(|slot| slot.is_free()).count() as u32;
         cover.fill(slot);
         let after = if slot.is_free() { cover.len() as u32 } else { 0 };
-        self.free = self.free - before + after;
+        self.free_count = self.free_count - before + after;
+        self.free.set(block, slot.is_free());
     }
 
     fn cover(&mut self, block: Block) -> &mut [Slot] {
