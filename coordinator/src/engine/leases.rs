@@ -30,24 +30,38 @@ pub(super) struct Holding {
     pub(super) slots: usize,
     /// Since when.
     pub(super) since: Time,
-    /// How long each slot should take, in seconds, by what this worker took before; `None` of a stranger.
-    pub(super) secs_per_slot: Option<f64>,
+    /// By what its worker took before; `None` of a stranger.
+    known: Option<Expected>,
+}
+
+/// What is expected of a lease.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Expected {
+    /// When it should be done.
+    ready: Time,
+    /// When it is late.
+    due: Time,
 }
 
 impl Holding {
-    fn expected(&self, mean_secs_per_slot: Option<f64>) -> Option<Duration> {
-        Some(duration(self.secs_per_slot.or(mean_secs_per_slot)?, self.slots))
+    /// A lease of a block of so many slots, to a worker that takes `secs_per_slot`, if that is known.
+    pub(super) fn new(block: Block, slots: usize, since: Time, secs_per_slot: Option<f64>) -> Self {
+        let known = secs_per_slot.map(|secs| Expected::of(slots, since, Some(secs)));
+        Self { block, slots, since, known }
     }
 
-    /// When it should be done.
-    fn ready(&self, mean_secs_per_slot: Option<f64>) -> Time {
-        self.since + self.expected(mean_secs_per_slot).unwrap_or(LONGEST)
+    /// What is expected, where strangers are as slow as the others on average.
+    fn expected(&self, mean_secs_per_slot: Option<f64>) -> Expected {
+        self.known.unwrap_or_else(|| Expected::of(self.slots, self.since, mean_secs_per_slot))
     }
+}
 
-    /// When it is late.
-    fn due(&self, mean_secs_per_slot: Option<f64>) -> Time {
-        let wait = self.expected(mean_secs_per_slot).map(|expected| expected * LATE_FACTOR + LATE_GRACE);
-        self.since + wait.map_or(LONGEST, |wait| wait.min(LONGEST))
+impl Expected {
+    fn of(slots: usize, since: Time, secs_per_slot: Option<f64>) -> Self {
+        let Some(takes) = secs_per_slot.map(|secs| duration(secs, slots)) else {
+            return Self { ready: since + LONGEST, due: since + LONGEST };
+        };
+        Self { ready: since + takes, due: since + (takes * LATE_FACTOR + LATE_GRACE).min(LONGEST) }
     }
 }
 
@@ -73,12 +87,15 @@ pub(super) struct Candidate {
 type ByReady = BTreeSet<(Reverse<Time>, Block)>;
 
 /// All leases under way.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Leases {
     /// The newest time seen.
     now: Time,
     by_worker: BTreeMap<(WorkerId, LeaseId), Block>,
-    by_block: ByBlock,
+    /// By node of the tree, the oldest lease first.
+    by_block: Vec<Vec<Held>>,
+    /// The level of the tree's root.
+    height: u32,
     /// Workers without a lease that could have one.
     idle: BTreeSet<WorkerId>,
     /// Those who have become idle since it was last asked who of them is fastest.
@@ -97,15 +114,52 @@ pub(super) struct Leases {
     mixed: BTreeSet<Block>,
 }
 
+/// A lease, and whose it is.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    worker: WorkerId,
+    lease: LeaseId,
+    holding: Holding,
+}
+
+/// Where a block is kept in order.
+enum Place {
+    Known { ready: Time, late: bool },
+    Stranger { slots: usize, since: Time },
+    Mixed,
+}
+
+/// Before all other blocks.
+const FIRST: Block = Block { level: 0, index: 0 };
+
 impl Leases {
+    /// No leases, of a tree of so many slots, and nobody who could have one.
+    pub(super) fn new(slots: u32) -> Self {
+        let height = Block::root(slots).level;
+        Self {
+            now: Time::default(),
+            by_worker: BTreeMap::new(),
+            by_block: vec![Vec::new(); 2 << height],
+            height,
+            idle: BTreeSet::new(),
+            newly_idle: Vec::new(),
+            fastest_idle: f64::INFINITY,
+            due: BTreeSet::new(),
+            timely: BTreeSet::new(),
+            late: BTreeSet::new(),
+            strangers: BTreeMap::new(),
+            mixed: BTreeSet::new(),
+        }
+    }
+
     /// Time passes: leases become late.
     pub(super) fn advance(&mut self, now: Time) {
         self.now = now;
         while let Some((_, block)) = self.due.first().copied().filter(|(due, _)| *due <= now) {
             self.due.pop_first();
-            if self.holdings(block).all(|holding| holding.due(None) <= now) {
-                let ready = self.first_ready(block, None);
-                self.timely.remove(&(Reverse(ready), block));
+            if let Some(Place::Known { ready, late: true }) = self.place(block)
+                && self.timely.remove(&(Reverse(ready), block))
+            {
                 self.late.insert((Reverse(ready), block));
             }
         }
@@ -116,7 +170,8 @@ impl Leases {
         let block = holding.block;
         self.take_out(block);
         self.by_worker.insert((worker, lease), block);
-        self.by_block.insert((block, lease), (worker, holding));
+        let node = self.node(block);
+        self.by_block[node].push(Held { worker, lease, holding });
         self.put_in(block);
         self.idle.remove(&worker);
     }
@@ -125,7 +180,10 @@ impl Leases {
     pub(super) fn end(&mut self, worker: WorkerId, lease: LeaseId) -> Option<Holding> {
         let block = self.by_worker.remove(&(worker, lease))?;
         self.take_out(block);
-        let (_, holding) = self.by_block.remove(&(block, lease))?;
+        let node = self.node(block);
+        let leases = &mut self.by_block[node];
+        let place = leases.iter().position(|held| held.lease == lease)?;
+        let Held { holding, .. } = leases.remove(place);
         self.put_in(block);
         self.idle.insert(worker);
         self.newly_idle.push(worker);
@@ -168,7 +226,7 @@ impl Leases {
     /// A lease, if this worker holds it.
     pub(super) fn get(&self, worker: WorkerId, lease: LeaseId) -> Option<Holding> {
         let block = self.by_worker.get(&(worker, lease))?;
-        self.by_block.get(&(*block, lease)).map(|(_, holding)| *holding)
+        self.on(*block).iter().find(|held| held.lease == lease).map(|held| held.holding)
     }
 
     /// The leases that a worker holds.
@@ -189,7 +247,7 @@ impl Leases {
 
     /// Those under which a block is computed, the oldest first.
     pub(super) fn holders(&self, block: Block) -> impl Iterator<Item = (WorkerId, LeaseId)> {
-        on(&self.by_block, block).map(|((_, lease), (worker, _))| (*worker, *lease))
+        self.on(block).iter().map(|held| (held.worker, held.lease))
     }
 
     /// The blocks that will be ready last, at most `most` of them, those that are late before all others. `mean` is what a
@@ -205,9 +263,9 @@ impl Leases {
         }
         blocks.extend(&self.mixed);
         let candidate = |block| {
-            let slots = self.holdings(block).next()?.slots;
-            let late = self.holdings(block).all(|holding| holding.due(mean) <= self.now);
-            Some(Candidate { block, slots, ready: self.first_ready(block, mean), late })
+            let slots = self.on(block).first()?.holding.slots;
+            let (ready, late) = self.first_ready(block, mean);
+            Some(Candidate { block, slots, ready, late })
         };
         let mut candidates: Vec<Candidate> = blocks.into_iter().filter_map(candidate).collect();
         candidates.sort_by_key(|candidate| (Reverse((candidate.late, candidate.ready)), candidate.block));
@@ -223,52 +281,64 @@ impl Leases {
             return known;
         }
         let mean = mean();
+        let due = |held: &Held| held.holding.expected(mean).due;
         let strangers = self.strangers.iter().filter_map(|(slots, leases)| {
             let first = match self.since_late(*slots, mean) {
                 Some(since) => leases.range(..(Reverse(since), FIRST)).next_back(),
                 None => leases.last(),
             };
-            let (_, block) = first?;
-            self.holdings(*block).next().map(|holding| holding.due(mean))
+            self.on(first?.1).first().map(due)
         });
-        let mixed = self.mixed.iter().flat_map(|block| self.holdings(*block)).map(|holding| holding.due(mean));
-        known.into_iter().chain(strangers).chain(mixed.filter(|due| *due > self.now)).min()
+        let mixed = self.mixed.iter().flat_map(|block| self.on(*block)).map(due).filter(|due| *due > self.now);
+        known.into_iter().chain(strangers).chain(mixed).min()
     }
 
     /// The latest moment since which a stranger's lease of so many slots is late, if there can be any.
     fn since_late(&self, slots: usize, mean: Option<f64>) -> Option<Time> {
-        let begun = Holding { block: FIRST, slots, since: Time::default(), secs_per_slot: None };
-        self.now.0.checked_sub(begun.due(mean).0).map(Time)
+        let wait = Expected::of(slots, Time::default(), mean).due;
+        self.now.0.checked_sub(wait.0).map(Time)
     }
 
-    fn holdings(&self, block: Block) -> impl Iterator<Item = &Holding> {
-        on(&self.by_block, block).map(|(_, (_, holding))| holding)
+    /// The leases of a block, the oldest first.
+    fn on(&self, block: Block) -> &[Held] {
+        &self.by_block[self.node(block)]
     }
 
-    fn first_ready(&self, block: Block, mean: Option<f64>) -> Time {
-        self.holdings(block).map(|holding| holding.ready(mean)).min().unwrap_or_default()
+    /// Nodes are numbered from the root, 1, level by level.
+    fn node(&self, block: Block) -> usize {
+        (1 << (self.height - block.level)) + block.index as usize
     }
 
-    /// Where a block belongs by its holders, if it has any.
+    /// When the first result of a block should be there, and whether all its leases are late.
+    fn first_ready(&self, block: Block, mean: Option<f64>) -> (Time, bool) {
+        let expected = self.on(block).iter().map(|held| held.holding.expected(mean));
+        expected.fold((Time(Duration::MAX), true), |(ready, late), expected| {
+            (ready.min(expected.ready), late && expected.due <= self.now)
+        })
+    }
+
+    /// Where a block belongs by its leases, if it has any.
     fn place(&self, block: Block) -> Option<Place> {
-        let mut holdings = self.holdings(block);
-        let first = holdings.next()?;
-        let alone = holdings.next().is_none();
-        if self.holdings(block).all(|holding| holding.secs_per_slot.is_some()) {
-            let late = self.holdings(block).all(|holding| holding.due(None) <= self.now);
-            Some(Place::Known { ready: self.first_ready(block, None), late })
-        } else if alone {
-            Some(Place::Stranger { slots: first.slots, since: first.since })
-        } else {
-            Some(Place::Mixed)
+        match self.on(block) {
+            [] => None,
+            held if held.iter().all(|held| held.holding.known.is_some()) => {
+                let (ready, late) = self.first_ready(block, None);
+                Some(Place::Known { ready, late })
+            }
+            [Held { holding: Holding { slots, since, .. }, .. }] => {
+                Some(Place::Stranger { slots: *slots, since: *since })
+            }
+            _ => Some(Place::Mixed),
         }
     }
 
     fn put_in(&mut self, block: Block) {
         match self.place(block) {
             Some(Place::Known { ready, late }) => {
-                self.by_ready(late).insert((Reverse(ready), block));
-                let dues = on(&self.by_block, block).map(|(_, (_, holding))| holding.due(None));
+                let ranked = if late { &mut self.late } else { &mut self.timely };
+                ranked.insert((Reverse(ready), block));
+                let node = self.node(block);
+                let dues = self.by_block[node].iter().filter_map(|held| Some(held.holding.known?.due));
                 self.due.extend(dues.filter(|due| *due > self.now).map(|due| (due, block)));
             }
             Some(Place::Stranger { slots, since }) => {
@@ -283,9 +353,11 @@ impl Leases {
     fn take_out(&mut self, block: Block) {
         match self.place(block) {
             Some(Place::Known { ready, late }) => {
-                self.by_ready(late).remove(&(Reverse(ready), block));
-                for (_, (_, holding)) in on(&self.by_block, block) {
-                    self.due.remove(&(holding.due(None), block));
+                let ranked = if late { &mut self.late } else { &mut self.timely };
+                ranked.remove(&(Reverse(ready), block));
+                let node = self.node(block);
+                for due in self.by_block[node].iter().filter_map(|held| Some(held.holding.known?.due)) {
+                    self.due.remove(&(due, block));
                 }
             }
             Some(Place::Stranger { slots, since }) => {
@@ -299,25 +371,4 @@ impl Leases {
             None => {}
         }
     }
-
-    fn by_ready(&mut self, late: bool) -> &mut ByReady {
-        if late { &mut self.late } else { &mut self.timely }
-    }
 }
-
-/// Where a block is kept in order.
-enum Place {
-    Known { ready: Time, late: bool },
-    Stranger { slots: usize, since: Time },
-    Mixed,
-}
-
-type ByBlock = BTreeMap<(Block, LeaseId), (WorkerId, Holding)>;
-
-/// The leases of a block, the oldest first.
-fn on(leases: &ByBlock, block: Block) -> impl Iterator<Item = (&(Block, LeaseId), &(WorkerId, Holding))> {
-    leases.range((block, LeaseId(0))..=(block, LeaseId(u64::MAX)))
-}
-
-/// Before all others.
-const FIRST: Block = Block { level: 0, index: 0 };

@@ -96,7 +96,7 @@ impl Work {
             free_count: slots,
             free: Free::new(slots),
             counted: 0,
-            leases: Leases::default(),
+            leases: Leases::new(slots),
             reviews: BTreeMap::new(),
             unconfirmed: BTreeSet::new(),
             declined: Vec::new(),
@@ -193,7 +193,7 @@ impl Work {
     ) -> (Lease, bool) {
         let again = self.cover(block).contains(&Slot::Returned);
         self.set(block, Slot::Taken);
-        self.leases.add(worker, id, Holding { block, slots: self.range(block).len(), since, secs_per_slot });
+        self.leases.add(worker, id, Holding::new(block, self.range(block).len(), since, secs_per_slot));
         self.unconfirmed.remove(&block);
         (Lease { id, step: self.step, version: self.version(), task: self.task(), block }, again)
     }
