@@ -203,12 +203,9 @@ impl Leases {
         self.idle.remove(&worker);
     }
 
-    /// The first worker without a lease that comes after `after`, or of all.
-    pub(super) fn next_idle(&self, after: Option<WorkerId>) -> Option<WorkerId> {
-        match after {
-            None => self.idle.first().copied(),
-            Some(WorkerId(after)) => self.idle.range(WorkerId(after + 1)..).next().copied(),
-        }
+    /// Workers without a lease that come after `after`, in their order.
+    pub(super) fn idle(&self, WorkerId(after): WorkerId) -> impl Iterator<Item = WorkerId> {
+        self.idle.range(WorkerId(after + 1)..).copied()
     }
 
     /// Seconds for a slot that nobody who is idle falls below; `secs_per_slot` says what each takes, if that is known.

@@ -15,6 +15,8 @@ use super::{Engine, Phase};
 const REVIEWS_PER_WORKER: usize = 2;
 /// Blocks that an idle worker looks at for a twin: those that will be ready last.
 const TWINS_CONSIDERED: usize = 4;
+/// Before the first worker.
+const NOBODY: WorkerId = WorkerId(0);
 
 impl Engine {
     /// Gives every idle worker something to compute, if there is anything for it.
@@ -37,10 +39,10 @@ impl Engine {
             self.commands.push(Command::Lease { worker, lease });
         };
         let shares = self.members.shares(work.free_count().max(1));
-        let mut after = None;
+        let mut last = NOBODY;
         while work.free_count() > 0 || !work.unconfirmed().is_empty() {
-            let Some(worker) = work.leases().next_idle(after) else { break };
-            after = Some(worker);
+            let Some(worker) = work.leases().idle(last).next() else { break };
+            last = worker;
             let Some(member) = self.members.get(worker) else { continue };
             let max_slots = || shares.of(member).min(self.config.max_slots_per_lease);
             let market = Market { work, members: &self.members };
@@ -53,22 +55,26 @@ impl Engine {
         let task = work.task();
         let secs_per_slot = |worker| self.members.get(worker)?.secs_per_slot(task);
         let at_least = work.leases_mut().fastest_idle(secs_per_slot);
-        let (mut after, mut fastest) = (None, f64::INFINITY);
+        let (mut last, mut fastest) = (NOBODY, f64::INFINITY);
         while twins.may_help(at_least) {
-            let Some(worker) = work.leases().next_idle(after) else {
+            let market = Market { work, members: &self.members };
+            let taken = work.leases().idle(last).find_map(|worker| {
+                let secs = secs_per_slot(worker);
+                let block = twins.block_for(worker, secs, &market);
+                if block.is_none() {
+                    fastest = fastest.min(secs.unwrap_or(f64::INFINITY));
+                }
+                Some((worker, block?))
+            });
+            let Some((worker, block)) = taken else {
                 // All have looked.
                 work.leases_mut().set_fastest_idle(fastest);
                 break;
             };
-            after = Some(worker);
-            let market = Market { work, members: &self.members };
-            if let Some(block) = twins.block_for(worker, secs_per_slot(worker), &market) {
-                twins.remove(block);
-                self.counts.twins += 1;
-                lease(work, worker, block);
-            } else {
-                fastest = fastest.min(secs_per_slot(worker).unwrap_or(f64::INFINITY));
-            }
+            last = worker;
+            twins.remove(block);
+            self.counts.twins += 1;
+            lease(work, worker, block);
         }
     }
 
@@ -157,7 +163,7 @@ struct Twins {
 impl Twins {
     fn of(work: &Work, members: &Members, now: Time) -> Self {
         let mean = || members.mean_secs_per_slot(work.task());
-        let idle = work.leases().next_idle(None).is_some();
+        let idle = work.leases().idle(NOBODY).next().is_some();
         let candidates = if idle { work.leases().last_ready(TWINS_CONSIDERED, mean) } else { Vec::new() };
         Self { now, candidates }
     }

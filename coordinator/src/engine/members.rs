@@ -1,5 +1,6 @@
 //! Who takes part, how fast they are, and who has fallen silent.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -89,6 +90,8 @@ pub(super) struct Members {
     /// Who was heard when, the longest ago first. Void where the member was heard again, or is gone; the first never is.
     heard: VecDeque<(Time, WorkerId)>,
     speeds: Speeds,
+    /// The last answers of [`Self::mean_secs_per_slot`], as far as they still hold.
+    means: [Cell<Option<Option<f64>>>; TASKS],
 }
 
 impl Members {
@@ -146,6 +149,7 @@ impl Members {
         let place = self.place(worker)?;
         let member = *self.members.get_mut(place)?.take()?;
         self.count -= 1;
+        self.means = Default::default();
         if member.connected {
             self.connected -= 1;
             self.speeds.subtract(member.slots_per_sec);
@@ -200,6 +204,7 @@ impl Members {
     }
 
     fn change_speed(&mut self, worker: WorkerId, change: impl FnOnce(&mut Member)) {
+        self.means = Default::default();
         let Some(member) = self.get_mut(worker) else { return };
         let before = member.slots_per_sec;
         change(member);
@@ -248,9 +253,15 @@ impl Members {
 
     /// Seconds that a slot takes, on average over those of whom it is known; `None` while it is of nobody.
     pub(super) fn mean_secs_per_slot(&self, task: Task) -> Option<f64> {
-        let known = self.iter().filter_map(|(_, member)| member.secs_per_slot(task));
-        let (sum, count) = known.fold((0.0, 0), |(sum, count), secs| (sum + secs, count + 1));
-        (count > 0).then(|| sum / f64::from(count))
+        let mean = || {
+            let known = self.iter().filter_map(|(_, member)| member.secs_per_slot(task));
+            let (sum, count) = known.fold((0.0, 0), |(sum, count), secs| (sum + secs, count + 1));
+            (count > 0).then(|| sum / f64::from(count))
+        };
+        let kept = &self.means[task as usize];
+        let mean = kept.get().unwrap_or_else(mean);
+        kept.set(Some(mean));
+        mean
     }
 
     /// When the next member is to be given up, should nothing be heard from it.
