@@ -97,7 +97,11 @@ impl Flags {
             let (word, bit) = (start / WORD, start % WORD);
             let bits = (end - start).min(WORD - bit);
             let mask = (u64::MAX >> (WORD - bits)) << bit;
-            if flag { self.words[word] |= mask } else { self.words[word] &= !mask }
+            if flag {
+                self.words[word] |= mask
+            } else {
+                self.words[word] &= !mask
+            }
             start += bits;
         }
         while self.words.get(self.first) == Some(&0) {
@@ -128,7 +132,8 @@ mod tests {
     fn plain(free: &[bool], max_slots: u32) -> (Option<Block>, Vec<Block>) {
         let slots = free.len() as u32;
         let levels = 0..=Block::root(slots).level;
-        let nodes = levels.flat_map(|level| (0..).map(move |index| Block { level, index }).take_while(|b| b.exists(slots)));
+        let nodes =
+            levels.flat_map(|level| (0..).map(move |index| Block { level, index }).take_while(|b| b.exists(slots)));
         let whole = nodes.filter(|block| block.slots(slots).all(|slot| free[slot as usize]));
         let whole: Vec<Block> = whole.collect();
         let mut chosen: Option<Block> = None;

@@ -270,7 +270,10 @@ impl Work {
             }
         }
         let others: Vec<(WorkerId, LeaseId)> = self.leases.holders(done.block).collect();
-        others.into_iter().filter_map(|(worker, lease)| Some((worker, lease, self.leases.end(worker, lease)?))).collect()
+        others
+            .into_iter()
+            .filter_map(|(worker, lease)| Some((worker, lease, self.leases.end(worker, lease)?)))
+            .collect()
     }
 
     /// Ends a lease without a result: its slots are free again, unless others have them.
