@@ -14,7 +14,8 @@ use std::time::Duration;
 use clap::Parser;
 use serde::Serialize;
 
-use scale::cluster::{Shape, Step, run};
+use scale::cluster::{Course, Shape, Step, numbers, run};
+use scale::numbers::Quiet;
 use scale::relays::Tree;
 
 /// How many workers a sweep tries.
@@ -158,8 +159,15 @@ struct Row {
 }
 
 /// A star of so many workers.
+///
+/// # Panics
+/// If the cluster does not end with the parameters that a plain loop ends with.
 fn star(shape: &Shape, workers: u32) -> Row {
-    row(workers, 0, 0, run(&Shape { workers, ..shape.clone() }).steps)
+    let shape = Shape { workers, ..shape.clone() };
+    let Course { steps, params } = run(&shape);
+    let quiet = Quiet::run(&numbers(&shape), shape.steps, 0);
+    assert_eq!(Some(&params), quiet.versions.last(), "{workers} workers computed something else than one would");
+    row(workers, 0, 0, steps)
 }
 
 /// The same workers behind relays.

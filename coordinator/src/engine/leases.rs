@@ -369,3 +369,63 @@ impl Leases {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SLOTS: u32 = 40;
+    const MEAN: Option<f64> = Some(0.7);
+
+    /// The same by looking at every lease.
+    fn plain(leases: &[Held], now: Time, most: usize, mean: Option<f64>) -> (Vec<Candidate>, Option<Time>) {
+        let mut blocks: BTreeMap<Block, Candidate> = BTreeMap::new();
+        for Held { holding: Holding { block, slots, .. }, .. } in leases {
+            let fresh = Candidate { block: *block, slots: *slots, ready: Time(Duration::MAX), late: true };
+            blocks.insert(*block, fresh);
+        }
+        for held in leases {
+            let expected = held.holding.expected(mean);
+            let candidate = blocks.get_mut(&held.holding.block).unwrap();
+            candidate.ready = candidate.ready.min(expected.ready);
+            candidate.late &= expected.due <= now;
+        }
+        let mut candidates: Vec<Candidate> = blocks.into_values().collect();
+        candidates.sort_by_key(|candidate| (Reverse((candidate.late, candidate.ready)), candidate.block));
+        candidates.truncate(most);
+        let due = leases.iter().map(|held| held.holding.expected(mean).due);
+        (candidates, due.filter(|due| *due > now).min())
+    }
+
+    proptest! {
+        #[test]
+        fn leases_are_found_in_the_order_of_what_is_expected(
+            acts in prop::collection::vec((any::<u32>(), 0..3u32, prop::option::of(0.01..3.0f64), 0..4000u64), 1..120),
+            mean in prop::option::of(0.01..2.0f64),
+        ) {
+            let (mut leases, mut held, mut now) = (Leases::new(SLOTS), Vec::new(), Time::default());
+            for (number, (which, level, secs_per_slot, millis)) in (1..).zip(acts) {
+                now = now + Duration::from_millis(millis);
+                leases.advance(now);
+                if which % 3 == 0 && !held.is_empty() {
+                    let Held { worker, lease, holding } = held.remove(which as usize % held.len());
+                    prop_assert_eq!(leases.end(worker, lease), Some(holding));
+                } else {
+                    let block = Block { level, index: which % SLOTS.div_ceil(1 << level) };
+                    let holding = Holding::new(block, block.slots(SLOTS).len(), now, secs_per_slot);
+                    let (worker, lease) = (WorkerId(number), LeaseId(number));
+                    leases.add(worker, lease, holding);
+                    held.push(Held { worker, lease, holding });
+                }
+                for mean in [mean, MEAN] {
+                    let (last_ready, next_late) = plain(&held, now, 4, mean);
+                    prop_assert_eq!(leases.last_ready(4, || mean), last_ready);
+                    prop_assert_eq!(leases.next_late(|| mean), next_late);
+                }
+                prop_assert_eq!(leases.len(), held.len());
+            }
+        }
+    }
+}

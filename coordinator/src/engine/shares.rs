@@ -93,3 +93,42 @@ impl Speeds {
         self.units as f64 * UNIT
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::super::command::Task;
+    use super::super::id::DeviceClass;
+    use super::super::time::Time;
+    use super::*;
+
+    proptest! {
+        /// Equal workers, whose shares are whole numbers, and any others.
+        #[test]
+        fn shares_are_those_by_the_sum_in_order(
+            millis in prop::collection::vec(prop::option::of(prop_oneof![Just(250), 1..100_000u64]), 1..40),
+            slots in 1..5000u32,
+            gone in any::<prop::sample::Index>(),
+        ) {
+            let mut members = Members::default();
+            for millis in &millis {
+                let class = DeviceClass([0; 32]);
+                let worker = members.admit("host".into(), "cpu".into(), class, Time::default());
+                members.connect(worker);
+                for takes in millis.iter().flat_map(|millis| [*millis, millis * 3, *millis]) {
+                    let takes = Duration::from_millis(takes);
+                    members.measure(worker, Task::Gradient, 3, takes, takes);
+                }
+            }
+            let leaves = members.iter().nth(gone.index(millis.len())).map(|(worker, _)| worker);
+            leaves.filter(|_| millis.len() > 1).and_then(|worker| members.remove(worker));
+            let shares = members.shares(slots);
+            for (_, member) in members.connected() {
+                prop_assert_eq!(shares.of(member), (shares.share(member, shares.total()) as u32).max(1));
+            }
+        }
+    }
+}

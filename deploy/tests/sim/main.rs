@@ -1,6 +1,7 @@
 //! Clusters in virtual time: the real engine and real sessions, under every fault that a seed can draw. The example
 //! `simulate` runs any number of seeds.
 
+mod scale;
 mod simulator;
 
 use std::collections::BTreeMap;

@@ -10,3 +10,5 @@ pub(crate) mod link;
 #[allow(dead_code)] // evaluations, and what is wrong with gradients
 pub(crate) mod numbers;
 pub(crate) mod relays;
+#[cfg(test)]
+mod tests;
