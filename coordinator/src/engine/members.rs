@@ -1,7 +1,7 @@
 //! Who takes part, how fast they are, and who has fallen silent.
 
-use std::cell::Cell;
 use std::collections::VecDeque;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::command::Task;
@@ -90,8 +90,8 @@ pub(super) struct Members {
     /// Who was heard when, the longest ago first. Void where the member was heard again, or is gone; the first never is.
     heard: VecDeque<(Time, WorkerId)>,
     speeds: Speeds,
-    /// The last answers of [`Self::mean_secs_per_slot`], as far as they still hold.
-    means: [Cell<Option<Option<f64>>>; TASKS],
+    /// By task, the answer of [`Self::mean_secs_per_slot`] while it holds.
+    means: [OnceLock<Option<f64>>; TASKS],
 }
 
 impl Members {
@@ -253,15 +253,11 @@ impl Members {
 
     /// Seconds that a slot takes, on average over those of whom it is known; `None` while it is of nobody.
     pub(super) fn mean_secs_per_slot(&self, task: Task) -> Option<f64> {
-        let mean = || {
+        *self.means[task as usize].get_or_init(|| {
             let known = self.iter().filter_map(|(_, member)| member.secs_per_slot(task));
             let (sum, count) = known.fold((0.0, 0), |(sum, count), secs| (sum + secs, count + 1));
             (count > 0).then(|| sum / f64::from(count))
-        };
-        let kept = &self.means[task as usize];
-        let mean = kept.get().unwrap_or_else(mean);
-        kept.set(Some(mean));
-        mean
+        })
     }
 
     /// When the next member is to be given up, should nothing be heard from it.
