@@ -98,9 +98,9 @@ impl Flags {
             let bits = (end - start).min(WORD - bit);
             let mask = (u64::MAX >> (WORD - bits)) << bit;
             if flag {
-                self.words[word] |= mask
+                self.words[word] |= mask;
             } else {
-                self.words[word] &= !mask
+                self.words[word] &= !mask;
             }
             start += bits;
         }

@@ -122,7 +122,7 @@ enum Phase {
     /// Nothing yet: the first event begins it.
     Begin,
     /// Workers compute a step, or an evaluation.
-    Work(Work),
+    Work(Box<Work>),
     /// The data plane turns the accepted vectors into version `version + 1`.
     Apply(Gradients),
     /// An earlier version is being restored.

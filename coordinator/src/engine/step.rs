@@ -51,7 +51,7 @@ impl Engine {
     /// Begins to lease work out, of which nobody holds any.
     pub(super) fn begin(&mut self, mut work: Work) {
         self.members.connected().for_each(|(worker, _)| work.leases_mut().arrive(worker));
-        self.phase = Phase::Work(work);
+        self.phase = Phase::Work(Box::new(work));
     }
 
     /// Whether a checkpoint is to be written at boundary `step` and the run to go on meanwhile.
