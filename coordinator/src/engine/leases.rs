@@ -12,6 +12,7 @@ use std::time::Duration;
 use lockstep_model::tree::Block;
 
 use super::id::{LeaseId, WorkerId};
+use super::idle::Idle;
 use super::time::Time;
 
 /// A lease is late after so many times what it should take, and a grace beyond.
@@ -96,12 +97,7 @@ pub(super) struct Leases {
     by_block: Vec<Vec<Held>>,
     /// The level of the tree's root.
     height: u32,
-    /// Workers without a lease that could have one.
-    idle: BTreeSet<WorkerId>,
-    /// Those who have become idle since it was last asked who of them is fastest.
-    newly_idle: Vec<WorkerId>,
-    /// None of the others who are idle takes fewer seconds for a slot.
-    fastest_idle: f64,
+    idle: Idle,
     /// When leases of workers that are known are late, as far as they are not.
     due: BTreeSet<(Time, Block)>,
     /// Blocks whose holders are all known, not all of whose leases are late.
@@ -141,9 +137,7 @@ impl Leases {
             by_worker: BTreeMap::new(),
             by_block: vec![Vec::new(); 2 << height],
             height,
-            idle: BTreeSet::new(),
-            newly_idle: Vec::new(),
-            fastest_idle: f64::INFINITY,
+            idle: Idle::default(),
             due: BTreeSet::new(),
             timely: BTreeSet::new(),
             late: BTreeSet::new(),
@@ -173,7 +167,7 @@ impl Leases {
         let node = self.node(block);
         self.by_block[node].push(Held { worker, lease, holding });
         self.put_in(block);
-        self.idle.remove(&worker);
+        self.idle.remove(worker);
     }
 
     /// Ends a lease.
@@ -186,7 +180,6 @@ impl Leases {
         let Held { holding, .. } = leases.remove(place);
         self.put_in(block);
         self.idle.insert(worker);
-        self.newly_idle.push(worker);
         Some(holding)
     }
 
@@ -194,30 +187,22 @@ impl Leases {
     pub(super) fn arrive(&mut self, worker: WorkerId) {
         if self.of(worker).next().is_none() {
             self.idle.insert(worker);
-            self.newly_idle.push(worker);
         }
     }
 
     /// A worker is gone.
     pub(super) fn depart(&mut self, worker: WorkerId) {
-        self.idle.remove(&worker);
+        self.idle.remove(worker);
     }
 
-    /// Workers without a lease that come after `after`, in their order.
-    pub(super) fn idle(&self, WorkerId(after): WorkerId) -> impl Iterator<Item = WorkerId> {
-        self.idle.range(WorkerId(after + 1)..).copied()
+    /// Workers without a lease that could have one.
+    pub(super) fn idle(&self) -> &Idle {
+        &self.idle
     }
 
-    /// Seconds for a slot that nobody who is idle falls below; `secs_per_slot` says what each takes, if that is known.
-    pub(super) fn fastest_idle(&mut self, secs_per_slot: impl Fn(WorkerId) -> Option<f64>) -> f64 {
-        let newly_idle = self.newly_idle.drain(..).filter_map(secs_per_slot);
-        self.fastest_idle = newly_idle.fold(self.fastest_idle, f64::min);
-        self.fastest_idle
-    }
-
-    /// The same, once all who are idle were asked.
-    pub(super) fn set_fastest_idle(&mut self, secs_per_slot: f64) {
-        self.fastest_idle = secs_per_slot;
+    /// The same, to say how fast they are.
+    pub(super) fn idle_mut(&mut self) -> &mut Idle {
+        &mut self.idle
     }
 
     /// A lease, if this worker holds it.

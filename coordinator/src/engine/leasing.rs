@@ -4,6 +4,7 @@ use lockstep_model::tree::Block;
 
 use super::command::{Command, Finding, Task};
 use super::id::{LeaseId, WorkerId};
+use super::idle::Idle;
 use super::leases::{Candidate, duration};
 use super::members::{Member, Members};
 use super::review::Review;
@@ -41,7 +42,7 @@ impl Engine {
         let shares = self.members.shares(work.free_count().max(1));
         let mut last = NOBODY;
         while work.free_count() > 0 || !work.unconfirmed().is_empty() {
-            let Some(worker) = work.leases().idle(last).next() else { break };
+            let Some(worker) = work.leases().idle().after(last).next() else { break };
             last = worker;
             let Some(member) = self.members.get(worker) else { continue };
             let max_slots = || shares.of(member).min(self.config.max_slots_per_lease);
@@ -54,27 +55,16 @@ impl Engine {
         let mut twins = Twins::of(work, &self.members, self.now);
         let task = work.task();
         let secs_per_slot = |worker| self.members.get(worker)?.secs_per_slot(task);
-        let at_least = work.leases_mut().fastest_idle(secs_per_slot);
-        let (mut last, mut fastest) = (NOBODY, f64::INFINITY);
-        while twins.may_help(at_least) {
-            let market = Market { work, members: &self.members };
-            let taken = work.leases().idle(last).find_map(|worker| {
-                let secs = secs_per_slot(worker);
-                let block = twins.block_for(worker, secs, &market);
-                if block.is_none() {
-                    fastest = fastest.min(secs.unwrap_or(f64::INFINITY));
-                }
-                Some((worker, block?))
-            });
-            let Some((worker, block)) = taken else {
-                // All have looked.
-                work.leases_mut().set_fastest_idle(fastest);
-                break;
-            };
+        work.leases_mut().idle_mut().measure(secs_per_slot);
+        let mut last = NOBODY;
+        while let Some(worker) = twins.next_helper(work.leases().idle(), last) {
             last = worker;
-            twins.remove(block);
-            self.counts.twins += 1;
-            lease(work, worker, block);
+            let market = Market { work, members: &self.members };
+            if let Some(block) = twins.block_for(worker, secs_per_slot(worker), &market) {
+                twins.remove(block);
+                self.counts.twins += 1;
+                lease(work, worker, block);
+            }
         }
     }
 
@@ -163,14 +153,20 @@ struct Twins {
 impl Twins {
     fn of(work: &Work, members: &Members, now: Time) -> Self {
         let mean = || members.mean_secs_per_slot(work.task());
-        let idle = work.leases().idle(NOBODY).next().is_some();
+        let idle = work.leases().idle().after(NOBODY).next().is_some();
         let candidates = if idle { work.leases().last_ready(TWINS_CONSIDERED, mean) } else { Vec::new() };
         Self { now, candidates }
     }
 
-    /// Whether there is anything for an idle worker that takes no less than so many seconds a slot.
-    fn may_help(&self, secs_per_slot: f64) -> bool {
-        self.candidates.iter().any(|candidate| candidate.late || self.is_faster(secs_per_slot, candidate))
+    /// The next idle worker after `last` for whom there may be something: anybody for what is late, and who is fast enough
+    /// for what is not.
+    fn next_helper(&self, idle: &Idle, last: WorkerId) -> Option<WorkerId> {
+        match self.candidates.iter().any(|candidate| candidate.late) {
+            true => idle.after(last).next(),
+            false => {
+                idle.first_fast(last, |secs| self.candidates.iter().any(|candidate| self.is_faster(secs, candidate)))
+            }
+        }
     }
 
     /// What is late, or what `worker` would have ready earlier than whoever has it.
@@ -187,7 +183,7 @@ impl Twins {
     }
 
     fn is_faster(&self, secs_per_slot: f64, candidate: &Candidate) -> bool {
-        secs_per_slot.is_finite() && self.now + duration(secs_per_slot, candidate.slots) < candidate.ready
+        self.now + duration(secs_per_slot, candidate.slots) < candidate.ready
     }
 
     /// Takes a block out that was leased just now.

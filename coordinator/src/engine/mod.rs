@@ -17,6 +17,7 @@ pub mod config;
 pub mod event;
 mod finding;
 pub mod id;
+mod idle;
 mod leases;
 mod leasing;
 mod members;
