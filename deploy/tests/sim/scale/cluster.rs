@@ -340,7 +340,7 @@ impl Cluster {
             }
             Command::Accept { worker, lease, block, .. } => {
                 let vector = self.staged.remove(&(worker, lease)).expect("it is here before it counts");
-                let added = self.sum.insert(block, vector, |left, right| left + right);
+                let added = self.sum.insert(block, vector, |left, right, _| left + right);
                 added.expect("a slot counts once");
                 self.under_way.blocks += 1;
                 // All but the first are added to another.
