@@ -8,6 +8,9 @@
 
 #[path = "../tests/sim/scale/mod.rs"]
 mod scale;
+#[allow(dead_code, unused_imports)] // all that fails
+#[path = "../tests/sim/simulator/mod.rs"]
+mod simulator;
 
 use std::time::Duration;
 
@@ -15,8 +18,8 @@ use clap::Parser;
 use serde::Serialize;
 
 use scale::cluster::{Course, Shape, Step, numbers, run};
-use scale::numbers::Quiet;
 use scale::relays::Tree;
+use simulator::numbers::Quiet;
 
 /// How many workers a sweep tries.
 const SWEEP: [u32; 5] = [1, 10, 100, 1_000, 10_000];

@@ -13,9 +13,9 @@ use lockstep_model::tree::TreeSum;
 use lockstep_worker::lease::{self, Lease, Parameters};
 use lockstep_worker::session::{Command as Act, Event as Hear, Session, Timing};
 
-use super::chance::Chance;
 use super::link::Link;
-use super::numbers::{Numbers, Params, digest};
+use crate::simulator::chance::Chance;
+use crate::simulator::numbers::{Numbers, Params, digest};
 
 const CLASS: DeviceClass = DeviceClass([1; 32]);
 /// A worker is given up after so many heartbeats that did not come, as in a recipe by default.

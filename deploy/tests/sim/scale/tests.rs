@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::cluster::{Shape, numbers, run};
 use super::link::Link;
-use super::numbers::Quiet;
 use super::relays::Tree;
+use crate::simulator::numbers::Quiet;
 
 const GBIT: f64 = 1e9;
 /// Takes a second at 1 Gbit/s.

@@ -6,7 +6,7 @@
 //! `network` and `disk` what lies between and beneath them, `numbers` what they compute. `history` is the run as it looks
 //! from outside, `invariants` what must hold in it, `mutation` ways to break a rule on purpose.
 
-mod chance;
+pub(crate) mod chance;
 mod coordinator;
 mod disk;
 mod faults;
@@ -14,7 +14,7 @@ mod history;
 mod invariants;
 mod mutation;
 mod network;
-mod numbers;
+pub(crate) mod numbers;
 mod scenario;
 mod trace;
 mod worker;
