@@ -128,7 +128,7 @@ fn what_a_recipe_takes_is_told_beforehand() {
     let output = succeed(check);
     let (said, found) = (text(&output.stdout), text(&output.stderr));
     // 20 rows of 64 tokens, 16 bytes each.
-    assert!(said.contains("tokens          20.48 kB in all"), "{said}");
+    assert!(said.contains("tokens          20.48 kB down in all"), "{said}");
     assert!(found.contains("0 have no answer, 0 an empty turn, 0 are too long"), "{found}");
 
     let bad = dir.path().join("bad.jsonl");
