@@ -263,35 +263,23 @@ mod tests {
 
     /// A plane of three slots over two parameters, 1 and 2, and what it says of each step.
     fn plane() -> (DataPlane, Receiver<anyhow::Result<Applied>>) {
-        plane_of(false, UpdateRule::Sgd)
+        plane_with(UpdateRule::Sgd, OptimizerState::default(), |_| ())
     }
 
-    fn plane_of(replicas: bool, rule: UpdateRule) -> (DataPlane, Receiver<anyhow::Result<Applied>>) {
-        plane_with(replicas, 0, rule)
-    }
-
+    /// The same by another rule and its state, with whatever `change` makes of the other rules.
     fn plane_with(
-        replicas: bool,
-        kept_elements: usize,
         rule: UpdateRule,
-    ) -> (DataPlane, Receiver<anyhow::Result<Applied>>) {
-        let state = OptimizerState::new(&rule, 2);
-        plane_from(replicas, kept_elements, rule, GradientFormat::F32, state)
-    }
-
-    fn plane_from(
-        replicas: bool,
-        kept_elements: usize,
-        rule: UpdateRule,
-        format: GradientFormat,
         optimizer_state: OptimizerState,
+        change: impl FnOnce(&mut Rules),
     ) -> (DataPlane, Receiver<anyhow::Result<Applied>>) {
         let layout = Layout::of(&ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }));
         let optimizer = OptimizerConfig { rule, lr: 0.5, grad_clip: None };
         let skip = SkipConfig { max_in_a_row: 3, above_median: None };
         let (done, news) = channel();
         let state = State { parameters: vec![1.0, 2.0], optimizer: optimizer_state, filter: StepFilter::default() };
-        let rules = Rules { layout, optimizer, kept_elements, replicas, skip, slots: 3, format, seed: 1 };
+        let format = GradientFormat::F32;
+        let mut rules = Rules { layout, optimizer, kept_elements: 0, replicas: false, skip, slots: 3, format, seed: 1 };
+        change(&mut rules);
         let plane = DataPlane::start(rules, 0, state, Arc::default(), move |applied| {
             let _ = done.send(applied);
         });
@@ -327,7 +315,9 @@ mod tests {
 
     #[test]
     fn what_replicas_learned_is_their_mean_whatever_they_read() {
-        let (plane, news) = plane_of(true, UpdateRule::Nesterov(NesterovConfig { momentum: 0.5 }));
+        let rule = UpdateRule::Nesterov(NesterovConfig { momentum: 0.5 });
+        let state = OptimizerState::new(&rule, 2);
+        let (plane, news) = plane_with(rule, state, |rules| rules.replicas = true);
         plane.add(1, LEFT, vec![3.0, 1.5], &Span::none());
         plane.add(1, RIGHT, vec![3.0, 0.0], &Span::none());
         apply(&plane, 1);
@@ -338,7 +328,9 @@ mod tests {
 
     #[test]
     fn moments_are_kept_once_the_step_counts() {
-        let (plane, news) = plane_with(true, 1, UpdateRule::Sgd);
+        let (plane, news) = plane_with(UpdateRule::Sgd, OptimizerState::default(), |rules| {
+            (rules.replicas, rules.kept_elements) = (true, 1);
+        });
         let round = |step, moments: [f32; 3], last: f32| {
             for (slot, moment) in (0..3).zip(moments).rev() {
                 plane.add(
@@ -382,7 +374,8 @@ mod tests {
 
     #[test]
     fn sums_are_rounded_where_blocks_meet() {
-        let (plane, news) = plane_from(false, 0, UpdateRule::Sgd, GradientFormat::Int8, OptimizerState::default());
+        let (plane, news) =
+            plane_with(UpdateRule::Sgd, OptimizerState::default(), |rules| rules.format = GradientFormat::Int8);
         let rounding = Rounding { format: GradientFormat::Int8, seed: 1, step: 1 };
         let leaf = |slot: u32, mut gradient: Vec<f32>| {
             rounding.round(Block::leaf(slot), &mut gradient);
@@ -403,7 +396,7 @@ mod tests {
     fn what_is_published_follows_the_master() {
         let master = vec![1.0, 2.0];
         let apart = OptimizerState { master, ..OptimizerState::default() };
-        let (plane, news) = plane_from(false, 0, UpdateRule::Sgd, GradientFormat::F32, apart);
+        let (plane, news) = plane_with(UpdateRule::Sgd, apart, |_| ());
         let before = plane.published().digest;
         // The second master parameter is 1.999 then, and the difference is no bf16.
         plane.add(1, Block { level: 2, index: 0 }, vec![8.0, 0.008], &Span::none());

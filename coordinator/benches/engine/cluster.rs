@@ -1,14 +1,12 @@
 //! A cluster that does as it is told, in virtual time: all that its engine hears, to be played to another engine again.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap};
+use std::collections::BinaryHeap;
 use std::time::Duration;
 
 use lockstep_coordinator::engine::command::{Lease, Task};
 use lockstep_coordinator::engine::event::BlockDone;
-use lockstep_coordinator::engine::{
-    Command, DeviceClass, Engine, EngineConfig, Event, OnDispute, Start, Ticket, Time, WorkerId,
-};
+use lockstep_coordinator::engine::{Command, DeviceClass, Engine, EngineConfig, Event, Ticket, Time, WorkerId};
 use lockstep_model::batch::Sums;
 use lockstep_model::random::{Draws, Stream};
 
@@ -44,25 +42,10 @@ impl Cluster {
     /// Its engine, before anything happened.
     pub(crate) fn engine(&self) -> Engine {
         let config = EngineConfig {
-            total_steps: self.steps,
-            slots: self.workers * self.slots_per_worker,
-            eval_slots: 0,
-            reference_slots: 0,
-            evaluate_every_steps: 0,
-            sample_every_steps: 0,
-            checkpoint_every_steps: 0,
-            checkpoint_interval: None,
-            stop_after: None,
             min_workers: self.workers,
-            exact: true,
             audit: self.audit,
-            audit_seed: 5,
-            on_dispute: OnDispute::Wait,
-            quarantined: BTreeSet::new(),
             max_bad_steps: 3,
-            liveness_timeout: Duration::from_secs(10),
-            max_slots_per_lease: 64,
-            start: Start::Fresh,
+            ..EngineConfig::plain(self.steps, self.workers * self.slots_per_worker)
         };
         Engine::new(config, Time::default())
     }

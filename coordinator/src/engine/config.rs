@@ -78,6 +78,32 @@ pub enum Start {
 }
 
 impl EngineConfig {
+    /// So many steps of so many slots each, by a worker or more of one device class, and nothing besides: neither evaluations,
+    /// samples nor audits, a checkpoint at the end alone, and no step that ends the run.
+    pub fn plain(total_steps: u64, slots: u32) -> Self {
+        Self {
+            total_steps,
+            slots,
+            eval_slots: 0,
+            reference_slots: 0,
+            evaluate_every_steps: 0,
+            sample_every_steps: 0,
+            checkpoint_every_steps: 0,
+            checkpoint_interval: None,
+            stop_after: None,
+            min_workers: 1,
+            exact: true,
+            audit: 0.0,
+            audit_seed: 5,
+            on_dispute: OnDispute::Wait,
+            quarantined: BTreeSet::new(),
+            max_bad_steps: 0,
+            liveness_timeout: Duration::from_secs(10),
+            max_slots_per_lease: 64,
+            start: Start::Fresh,
+        }
+    }
+
     /// The version to begin with.
     pub(super) fn start_step(&self) -> u64 {
         match self.start {

@@ -12,7 +12,8 @@ use lockstep_model::digest::{hex, vector_sha256};
 use serde_json::{Value, json};
 
 use crate::cluster::{
-    SMALL, coordinator, fail, fingerprint, inspect, lockstep, logged_steps, metrics, path, succeed, text, worker,
+    SMALL, coordinator, fail, fingerprint, inspect, lockstep, logged_steps, metrics, outlive_a_worker, path, succeed,
+    text, worker,
 };
 use crate::sft;
 
@@ -56,16 +57,7 @@ fn whoever_takes_part_the_run_is_the_same() {
 
         let killed = run("killed");
         let sets = [SMALL, ADAPTERS, &[&init]].concat();
-        let (mut coordinator, address) = coordinator(recipe, &killed, &[], &sets);
-        let mut first = worker(&address, "first");
-        coordinator.wait_for("step 2/24");
-        let mut second = worker(&address, "second");
-        coordinator.wait_for("worker 2 joined");
-        coordinator.wait_for("step ");
-        first.kill();
-        coordinator.wait_for("worker 1 left");
-        assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
-        assert_eq!(second.wait(), Some(0), "{}", second.said);
+        outlive_a_worker(recipe, &killed, 24, &sets);
         assert_eq!(fingerprint(&killed), fingerprint(&quiet), "{recipe}: a worker was killed");
 
         // Where the model came from is not asked for once the run has it.

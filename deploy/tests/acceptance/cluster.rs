@@ -183,6 +183,20 @@ pub(crate) fn worker_with(address: &str, name: &str, more: &[&str]) -> Running {
     Running::start(lockstep(&[&arguments, more].concat(), &[]))
 }
 
+/// Trains into `run` by two workers, of whom the first is killed once the second is there, in the middle of `steps`.
+pub(crate) fn outlive_a_worker(recipe: &str, run: &Path, steps: u64, overrides: &[&str]) {
+    let (mut coordinator, address) = coordinator(recipe, run, &[], overrides);
+    let mut first = worker(&address, "first");
+    coordinator.wait_for(&format!("step 2/{steps}"));
+    let mut second = worker(&address, "second");
+    coordinator.wait_for("worker 2 joined");
+    coordinator.wait_for("step ");
+    first.kill();
+    coordinator.wait_for("worker 1 left");
+    assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
+    assert_eq!(second.wait(), Some(0), "a released worker ends well: {}", second.said);
+}
+
 /// Processes started by any thread of `id`.
 #[cfg(target_os = "linux")]
 pub(crate) fn children(id: u32) -> Vec<u32> {

@@ -5,7 +5,8 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::cluster::{
-    SMALL, coordinator, fingerprint, lockstep, logged_steps, metrics, path, succeed, worker, worker_with,
+    SMALL, coordinator, fingerprint, lockstep, logged_steps, metrics, outlive_a_worker, path, succeed, worker,
+    worker_with,
 };
 
 fn train(run: &Path, more: &[&str], overrides: &[&str]) {
@@ -110,16 +111,7 @@ fn a_killed_worker_costs_time_and_no_bit() {
     let dir = tempfile::tempdir().unwrap();
     let quiet = quiet(dir.path());
     let run = dir.path().join("killed");
-    let (mut coordinator, address) = coordinator("quickstart", &run, &[], SMALL);
-    let mut first = worker(&address, "first");
-    coordinator.wait_for("step 2/24");
-    let mut second = worker(&address, "second");
-    coordinator.wait_for("worker 2 joined");
-    coordinator.wait_for("step ");
-    first.kill();
-    coordinator.wait_for("worker 1 left");
-    assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
-    assert_eq!(second.wait(), Some(0), "a released worker ends well: {}", second.said);
+    outlive_a_worker("quickstart", &run, 24, SMALL);
     assert_eq!(fingerprint(&run), quiet);
 }
 

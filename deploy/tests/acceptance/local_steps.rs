@@ -5,8 +5,8 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::cluster::{
-    SMALL, coordinator, fail, fingerprint, inspect, lockstep, logged_steps, metrics, path, succeed, text, worker,
-    worker_with,
+    SMALL, coordinator, fail, fingerprint, inspect, lockstep, logged_steps, metrics, outlive_a_worker, path, succeed,
+    text, worker, worker_with,
 };
 use crate::{preferences, sft};
 
@@ -62,16 +62,7 @@ fn same_for_all(moments: &str) {
     assert_eq!(fingerprint(&by_both), fingerprint(&quiet), "vectors by memory and by network");
 
     let killed = run("killed");
-    let (mut coordinator, address) = coordinator("quickstart", &killed, &[], &sets);
-    let mut first = worker(&address, "first");
-    coordinator.wait_for("step 2/12");
-    let mut second = worker(&address, "second");
-    coordinator.wait_for("worker 2 joined");
-    coordinator.wait_for("step ");
-    first.kill();
-    coordinator.wait_for("worker 1 left");
-    assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
-    assert_eq!(second.wait(), Some(0), "{}", second.said);
+    outlive_a_worker("quickstart", &killed, 12, &sets);
     assert_eq!(fingerprint(&killed), fingerprint(&quiet), "a worker was killed");
 
     let stopped = run("stopped");

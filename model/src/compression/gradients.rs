@@ -4,6 +4,7 @@
 //! limited numerical precision", ICML 2015). Which way, is a function of (seed, step, node, element), as dropout's masks are:
 //! element e takes 16 bits of a draw, see [`Draws::some_halves`].
 
+use half::bf16;
 use macerator::{AutoArch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -146,8 +147,7 @@ impl GradientFormat {
         match self {
             Self::F32 => vector.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes())),
             Self::Bf16 => {
-                let upper = |value: &f32| ((value.to_bits() >> 16) as u16).to_le_bytes();
-                vector.iter().for_each(|value| bytes.extend_from_slice(&upper(value)));
+                vector.iter().for_each(|value| bytes.extend_from_slice(&bf16::from_f32(*value).to_le_bytes()));
             }
             Self::Int8 => vector.chunks(BLOCK).for_each(|block| blocks::encode(block, &mut bytes)),
         }
@@ -159,8 +159,7 @@ impl GradientFormat {
         match self {
             Self::F32 => vector.extend(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes))),
             Self::Bf16 => {
-                let value = |bytes: &[u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
-                vector.extend(bytes.as_chunks().0.iter().map(value));
+                vector.extend(bytes.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()));
             }
             Self::Int8 => bytes.chunks(BLOCK_BYTES).for_each(|bytes| blocks::decode(bytes, vector)),
         }

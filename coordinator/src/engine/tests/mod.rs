@@ -19,27 +19,7 @@ use super::{Command, DeviceClass, Engine, EngineConfig, Event, LeaseId, OnDisput
 
 /// Two steps of four slots; no evaluation, no samples, a checkpoint at the end alone.
 fn config() -> EngineConfig {
-    EngineConfig {
-        total_steps: 2,
-        slots: 4,
-        eval_slots: 0,
-        reference_slots: 0,
-        evaluate_every_steps: 0,
-        sample_every_steps: 0,
-        checkpoint_every_steps: 0,
-        checkpoint_interval: None,
-        stop_after: None,
-        min_workers: 1,
-        exact: true,
-        audit: 0.0,
-        audit_seed: 5,
-        on_dispute: OnDispute::Wait,
-        quarantined: BTreeSet::new(),
-        max_bad_steps: 3,
-        liveness_timeout: Duration::from_secs(10),
-        max_slots_per_lease: 64,
-        start: Start::Fresh,
-    }
+    EngineConfig { max_bad_steps: 3, ..EngineConfig::plain(2, 4) }
 }
 
 /// Slot `i` has loss `i + 1` and weight 1.

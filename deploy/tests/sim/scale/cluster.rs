@@ -1,13 +1,13 @@
 //! A cluster of any size in virtual time: the real engine and real sessions, nothing fails, and vectors take as long as
 //! links let them. Every worker is the coordinator's own: a star.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use lockstep_coordinator::engine::command::{DiscardReason, Lease as Granted, Task};
 use lockstep_coordinator::engine::event::BlockDone;
 use lockstep_coordinator::engine::{
-    Command, DeviceClass, Engine, EngineConfig, Event, LeaseId, OnDispute, Start, Ticket, Time, WorkerId,
+    Command, DeviceClass, Engine, EngineConfig, Event, LeaseId, Ticket, Time, WorkerId,
 };
 use lockstep_model::tree::TreeSum;
 use lockstep_worker::lease::{self, Lease, Parameters};
@@ -182,25 +182,10 @@ impl Cluster {
         let members = (0..shape.workers).map(member).collect();
         let numbers = numbers(&shape);
         let config = EngineConfig {
-            total_steps: shape.steps,
-            slots: numbers.slots,
-            eval_slots: 0,
-            reference_slots: 0,
-            evaluate_every_steps: 0,
-            sample_every_steps: 0,
-            checkpoint_every_steps: 0,
-            checkpoint_interval: None,
-            stop_after: None,
             min_workers: shape.workers,
-            exact: true,
-            audit: 0.0,
-            audit_seed: 1,
-            on_dispute: OnDispute::Wait,
-            quarantined: BTreeSet::new(),
-            max_bad_steps: 0,
             liveness_timeout: shape.timing().liveness_timeout,
             max_slots_per_lease: MAX_SLOTS_PER_LEASE,
-            start: Start::Fresh,
+            ..EngineConfig::plain(shape.steps, numbers.slots)
         };
         let link = Link::new(shape.bits_per_sec, shape.worker_bits_per_sec);
         Self {
