@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::compression::Compression;
-use lockstep_model::config::{BatchConfig, LocalOptimizer, ModelConfig, Objective, OptimizerConfig, ScheduleConfig};
+use lockstep_model::config::{
+    BatchConfig, LocalOptimizer, ModelConfig, Objective, OptimizerConfig, Precision, ScheduleConfig,
+};
 use lockstep_model::sampler::Source;
 use lockstep_model::schedule::local_learning_rates;
 use lockstep_model::step_filter::SkipConfig;
@@ -27,6 +29,8 @@ pub struct RunConfig {
     pub model: ModelConfig,
     /// What it is trained for.
     pub objective: Objective,
+    /// In what workers compute its products.
+    pub precision: Precision,
     /// Where it begins; `None`: drawn from the seed.
     pub initial: Option<Initial>,
     /// The adapters that are trained alone, beside `initial`, which stays as it is; `None`: all of the model is trained. Their
@@ -184,6 +188,7 @@ impl RunConfig {
             seed: 1,
             model: ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }),
             objective: Objective::NextToken,
+            precision: Precision::F32,
             initial: None,
             adapters: None,
             tokenizer: None,

@@ -321,6 +321,7 @@ pub(crate) fn invitation(
         objective: Some(translate::objective(config.objective)),
         local_optimizer: config.local_optimizer().map(translate::local_optimizer),
         gradient_format: translate::gradient_format(config.compression.gradients).into(),
+        precision: translate::precision(config.precision).into(),
         adapters: config.adapters.as_ref().zip(base).map(|(adapters, base)| {
             translate::adapters(adapters, &AdaptedLayout::of(&config.model, adapters).base, base.blake3())
         }),

@@ -4,7 +4,8 @@ use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::batch::{Batch, Column, PairSums, Values};
 use lockstep_model::compression::GradientFormat;
 use lockstep_model::config::{
-    AdamwConfig, DpoConfig, Gelu, LocalOptimizer, ModelConfig, MuonConfig, NesterovConfig, Objective, UpdateRule,
+    AdamwConfig, DpoConfig, Gelu, LocalOptimizer, ModelConfig, MuonConfig, NesterovConfig, Objective, Precision,
+    UpdateRule,
 };
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
@@ -90,6 +91,14 @@ pub(crate) fn gradient_format(format: GradientFormat) -> v1::GradientFormat {
         GradientFormat::F32 => v1::GradientFormat::F32,
         GradientFormat::Bf16 => v1::GradientFormat::Bf16,
         GradientFormat::Int8 => v1::GradientFormat::Int8,
+    }
+}
+
+/// In what products are computed.
+pub(crate) fn precision(precision: Precision) -> v1::Precision {
+    match precision {
+        Precision::F32 => v1::Precision::F32,
+        Precision::Bf16 => v1::Precision::Bf16,
     }
 }
 

@@ -7,7 +7,7 @@ Needs PyTorch. Each pair runs two workers of one thread each (`lockstep bench co
 shape: medians over the pairs, and the median of the pairs' ratios. "better" is the faster of `single` and `ddp` in that
 pair. The exchange (`lockstep bench wire`, torch_wire.py) is that of vectors between two workers, whose lengths are the
 shapes. Generation (`lockstep bench generate`, torch_generate.py) is one process with two threads each, and `--steps` is how
-often a pair repeats it.
+often a pair repeats it. `--precision bf16` sets training in bf16 beside PyTorch's autocast.
 """
 
 import argparse
@@ -100,8 +100,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["tiny", "small", "gpt2s"])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
     args = parser.parse_args()
     peer = Path(__file__).with_name(PEERS.get(args.measure, "torch_step.py"))
+    if args.precision != "f32" and args.measure in PEERS:
+        parser.error(f"{args.measure} is measured in f32")
     layouts = {"compute": ["single", "ddp", "alone"], "cluster": ["single", "ddp"]}.get(args.measure, ["single"])
     shape_option = "--floats" if args.measure == "wire" else "--shape"
     steps = "--repetitions" if args.measure == "generate" else "--steps"
@@ -119,6 +122,7 @@ def main() -> None:
         for number in range(args.pairs):
             print(f"{shape}: pair {number + 1} of {args.pairs}", file=sys.stderr, flush=True)
             of_all = [shape_option, shape, steps, str(args.steps)]
+            of_all += [] if args.measure in PEERS else ["--precision", args.precision]
             pair = {"ours": result_of([args.lockstep, "bench", args.measure, *of_all, *of_ours, "--json"])}
             for layout in layouts:
                 of_layout = [] if args.measure in PEERS else ["--layout", layout]

@@ -4,7 +4,8 @@
 
 Layouts: `single`, one process with all threads; `ddp`, DistributedDataParallel over gloo, two processes with one thread
 each; `alone`, two such processes that exchange nothing and leave the optimizer out, which is what two workers of ours do
-in a step. The others take AdamW's step, fused. Each process computes a batch of its own. Prints one line of JSON.
+in a step. The others take AdamW's step, fused. Each process computes a batch of its own. With `--precision bf16`, forward
+runs under autocast. Prints one line of JSON.
 """
 
 import argparse
@@ -80,7 +81,9 @@ class Gpt(nn.Module):
         return cross_entropy(self.lm_head(self.ln_f(x)).flatten(0, 1), targets.flatten())
 
 
-def train(shape: Shape, layout: str, steps: int, threads: int, start: object) -> tuple[list[float], int]:
+def train(
+    shape: Shape, layout: str, steps: int, bf16: bool, threads: int, start: object
+) -> tuple[list[float], int]:
     """Seconds of each step, and the process's peak memory in bytes."""
     torch.set_num_threads(threads)
     torch.manual_seed(1)
@@ -93,7 +96,9 @@ def train(shape: Shape, layout: str, steps: int, threads: int, start: object) ->
     def step(index: int) -> None:
         batch = tokens[index % len(tokens)]
         model.zero_grad(set_to_none=True)
-        model(batch[0], batch[1]).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(batch[0], batch[1])
+        loss.backward()
         if layout != "alone":
             optimizer.step()
 
@@ -109,12 +114,14 @@ def train(shape: Shape, layout: str, steps: int, threads: int, start: object) ->
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def rank_main(rank: int, shape: Shape, layout: str, steps: int, rendezvous: str, start: object, results: object) -> None:
+def rank_main(
+    rank: int, shape: Shape, layout: str, steps: int, bf16: bool, rendezvous: str, start: object, results: object
+) -> None:
     """One of two processes."""
     if layout == "ddp":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    results.put(train(shape, layout, steps, 1, start))  # type: ignore[attr-defined]
+    results.put(train(shape, layout, steps, bf16, 1, start))  # type: ignore[attr-defined]
     if layout == "ddp":
         dist.barrier()
         dist.destroy_process_group()
@@ -125,15 +132,16 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--layout", choices=["single", "ddp", "alone"], required=True)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
     args = parser.parse_args()
-    shape = SHAPES[args.shape]
+    shape, bf16 = SHAPES[args.shape], args.precision == "bf16"
     if args.layout == "single":
-        measured = [train(shape, args.layout, args.steps, os.cpu_count() or 1, None)]
+        measured = [train(shape, args.layout, args.steps, bf16, os.cpu_count() or 1, None)]
     else:
         context = mp.get_context("spawn")
         start, results = context.Barrier(2), context.Queue()
         with tempfile.TemporaryDirectory() as directory:
-            arguments = (shape, args.layout, args.steps, f"{directory}/rendezvous", start, results)
+            arguments = (shape, args.layout, args.steps, bf16, f"{directory}/rendezvous", start, results)
             ranks = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(2)]
             for rank in ranks:
                 rank.start()

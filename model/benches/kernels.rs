@@ -6,7 +6,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use criterion::{Criterion, criterion_group, criterion_main};
 use lockstep_model::compute::SlotKey;
-use lockstep_model::config::Gelu;
+use lockstep_model::config::{Gelu, Precision};
 use lockstep_model::dropout::{Dropout, Site};
 use lockstep_model::kernels::{self, Positions, plain};
 use lockstep_model::random::{Stream, normal};
@@ -64,15 +64,17 @@ fn norms(c: &mut Criterion) {
 
 fn layers(c: &mut Criterion) {
     let (x, weight, bias, residual) = (leaf([B, T, C], 0), leaf([C, C], 1), leaf([C], 2), leaf([B, T, C], 3));
-    let own = || kernels::linear(x.clone(), weight.clone(), Some(bias.clone()), Some(residual.clone()));
-    let plain = || plain::linear(x.clone(), weight.clone(), Some(bias.clone()), Some(residual.clone()));
+    let own = || kernels::linear(x.clone(), weight.clone(), Some(bias.clone()), Some(residual.clone()), Precision::F32);
+    let plain = || plain::linear(x.clone(), weight.clone(), Some(bias.clone()), Some(residual.clone()), Precision::F32);
     compare(c, "linear layer", own, plain);
     let (x, table) = (leaf([B * T, C], 0), leaf([VOCAB_SIZE, C], 1));
     let plain = || plain::logits(x.clone(), table.clone());
     compare(c, "logits", || kernels::logits(x.clone(), table.clone()), plain);
     let targets: Vec<u32> = (0..B * T).map(|row| (row * 31 % VOCAB_SIZE) as u32).collect();
-    let own = || kernels::cross_entropy(x.clone(), table.clone(), &targets, None);
-    compare(c, "head and cross-entropy", own, || plain::cross_entropy(x.clone(), table.clone(), &targets, None));
+    let own = || kernels::cross_entropy(x.clone(), table.clone(), &targets, None, Precision::F32);
+    compare(c, "head and cross-entropy", own, || {
+        plain::cross_entropy(x.clone(), table.clone(), &targets, None, Precision::F32)
+    });
     let (positions, places) = (Positions::new([B, T], None, &Device::flex().autodiff()), leaf([T, C], 2));
     let own = || kernels::embed(&targets, table.clone(), Some(places.clone()), &positions);
     compare(c, "embedding", own, || plain::embed(&targets, table.clone(), Some(places.clone()), &positions));

@@ -6,6 +6,8 @@ use rayon::prelude::*;
 
 use crate::config::ModelConfig;
 #[cfg(feature = "cpu")]
+use crate::config::Precision;
+#[cfg(feature = "cpu")]
 use crate::kernels::cpu::product::{Before, Matrix, multiply};
 use crate::layout::Layout;
 
@@ -76,15 +78,15 @@ impl Operands {
         Self { layers, found: given.clone(), given }
     }
 
-    /// Does the layer's three products, on the CPU, with the threads that training uses.
-    pub fn multiply(&mut self) {
+    /// Does the layer's three products in `precision`, on the CPU, with the threads that training uses.
+    pub fn multiply(&mut self, precision: Precision) {
         let ([x, weight, upper], [of_x, of_weight, y]) = (&self.given, &mut self.found);
         let Layers { inputs, outputs, .. } = self.layers;
         let [x, weight, upper] = [Matrix::new(x, inputs), Matrix::new(weight, outputs), Matrix::new(upper, outputs)];
         rayon::scope(|_| {
-            multiply(y, Before::Replaced, x, weight);
-            multiply(of_x, Before::Replaced, upper, weight.transposed());
-            multiply(of_weight, Before::Replaced, x.transposed(), upper);
+            multiply(y, Before::Replaced, x, weight, precision);
+            multiply(of_x, Before::Replaced, upper, weight.transposed(), precision);
+            multiply(of_weight, Before::Replaced, x.transposed(), upper, precision);
         });
     }
 }

@@ -7,13 +7,13 @@ mod local_steps;
 use std::convert::Infallible;
 use std::sync::{Mutex, PoisonError};
 
-use burn::tensor::{Device, Tensor, TensorData, Transaction};
+use burn::tensor::{DType, Device, Tensor, TensorData, Transaction};
 
 pub use self::local_steps::LocalSteps;
 use crate::adapters::{AdaptedLayout, AdapterConfig, Origin};
 use crate::batch::{Batch, BatchError, Sums};
 use crate::compression::{GradientFormat, Rounding};
-use crate::config::{ModelConfig, Objective};
+use crate::config::{ModelConfig, Objective, Precision};
 use crate::device::ComputeDevice;
 use crate::dropout::Dropout;
 use crate::kernels::{self, KeyCache, Positions, logits};
@@ -61,6 +61,12 @@ pub enum ComputeError {
         /// Elements given.
         found: usize,
     },
+    /// The device has no bf16.
+    #[error(
+        "this device does not multiply bf16; start this worker with --device cpu, or set compute.precision = \"f32\" in the \
+         recipe"
+    )]
+    NoBf16,
     /// The device failed.
     #[error("the device failed: {0}")]
     Device(String),
@@ -80,6 +86,7 @@ pub struct BlockGradient {
 pub struct Computer {
     model: ModelConfig,
     objective: Objective,
+    precision: Precision,
     /// Of what is trained.
     layout: Layout,
     /// All else, where adapters are trained.
@@ -116,6 +123,7 @@ impl Computer {
         Self {
             model: model.clone(),
             objective: Objective::NextToken,
+            precision: Precision::F32,
             layout: Layout::of(model),
             frozen: None,
             device: device.handle().clone().autodiff(),
@@ -130,6 +138,17 @@ impl Computer {
     /// The same, to compute the losses of `objective`; else of the next token.
     pub fn with_objective(self, objective: Objective) -> Self {
         Self { objective, ..self }
+    }
+
+    /// The same, whose products are computed in `precision`; else in f32.
+    ///
+    /// # Errors
+    /// If the device does not have it.
+    pub fn with_precision(self, precision: Precision) -> Result<Self, ComputeError> {
+        match precision {
+            Precision::Bf16 if !self.on_cpu && !self.device.supports_dtype(DType::BF16) => Err(ComputeError::NoBf16),
+            _ => Ok(Self { precision, ..self }),
+        }
     }
 
     /// The same where `adapters`, whose names are the model's, are trained alone: gradients, and the parameters to load, are
@@ -467,7 +486,7 @@ impl Computer {
     }
 
     fn network<'a>(&'a self, parts: &[Part], kept: &'a KeptPositions) -> Network<'a> {
-        Network::assemble(&self.model, parts, kept)
+        Network::assemble(&self.model, parts, self.precision, kept)
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! These types say nothing about files or the command line; `deploy` builds them from a TOML recipe.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// The model to train.
@@ -307,6 +309,27 @@ pub enum Decay {
         /// Length of the final decay.
         steps: u64,
     },
+}
+
+/// In what the products of training are computed: those of linear layers and of the head, forward and backward. All else, and
+/// the parameters themselves, are f32 in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// f32.
+    #[default]
+    F32,
+    /// Operands are rounded to bf16, the upper half of an f32; sums are f32.
+    Bf16,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
 }
 
 /// How a step's global batch is cut.

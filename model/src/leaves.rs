@@ -2,6 +2,7 @@
 
 use burn::tensor::{Gradients, Tensor, Transaction};
 
+use crate::config::Precision;
 use crate::projection::{Adapter, Projection};
 
 /// One tensor of a model, and what is trained beside it.
@@ -25,17 +26,20 @@ impl Part {
 }
 
 /// A model's tensors, handed out in layout order.
-pub(crate) struct Leaves<'a>(std::slice::Iter<'a, Part>);
+pub(crate) struct Leaves<'a> {
+    parts: std::slice::Iter<'a, Part>,
+    precision: Precision,
+}
 
 impl<'a> Leaves<'a> {
-    /// All of them, in layout order.
-    pub(crate) fn new(parts: &'a [Part]) -> Self {
-        Self(parts.iter())
+    /// All of them, in layout order, of a model whose projections multiply in `precision`.
+    pub(crate) fn new(parts: &'a [Part], precision: Precision) -> Self {
+        Self { parts: parts.iter(), precision }
     }
 
     /// The next tensor, which the layout says is a matrix, and no projection of a layer.
     pub(crate) fn matrix(&mut self) -> Tensor<2> {
-        match self.0.next() {
+        match self.parts.next() {
             Some(Part { leaf: Leaf::Matrix(matrix), adapter: None }) => matrix.clone(),
             _ => unreachable!("layout and assembly name the same tensors; load() comes before computing"),
         }
@@ -43,9 +47,9 @@ impl<'a> Leaves<'a> {
 
     /// The next tensor, which the layout says is a projection of a layer, with its adapter.
     pub(crate) fn projection(&mut self) -> Projection {
-        match self.0.next() {
+        match self.parts.next() {
             Some(Part { leaf: Leaf::Matrix(weight), adapter }) => {
-                Projection { weight: weight.clone(), adapter: adapter.clone() }
+                Projection { weight: weight.clone(), adapter: adapter.clone(), precision: self.precision }
             }
             _ => unreachable!("layout and assembly name the same tensors; load() comes before computing"),
         }
@@ -53,7 +57,7 @@ impl<'a> Leaves<'a> {
 
     /// The next tensor, which the layout says is a vector.
     pub(crate) fn vector(&mut self) -> Tensor<1> {
-        match self.0.next() {
+        match self.parts.next() {
             Some(Part { leaf: Leaf::Vector(vector), .. }) => vector.clone(),
             _ => unreachable!("layout and assembly name the same tensors; load() comes before computing"),
         }

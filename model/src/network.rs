@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::batch::{Batch, Sums};
 use crate::compute::{ComputeError, SlotKey};
-use crate::config::{ModelConfig, Objective};
+use crate::config::{ModelConfig, Objective, Precision};
 use crate::dropout::Dropout;
 use crate::gpt::Gpt;
 use crate::kernels::{Positions, cross_entropy};
@@ -44,6 +44,8 @@ pub(crate) struct Text<'a> {
     vocab_size: usize,
     context: usize,
     dropout: f64,
+    /// Of projections and head.
+    precision: Precision,
     kept: &'a KeptPositions,
 }
 
@@ -137,7 +139,7 @@ impl Text<'_> {
                 return Tensor::zeros([1], device);
             }
             let (targets, weights) = (&columns.targets[counted.clone()], columns.weights(counted.clone()));
-            cross_entropy(hidden.clone().slice(counted), head.clone(), targets, weights)
+            cross_entropy(hidden.clone().slice(counted), head.clone(), targets, weights, self.precision)
         })
     }
 
@@ -163,9 +165,9 @@ impl Text<'_> {
 }
 
 impl<'a> Network<'a> {
-    /// Takes its tensors from `parts`, which are in layout order.
-    pub(crate) fn assemble(model: &ModelConfig, parts: &[Part], kept: &'a KeptPositions) -> Self {
-        let mut leaves = Leaves::new(parts);
+    /// Takes its tensors from `parts`, which are in layout order; its projections and head multiply in `precision`.
+    pub(crate) fn assemble(model: &ModelConfig, parts: &[Part], precision: Precision, kept: &'a KeptPositions) -> Self {
+        let mut leaves = Leaves::new(parts, precision);
         let (transformer, vocab_size, context, dropout) = match model {
             ModelConfig::Gpt(gpt) => {
                 (Transformer::Gpt(Box::new(Gpt::assemble(gpt, &mut leaves))), gpt.vocab_size, gpt.context, gpt.dropout)
@@ -176,7 +178,7 @@ impl<'a> Network<'a> {
             }
             ModelConfig::Line(_) => return Self::Line(Box::new(Line::assemble(&mut leaves))),
         };
-        Self::Text(Text { transformer, scores: model.has_score_head(), vocab_size, context, dropout, kept })
+        Self::Text(Text { transformer, scores: model.has_score_head(), vocab_size, context, dropout, precision, kept })
     }
 
     /// A slot's sums, and a tensor `[1]` whose gradient is the loss's; dropout is active.
@@ -234,7 +236,7 @@ impl Text<'_> {
         self.gives_logits()?;
         let columns = self.columns(batch)?;
         let hidden = self.hidden(&columns, key, device);
-        let loss = cross_entropy(hidden, self.transformer.head(), columns.targets, columns.weights);
+        let loss = cross_entropy(hidden, self.transformer.head(), columns.targets, columns.weights, self.precision);
         Ok((loss, total(columns.weights, columns.tokens.len())))
     }
 }

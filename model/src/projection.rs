@@ -2,6 +2,7 @@
 
 use burn::tensor::Tensor;
 
+use crate::config::Precision;
 use crate::dropout::{Dropout, Site};
 use crate::kernels;
 
@@ -10,6 +11,8 @@ use crate::kernels;
 pub(crate) struct Projection {
     pub(crate) weight: Tensor<2>,
     pub(crate) adapter: Option<Adapter>,
+    /// Of all products.
+    pub(crate) precision: Precision,
 }
 
 /// A `[in, r]` and B `[r, out]`, whose product, times `scale`, is added to W.
@@ -31,10 +34,12 @@ impl Projection {
     /// `x W + b + onto`, to which with an adapter `(x A · scale) B` is added, over the last axis: of x `[B, T, in]`, and where
     /// they are, b `[out]` and `onto` `[B, T, out]`.
     pub(crate) fn forward(&self, x: Tensor<3>, bias: Option<&Tensor<1>>, onto: Option<Tensor<3>>) -> Tensor<3> {
-        let (weight, bias) = (self.weight.clone(), bias.cloned());
-        let Some(Adapter { a, b, scale }) = &self.adapter else { return kernels::linear(x, weight, bias, onto) };
-        let low = kernels::linear(x.clone(), a.clone(), None, None) * *scale; // [B, T, r]
-        kernels::linear(low, b.clone(), None, Some(kernels::linear(x, weight, bias, onto)))
+        let (weight, bias, precision) = (self.weight.clone(), bias.cloned(), self.precision);
+        let Some(Adapter { a, b, scale }) = &self.adapter else {
+            return kernels::linear(x, weight, bias, onto, precision);
+        };
+        let low = kernels::linear(x.clone(), a.clone(), None, None, precision) * *scale; // [B, T, r]
+        kernels::linear(low, b.clone(), None, Some(kernels::linear(x, weight, bias, onto, precision)), precision)
     }
 
     /// A layer's last step, `onto + dropout(y W + b)`: of y `[B, T, F]`, W `[F, C]`, b `[C]` and `onto` `[B, T, C]`.

@@ -13,7 +13,7 @@ pub mod v1 {
 }
 
 /// The version of the contract that this build speaks.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// Most bytes in one message that is not a [`v1::Chunk`].
 pub const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;

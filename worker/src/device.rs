@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use lockstep_model::batch::Sums;
 use lockstep_model::compression::{GradientFormat, Rounding};
 use lockstep_model::compute::{Base, BlockGradient, ComputeError, Computer, LocalSteps, SlotKey};
-use lockstep_model::config::{LocalOptimizer, ModelConfig, Objective};
+use lockstep_model::config::{LocalOptimizer, ModelConfig, Objective, Precision};
 use lockstep_model::device::ComputeDevice;
 use lockstep_model::layout::Layout;
 use lockstep_model::ledger::{block_sha256, slot_sha256};
@@ -120,6 +120,8 @@ pub(crate) struct Setting {
     pub(crate) local_optimizer: Option<LocalOptimizer>,
     /// What gradients are rounded to.
     pub(crate) format: GradientFormat,
+    /// In what products are computed.
+    pub(crate) precision: Precision,
 }
 
 impl DeviceThread {
@@ -299,17 +301,21 @@ impl DeviceWorker {
 
     /// The computer of the model at hand, set up if need be, on the base that is held.
     fn computer(&mut self) -> Result<&mut Computer, ComputeError> {
-        let Some(Setting { model, objective, adapters, .. }) = &self.setting else {
+        let Some(Setting { model, objective, adapters, precision, .. }) = &self.setting else {
             return Err(ComputeError::Input("parameters came before the model".into()));
         };
-        let base = self.base.as_ref().map(|(_, base)| base);
-        Ok(self.computer.get_or_insert_with(|| {
-            let computer = Computer::new(model, &self.device).with_objective(*objective);
-            let Some(adapters) = adapters else { return computer };
-            let mut computer = computer.with_adapters(&adapters.config);
-            base.into_iter().for_each(|base| computer.stand_on(base.clone()));
-            computer
-        }))
+        if self.computer.is_none() {
+            let mut computer =
+                Computer::new(model, &self.device).with_objective(*objective).with_precision(*precision)?;
+            if let Some(adapters) = adapters {
+                computer = computer.with_adapters(&adapters.config);
+            }
+            if let Some((_, base)) = &self.base {
+                computer.stand_on(base.clone());
+            }
+            self.computer = Some(computer);
+        }
+        self.computer.as_mut().ok_or_else(|| ComputeError::Input("no model is set up".into()))
     }
 
     fn probe(&mut self, leases: &[Work]) -> Result<[u8; 32], ComputeError> {

@@ -180,6 +180,7 @@ impl Worker {
             adapters: invitation.adapters,
             local_optimizer: invitation.local_optimizer,
             format: invitation.format,
+            precision: invitation.precision,
         };
         let probe = self.device.probe(setting, invitation.probe).await.map_err(no_use)?;
         let kept = self.device.enter(run.id.clone()).await.map_err(no_use)?;

@@ -8,7 +8,7 @@ use lockstep_model::batch::{Batch, Column, PairSums, Sums, Values};
 use lockstep_model::compression::GradientFormat;
 use lockstep_model::config::{
     AdamwConfig, DpoConfig, Gelu, GptConfig, LineConfig, LlamaConfig, LocalOptimizer, ModelConfig, MuonConfig,
-    NesterovConfig, Objective, RopeScaling, UpdateRule,
+    NesterovConfig, Objective, Precision, RopeScaling, UpdateRule,
 };
 use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
@@ -42,6 +42,8 @@ pub(crate) struct Invitation {
     pub(crate) local_optimizer: Option<LocalOptimizer>,
     /// What gradients are rounded to.
     pub(crate) format: GradientFormat,
+    /// In what products are computed.
+    pub(crate) precision: Precision,
     /// Elements of the parameters that are pulled.
     pub(crate) elements: usize,
     /// Of the moments that are pulled and pushed beside them.
@@ -103,6 +105,7 @@ pub(crate) fn invitation(invitation: v1::Invitation) -> Result<Invitation, WireE
         elements: expected.len(),
         kept_elements: kept_moments * expected.len(),
         format: gradient_format(invitation.gradient_format)?,
+        precision: precision(invitation.precision)?,
         objective: objective(invitation.objective.as_ref(), &model)?,
         model,
         adapters,
@@ -240,6 +243,17 @@ fn gradient_format(format: i32) -> Result<GradientFormat, WireError> {
         Ok(v1::GradientFormat::Bf16) => Ok(GradientFormat::Bf16),
         Ok(v1::GradientFormat::Int8) => Ok(GradientFormat::Int8),
         Err(_) => Err(WireError(format!("gradients are rounded to format {format}, which this build does not know"))),
+    }
+}
+
+/// In what products are computed.
+fn precision(precision: i32) -> Result<Precision, WireError> {
+    match v1::Precision::try_from(precision) {
+        Ok(v1::Precision::F32) => Ok(Precision::F32),
+        Ok(v1::Precision::Bf16) => Ok(Precision::Bf16),
+        Err(_) => {
+            Err(WireError(format!("products are computed in precision {precision}, which this build does not know")))
+        }
     }
 }
 

@@ -1,7 +1,11 @@
 //! What `lockstep bench` can be asked.
 
 use clap::{Args, Subcommand};
+use lockstep_model::config::Precision;
 use lockstep_model::device::DeviceChoice;
+use serde::Deserialize as _;
+use serde::de::IntoDeserializer as _;
+use serde::de::value::Error as ValueError;
 
 use crate::commands::threads_each;
 
@@ -35,9 +39,17 @@ pub(crate) struct Measurement {
     /// Steps, of each worker.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) steps: u32,
+    /// In what products are computed: f32 or bf16.
+    #[arg(long, default_value = "f32", value_parser = precision)]
+    pub(crate) precision: Precision,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// As a recipe has it.
+fn precision(name: &str) -> Result<Precision, String> {
+    Precision::deserialize(name.into_deserializer()).map_err(|error: ValueError| error.to_string())
 }
 
 impl Measurement {

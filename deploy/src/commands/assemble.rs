@@ -140,6 +140,7 @@ pub(crate) fn run_config(recipe: &Recipe, run: PathBuf, resume: bool) -> anyhow:
         seed: recipe.seed,
         model,
         objective: recipe.objective,
+        precision: recipe.precision,
         initial,
         adapters: recipe.adapters.clone(),
         tokenizer: data.tokenizer,

@@ -48,7 +48,8 @@ pub(crate) fn run(args: &Check) -> anyhow::Result<()> {
 /// Tokens a second of this machine, on the recipe's own first slot, or on a replica's first local step.
 fn measure(recipe: &Recipe, data: &assemble::Data, device: &ComputeDevice) -> anyhow::Result<f64> {
     let model = recipe.model.with_vocabulary(data.vocab_size());
-    let mut computer = Computer::new(&model, device).with_objective(recipe.objective);
+    let mut computer =
+        Computer::new(&model, device).with_objective(recipe.objective).with_precision(recipe.precision)?;
     let parameters = initial_parameters(&model, recipe.seed);
     if let Some(adapters) = &recipe.adapters {
         let layout = AdaptedLayout::of(&model, adapters);

@@ -176,6 +176,8 @@ pub(super) const KEYS: &[Key] = &[
     key("model.initial_weight",          Default("0.0"),              Line,        Fixed),
     key("model.initial_bias",            Default("0.0"),              Line,        Fixed),
 
+    key("compute.precision",             Default("\"f32\""),          Text,        Fixed),
+
     key("adapters.rank",                 Default("0"),                Text,        Fixed),
     key("adapters.alpha",                Default("16.0"),             Adapted,     Fixed),
     key("adapters.targets",              Default("[]"),               Adapted,     Fixed),

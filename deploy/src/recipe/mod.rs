@@ -17,7 +17,8 @@ use lockstep_coordinator::config::{CheckpointConfig, ClusterConfig, EvaluationCo
 use lockstep_model::adapters::AdapterConfig;
 use lockstep_model::compression::Compression;
 use lockstep_model::config::{
-    BatchConfig, GptConfig, LlamaConfig, ModelConfig, Objective, OptimizerConfig, ScheduleConfig, WindowOrder,
+    BatchConfig, GptConfig, LlamaConfig, ModelConfig, Objective, OptimizerConfig, Precision, ScheduleConfig,
+    WindowOrder,
 };
 use lockstep_model::step_filter::SkipConfig;
 
@@ -60,6 +61,8 @@ pub(crate) struct Recipe {
     pub(crate) model: ModelRecipe,
     /// What it is trained for.
     pub(crate) objective: Objective,
+    /// In what its products are computed.
+    pub(crate) precision: Precision,
     /// The adapters that are trained alone; `None`: all of the model is trained.
     pub(crate) adapters: Option<AdapterConfig>,
     /// The corpus; `None` where the model reads no text.

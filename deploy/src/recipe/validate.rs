@@ -10,7 +10,7 @@ use lockstep_model::bpe::MIN_VOCAB_SIZE;
 use lockstep_model::compression::{Compression, GradientFormat};
 use lockstep_model::config::{
     AdamwConfig, BatchConfig, Decay, DpoConfig, GptConfig, LineConfig, LlamaConfig, ModelConfig, MuonConfig,
-    NesterovConfig, Objective, OptimizerConfig, RopeScaling, ScheduleConfig, UpdateRule, WindowOrder,
+    NesterovConfig, Objective, OptimizerConfig, Precision, RopeScaling, ScheduleConfig, UpdateRule, WindowOrder,
 };
 use lockstep_model::layout::{Layout, SCORE_HEAD};
 use lockstep_model::step_filter::SkipConfig;
@@ -68,6 +68,7 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
         name: name(v)?,
         seed: v.integer("seed", 0..=i64::MAX)?,
         objective: objective(v, data.as_ref())?,
+        precision: precision(v, kinds)?,
         init,
         sampling: sampling(v, kinds)?,
         checkpoint: checkpoint(v, schedule.steps)?,
@@ -85,6 +86,14 @@ pub(super) fn recipe(values: Values) -> Result<Recipe, RecipeError> {
         evaluation,
         values,
     })
+}
+
+/// In what products are computed; the straight line has none.
+fn precision(v: &Values, kinds: Kinds) -> Result<Precision, RecipeError> {
+    match kinds.model {
+        ModelKind::Line => Ok(Precision::F32),
+        _ => v.choice("compute.precision"),
+    }
 }
 
 /// What the model is trained for.

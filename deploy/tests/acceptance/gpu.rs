@@ -92,6 +92,20 @@ fn a_step_too_large_for_the_adapter_is_said() {
     }
 }
 
+/// WGSL, which this build hands to adapters, has no bf16.
+#[cfg(not(feature = "gpu-tuned"))]
+#[test]
+fn an_adapter_without_bf16_takes_no_part_in_a_run_that_wants_it() {
+    let Some(adapter) = adapter("an_adapter_without_bf16_takes_no_part_in_a_run_that_wants_it") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("bf16");
+    let arguments = ["train", "--device", "wgpu:0", "--workers", "1", "--run", path(&run)];
+    let said = fail(lockstep(&arguments, &[SMALL, &["compute.precision=bf16"]].concat()), 1);
+    for expected in ["worker 1 cannot work", "does not multiply bf16", "--device cpu", "compute.precision = \"f32\""] {
+        assert!(said.contains(expected), "{expected:?} is not in what {adapter} leads to: {said}");
+    }
+}
+
 #[test]
 fn an_adapter_that_is_not_there_is_said() {
     let dir = tempfile::tempdir().unwrap();

@@ -19,6 +19,7 @@ mod interchange;
 mod line;
 mod local_steps;
 mod parity;
+mod precision;
 mod preferences;
 mod prepare;
 #[cfg(unix)]

@@ -34,7 +34,7 @@ from grpc_tools import protoc
 from rounding import BF16, F32, INT8, Rounding, add_difference, f32
 
 PROTO = Path(__file__).resolve().parents[3] / "proto" / "lockstep.proto"
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024
 TRANSFER_ATTEMPTS = 3

@@ -18,7 +18,7 @@ use burn::tensor::{Tensor, TensorData};
 pub use self::key_cache::KeyCache;
 pub use self::positions::Positions;
 pub(crate) use self::positions::{rotary_frequency, rotary_tables};
-use crate::config::Gelu;
+use crate::config::{Gelu, Precision};
 use crate::dropout::{Dropout, Site};
 
 /// Elements of a tensor, which `fill` writes, in memory that is used again where there is such.
@@ -80,17 +80,18 @@ pub fn gelu(x: Tensor<3>, gelu: Gelu) -> Tensor<3> {
 }
 
 /// `x W + b + residual` over the last axis of `x` `[.., in]`, with W `[in, out]`, and b `[out]` and residual `[.., out]` where
-/// they are.
+/// they are. The product is computed in `precision`, and so are those of its gradients.
 pub fn linear<const D: usize>(
     x: Tensor<D>,
     weight: Tensor<2>,
     bias: Option<Tensor<1>>,
     residual: Option<Tensor<D>>,
+    precision: Precision,
 ) -> Tensor<D> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
-        let linear =
-            cpu::linear::Linear { transposed: false, has_bias: bias.is_some(), has_residual: residual.is_some() };
+        let (has_bias, has_residual) = (bias.is_some(), residual.is_some());
+        let linear = cpu::linear::Linear { transposed: false, has_bias, has_residual, precision };
         let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
         let (bias, residual) = (bias.map(Tensor::into_dispatch), residual.map(Tensor::into_dispatch));
         return match (bias, residual) {
@@ -99,14 +100,15 @@ pub fn linear<const D: usize>(
             (Some(bias), Some(residual)) => cpu::run(linear, [x, weight, bias, residual]),
         };
     }
-    plain::linear(x, weight, bias, residual)
+    plain::linear(x, weight, bias, residual, precision)
 }
 
 /// Logits `[rows, V]`: the product of each row of `x` `[rows, C]` with each of `table` `[V, C]`.
 pub fn logits(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
-        let linear = cpu::linear::Linear { transposed: true, has_bias: false, has_residual: false };
+        let precision = Precision::F32;
+        let linear = cpu::linear::Linear { transposed: true, has_bias: false, has_residual: false, precision };
         return cpu::run(linear, [x.into_dispatch(), table.into_dispatch()]);
     }
     plain::logits(x, table)
@@ -137,15 +139,21 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -
 }
 
 /// The sum, `[1]`, of weighted cross-entropies of the [`logits`] of `x` `[rows, C]` and `table` `[V, C]`. `targets` are below
-/// V, one for each row, and so are `weights`; 1 where there are none.
-pub fn cross_entropy(x: Tensor<2>, table: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
+/// V, one for each row, and so are `weights`; 1 where there are none. Products with the table are computed in `precision`.
+pub fn cross_entropy(
+    x: Tensor<2>,
+    table: Tensor<2>,
+    targets: &[u32],
+    weights: Option<&[f32]>,
+    precision: Precision,
+) -> Tensor<1> {
     #[cfg(feature = "cpu")]
     if cpu::holds(&x) {
-        let operation =
-            cpu::cross_entropy::CrossEntropy { targets: targets.to_vec(), weights: weights.map(<[f32]>::to_vec) };
+        let (targets, weights) = (targets.to_vec(), weights.map(<[f32]>::to_vec));
+        let operation = cpu::cross_entropy::CrossEntropy { targets, weights, precision };
         return cpu::run(operation, [x.into_dispatch(), table.into_dispatch()]);
     }
-    plain::cross_entropy(x, table, targets, weights)
+    plain::cross_entropy(x, table, targets, weights, precision)
 }
 
 /// The gate of SwiGLU (Shazeer, arXiv:2002.05202): `silu(gate) · up`.

@@ -1,10 +1,10 @@
 //! The operations out of burn's own, differentiated by burn: what those of the parent module are, on any backend.
 
 use burn::tensor::activation::{self, log_softmax, silu, softmax};
-use burn::tensor::{Int, Tensor, TensorData, module};
+use burn::tensor::{DType, Int, Tensor, TensorData, module};
 
 use super::{Positions, split_heads};
-use crate::config::Gelu;
+use crate::config::{Gelu, Precision};
 use crate::dropout::{Dropout, Factors, Site};
 use crate::traffic::upload;
 
@@ -53,11 +53,12 @@ pub fn linear<const D: usize>(
     weight: Tensor<2>,
     bias: Option<Tensor<1>>,
     residual: Option<Tensor<D>>,
+    precision: Precision,
 ) -> Tensor<D> {
     // As one product of all rows: backward, burn makes one of each index of the first axis, and then sums them.
     let (mut shape, [inputs, outputs]) = (x.dims(), weight.dims());
     let rows = shape[..D - 1].iter().product();
-    let mut y = x.reshape([rows, inputs]).matmul(weight);
+    let mut y = product(x.reshape([rows, inputs]), weight, precision);
     if let Some(bias) = bias {
         y = y + bias.unsqueeze::<2>();
     }
@@ -66,6 +67,14 @@ pub fn linear<const D: usize>(
     match residual {
         Some(residual) => residual + y,
         None => y,
+    }
+}
+
+/// Rounded to bf16, a product is rounded, too, as burn gives it in the type of its operands.
+fn product(x: Tensor<2>, weight: Tensor<2>, precision: Precision) -> Tensor<2> {
+    match precision {
+        Precision::F32 => x.matmul(weight),
+        Precision::Bf16 => x.cast(DType::BF16).matmul(weight.cast(DType::BF16)).cast(DType::F32),
     }
 }
 
@@ -86,10 +95,16 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -
 }
 
 /// As [`super::cross_entropy`].
-pub fn cross_entropy(x: Tensor<2>, table: Tensor<2>, targets: &[u32], weights: Option<&[f32]>) -> Tensor<1> {
+pub fn cross_entropy(
+    x: Tensor<2>,
+    table: Tensor<2>,
+    targets: &[u32],
+    weights: Option<&[f32]>,
+    precision: Precision,
+) -> Tensor<1> {
     let (rows, device) = (targets.len(), x.device());
     let targets = Tensor::<2, Int>::from_data(numbers(targets, [rows, 1]), &device);
-    let losses = -log_softmax(logits(x, table), 1).gather(1, targets).reshape([rows]);
+    let losses = -log_softmax(product(x, table.transpose(), precision), 1).gather(1, targets).reshape([rows]);
     match weights {
         None => losses.sum(),
         Some(weights) => (losses * Tensor::from_data(upload(TensorData::new(weights.to_vec(), [rows])), &device)).sum(),

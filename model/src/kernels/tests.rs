@@ -4,6 +4,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use super::*;
 use crate::compute::SlotKey;
+use crate::config::Precision::{Bf16, F32};
 use crate::random::{Stream, normal};
 
 /// What is computed of flat inputs.
@@ -100,12 +101,12 @@ fn a_frozen_weight_has_no_gradient() {
     use super::cpu::{CpuTensor, Operation, cross_entropy::CrossEntropy, linear::Linear};
 
     let tensor = |shape: [usize; 2]| CpuTensor::from_data(TensorData::new(vec![0.5f32; shape[0] * shape[1]], shape));
-    let linear = Linear { transposed: false, has_bias: false, has_residual: false };
+    let linear = Linear { transposed: false, has_bias: false, has_residual: false, precision: F32 };
     for wanted in [[true, false], [false, true]] {
         let (y, saved) = linear.forward([tensor([3, 4]), tensor([4, 5])], wanted);
         let gradients = <Linear as Operation<2>>::backward(saved, y, wanted);
         assert_eq!(gradients.map(|gradient| gradient.is_some()), wanted);
-        let loss = CrossEntropy { targets: vec![0, 1, 2], weights: None };
+        let loss = CrossEntropy { targets: vec![0, 1, 2], weights: None, precision: F32 };
         let (sum, saved) = loss.forward([tensor([3, 4]), tensor([5, 4])], wanted);
         let gradients = CrossEntropy::backward(saved, sum, wanted);
         assert_eq!(gradients.map(|gradient| gradient.is_some()), wanted);
@@ -145,8 +146,8 @@ fn linear_layers_are_their_plain_forms() {
                 let last = leaves[2..].last().filter(|_| lengths[lengths.len() - 1] == batch * t * to);
                 last.map(|residual| residual.clone().reshape([batch, t, to]))
             };
-            let fused = |l: &[Tensor<1>]| flat(linear(x(l), weight(l), bias(l), residual(l)));
-            let plain = |l: &[Tensor<1>]| flat(plain::linear(x(l), weight(l), bias(l), residual(l)));
+            let fused = |l: &[Tensor<1>]| flat(linear(x(l), weight(l), bias(l), residual(l), F32));
+            let plain = |l: &[Tensor<1>]| flat(plain::linear(x(l), weight(l), bias(l), residual(l), F32));
             check("linear layer", &lengths, &fused, &plain);
         }
         let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([batch * t, from]);
@@ -222,10 +223,43 @@ fn cross_entropy_is_its_plain_form() {
         let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([rows, width]);
         let table = |leaves: &[Tensor<1>]| leaves[1].clone().reshape([vocab_size, width]);
         for weights in [None, Some(weights.as_slice())] {
-            let fused = |leaves: &[Tensor<1>]| cross_entropy(x(leaves), table(leaves), &targets, weights);
-            let plain = |leaves: &[Tensor<1>]| plain::cross_entropy(x(leaves), table(leaves), &targets, weights);
+            let fused = |leaves: &[Tensor<1>]| cross_entropy(x(leaves), table(leaves), &targets, weights, F32);
+            let plain = |leaves: &[Tensor<1>]| plain::cross_entropy(x(leaves), table(leaves), &targets, weights, F32);
             check("cross-entropy", &[rows * width, vocab_size * width], &fused, &plain);
         }
+    }
+}
+
+/// Beside the plain form, which rounds the product besides; and threads leave no trace.
+fn check_bf16(name: &str, lengths: &[usize], fused: Function<'_>, plain: Function<'_>) {
+    let (device, inputs) = (Device::flex().autodiff(), inputs(lengths));
+    let found = evaluate(fused, &inputs, &device);
+    for (index, (found, expected)) in found.iter().zip(evaluate(plain, &inputs, &device)).enumerate() {
+        let scale = expected.iter().fold(0.0, |scale: f32, x| scale.max(x.abs()));
+        let off = found.iter().zip(&expected).map(|(found, expected)| (found - expected).abs()).fold(0.0, f32::max);
+        assert!(off <= 0.02 * scale, "{name}, {lengths:?}, result {index}: off by {off} of {scale}");
+    }
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert_eq!(pool.install(|| evaluate(fused, &inputs, &device)), found, "{name}, {lengths:?}, {threads} threads");
+    }
+}
+
+#[test]
+fn what_is_multiplied_in_bf16_is_its_plain_form() {
+    for [rows, from, to] in [[1, 1, 1], [15, 7, 5], [96, 300, 40], [128, 250, 250]] {
+        let x = |leaves: &[Tensor<1>]| leaves[0].clone().reshape([rows, from]);
+        let weight = |leaves: &[Tensor<1>]| leaves[1].clone().reshape([from, to]);
+        let bias = |leaves: &[Tensor<1>]| Some(leaves[2].clone());
+        let fused = |l: &[Tensor<1>]| flat(linear(x(l), weight(l), bias(l), None, Bf16));
+        let plain = |l: &[Tensor<1>]| flat(plain::linear(x(l), weight(l), bias(l), None, Bf16));
+        check_bf16("linear layer", &[rows * from, from * to, to], &fused, &plain);
+
+        let targets: Vec<u32> = (0..rows).map(|row| (row * 31 % to) as u32).collect();
+        let table = |leaves: &[Tensor<1>]| leaves[1].clone().reshape([to, from]);
+        let fused = |l: &[Tensor<1>]| cross_entropy(x(l) * 0.1, table(l) * 0.1, &targets, None, Bf16);
+        let plain = |l: &[Tensor<1>]| plain::cross_entropy(x(l) * 0.1, table(l) * 0.1, &targets, None, Bf16);
+        check_bf16("cross-entropy", &[rows * from, to * from], &fused, &plain);
     }
 }
 

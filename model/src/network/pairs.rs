@@ -70,7 +70,7 @@ impl Text<'_> {
             }
             None => slopes.iter().flat_map(|slope| std::iter::repeat_n(-slope, length)).collect(),
         };
-        Ok(cross_entropy(hidden.clone(), head, columns.targets, Some(&weights)))
+        Ok(cross_entropy(hidden.clone(), head, columns.targets, Some(&weights), self.precision))
     }
 
     /// Of each row of a slot its score, if the model gives such, else the log-probability of what counts in it; dropout

@@ -13,8 +13,14 @@ use crate::lease::{Lease, Parameters};
 const LINE: ModelConfig = ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 });
 
 fn line() -> Setting {
-    let format = GradientFormat::F32;
-    Setting { model: LINE, objective: Objective::NextToken, adapters: None, local_optimizer: None, format }
+    Setting {
+        model: LINE,
+        objective: Objective::NextToken,
+        adapters: None,
+        local_optimizer: None,
+        format: GradientFormat::F32,
+        precision: Precision::F32,
+    }
 }
 
 fn batch(slot: u32) -> Batch {

@@ -49,6 +49,7 @@ fn wire_invitation() -> v1::Invitation {
         adapters: None,
         local_optimizer: None,
         gradient_format: v1::GradientFormat::Int8.into(),
+        precision: v1::Precision::Bf16.into(),
     }
 }
 
@@ -172,7 +173,7 @@ fn an_invitation_is_read_in_full() {
     assert_eq!(invitation.run, Run { id: "ab".into(), incarnation: 4 });
     assert_eq!(invitation.model, ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 }));
     assert_eq!((invitation.elements, invitation.probe.len()), (2, 1));
-    assert_eq!(invitation.format, GradientFormat::Int8);
+    assert_eq!((invitation.format, invitation.precision), (GradientFormat::Int8, Precision::Bf16));
     let (heartbeat_interval, liveness_timeout) = (Duration::from_millis(500), Duration::from_secs(3));
     assert_eq!(invitation.timing, Timing { heartbeat_interval, liveness_timeout });
 }

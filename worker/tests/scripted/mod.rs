@@ -203,6 +203,7 @@ pub(crate) fn invitation() -> v1::Invitation {
         adapters: None,
         local_optimizer: None,
         gradient_format: v1::GradientFormat::F32.into(),
+        precision: v1::Precision::F32.into(),
     }
 }
 

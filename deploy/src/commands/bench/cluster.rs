@@ -48,6 +48,7 @@ pub(crate) fn run(measurement: &Measurement) -> anyhow::Result<()> {
         let training = Training {
             shape: &shape,
             rule: ADAMW,
+            precision: measurement.precision,
             workers: measurement.workers,
             threads: measurement.threads(),
             device: measurement.device,

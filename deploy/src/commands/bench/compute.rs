@@ -47,7 +47,7 @@ pub(crate) fn run(args: &BenchCompute) -> anyhow::Result<()> {
     let measurement = &args.measurement;
     let shape = Shape::load(&measurement.shape)?;
     if args.child {
-        return measured::answer(&shape, measurement.device, measurement.threads() as usize);
+        return measured::answer(&shape, measurement);
     }
     let measured = block_on(measure(measurement, measurement.steps))?;
     let summary = summarise(measurement, &shape, &measured)?;
@@ -141,6 +141,7 @@ impl Process {
     fn start(measurement: &Measurement) -> anyhow::Result<Self> {
         let mut command = child::command("bench")?;
         command.args(["compute", "--child", "--shape", &measurement.shape]);
+        command.args(["--precision", &measurement.precision.to_string()]);
         command.args(["--device", &measurement.device.to_string(), "--threads", &measurement.threads().to_string()]);
         let mut process = command.stdout(Stdio::piped()).spawn().context("a measuring process cannot be started")?;
         let (requests, reports) = (process.stdin.take(), process.stdout.take());

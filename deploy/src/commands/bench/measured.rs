@@ -7,13 +7,15 @@ use std::time::Instant;
 use anyhow::Context as _;
 use lockstep_model::batch::Batch;
 use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
-use lockstep_model::device::{ComputeDevice, DeviceChoice};
+use lockstep_model::config::Precision;
+use lockstep_model::device::ComputeDevice;
 use lockstep_model::layout::initial_parameters;
 use lockstep_model::traffic::{Traffic, counted};
 use serde::{Deserialize, Serialize};
 
 use super::peak_rss_bytes;
 use super::shape::Shape;
+use crate::cli::Measurement;
 
 /// Steps before the first that is measured, in which memory is asked for and GPU kernels are compiled.
 const WARM_UP: u32 = 3;
@@ -71,10 +73,12 @@ pub(super) struct Gpu {
 }
 
 /// Answers requests on standard input until there are no more.
-pub(super) fn answer(shape: &Shape, device: DeviceChoice, threads: usize) -> anyhow::Result<()> {
+pub(super) fn answer(shape: &Shape, measurement: &Measurement) -> anyhow::Result<()> {
+    let Measurement { device, precision, .. } = *measurement;
+    let threads = measurement.threads() as usize;
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("CPU threads cannot be started")?;
     let device = ComputeDevice::open(device)?;
-    let mut computer = Computer::new(&shape.model, &device);
+    let mut computer = Computer::new(&shape.model, &device).with_precision(precision)?;
     computer.load(&initial_parameters(&shape.model, 1))?;
     let slots: Vec<Batch> = (0..SLOTS).map(|slot| shape.batch(slot)).collect();
     let step = |step: u32| -> anyhow::Result<f64> {
@@ -103,7 +107,7 @@ pub(super) fn answer(shape: &Shape, device: DeviceChoice, threads: usize) -> any
                 });
                 say(&Report::Trained { loss, peak_rss_bytes: peak_rss_bytes(), gpu: gpu.transpose()? })?;
             }
-            Request::Products => say(&Report::Multiplied { secs: product_secs(shape, &device) })?,
+            Request::Products => say(&Report::Multiplied { secs: product_secs(shape, precision, &device) })?,
         }
     }
     Ok(())
@@ -131,14 +135,14 @@ fn say(report: &Report) -> anyhow::Result<()> {
 }
 
 #[cfg(feature = "cpu")]
-fn product_secs(shape: &Shape, device: &ComputeDevice) -> Option<f64> {
+fn product_secs(shape: &Shape, precision: Precision, device: &ComputeDevice) -> Option<f64> {
     use lockstep_model::ceiling::{Layers, Operands, layers};
 
     let median_secs = |layers: Layers| {
         let mut operands = Operands::new(layers);
         let mut secs = || {
             let start = Instant::now();
-            operands.multiply();
+            operands.multiply(precision);
             start.elapsed().as_secs_f64()
         };
         super::median((0..REPETITIONS).map(|_| secs()).collect())
@@ -148,6 +152,6 @@ fn product_secs(shape: &Shape, device: &ComputeDevice) -> Option<f64> {
 }
 
 #[cfg(not(feature = "cpu"))]
-fn product_secs(_: &Shape, _: &ComputeDevice) -> Option<f64> {
+fn product_secs(_: &Shape, _: Precision, _: &ComputeDevice) -> Option<f64> {
     None
 }

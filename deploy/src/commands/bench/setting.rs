@@ -1,6 +1,7 @@
 //! What a benchmark was made with.
 
 use indicatif::HumanCount;
+use lockstep_model::config::Precision;
 use lockstep_model::layout::Layout;
 use serde::Serialize;
 
@@ -12,6 +13,8 @@ use crate::cli::Measurement;
 pub(super) struct Setting {
     shape: String,
     device: String,
+    /// Of products.
+    precision: Precision,
     workers: u32,
     /// Of each worker.
     threads: u32,
@@ -29,6 +32,7 @@ impl Setting {
         Self {
             shape: measurement.shape.clone(),
             device: device.into(),
+            precision: measurement.precision,
             workers: measurement.workers,
             threads: measurement.threads(),
             steps: measurement.steps,
@@ -40,9 +44,13 @@ impl Setting {
     /// Prints it for people.
     pub(super) fn print(&self) {
         let Self { shape, device, workers, threads, tokens_per_step, .. } = self;
+        let precision = match self.precision {
+            Precision::F32 => "",
+            Precision::Bf16 => ", products in bf16",
+        };
         let parameters = HumanCount(self.parameters as u64);
         println!("shape            {shape}, {parameters} parameters, {tokens_per_step} tokens a step");
-        println!("workers          {workers} with {threads} CPU thread(s) each, on {device}");
+        println!("workers          {workers} with {threads} CPU thread(s) each, on {device}{precision}");
     }
 
     /// Prints the line of a median step.

@@ -13,7 +13,9 @@ use lockstep_coordinator::metrics::{self, Line, StepLine};
 use lockstep_coordinator::observe::RunEvent;
 use lockstep_coordinator::run_dir;
 use lockstep_model::compression::Compression;
-use lockstep_model::config::{BatchConfig, Decay, Objective, OptimizerConfig, ScheduleConfig, UpdateRule, WindowOrder};
+use lockstep_model::config::{
+    BatchConfig, Decay, Objective, OptimizerConfig, Precision, ScheduleConfig, UpdateRule, WindowOrder,
+};
 use lockstep_model::device::DeviceChoice;
 use lockstep_model::sampler::{Source, TokenSource, WeightedCorpus};
 use lockstep_model::step_filter::SkipConfig;
@@ -34,6 +36,7 @@ const WINDOWS: usize = 64;
 pub(super) struct Training<'a> {
     pub(super) shape: &'a Shape,
     pub(super) rule: UpdateRule,
+    pub(super) precision: Precision,
     /// One slot a step for each.
     pub(super) workers: u32,
     /// CPU threads of each worker.
@@ -129,6 +132,7 @@ impl Training<'_> {
             tokenizer: None,
             source: Arc::new(Source::Tokens(source)),
             objective: Objective::NextToken,
+            precision: self.precision,
             bytes_per_token: None,
             optimizer: OptimizerConfig { rule: self.rule.clone(), lr: 1e-3, grad_clip: None },
             outer: None,

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use indicatif::HumanCount;
-use lockstep_model::config::{Gelu, GptConfig, ModelConfig, UpdateRule};
+use lockstep_model::config::{Gelu, GptConfig, ModelConfig, Precision, UpdateRule};
 use lockstep_model::device::DeviceChoice;
 use lockstep_model::layout::Layout;
 use serde::Serialize;
@@ -54,6 +54,7 @@ pub(crate) fn run(args: &BenchWire) -> anyhow::Result<()> {
     let training = |rule: UpdateRule| Training {
         shape: &shape,
         rule,
+        precision: Precision::F32,
         workers: args.workers,
         threads: 1,
         device: DeviceChoice::Cpu,

@@ -33,7 +33,7 @@ pub(super) fn measure(args: &Compare, path: &Path, recipe: &Recipe) -> anyhow::R
     let batch = recipe.batch_of_optimizer();
     let slots: Vec<Batch> = (0..batch.slots).map(|slot| shape.batch(slot)).collect();
     let device = ComputeDevice::open(args.device)?;
-    let mut computer = Computer::new(&manifest.model, &device);
+    let mut computer = Computer::new(&manifest.model, &device).with_precision(recipe.precision)?;
     if let Some(adapters) = &manifest.adapters {
         computer = computer.with_adapters(adapters);
         let layout = AdaptedLayout::of(&manifest.model, adapters).base;

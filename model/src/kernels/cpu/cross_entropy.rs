@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::product::{Before, Matrix, multiply};
 use super::{CpuTensor, Operation, row_major, shape, tensor};
+use crate::config::Precision;
 use crate::kernels::elementary::exp;
 use crate::kernels::lanes::{LANES, reduce, sum};
 
@@ -28,6 +29,8 @@ pub(crate) struct CrossEntropy {
     pub(crate) targets: Vec<u32>,
     /// One for each row; 1 where there are none.
     pub(crate) weights: Option<Vec<f32>>,
+    /// Of the products with the table.
+    pub(crate) precision: Precision,
 }
 
 impl Operation<2> for CrossEntropy {
@@ -59,6 +62,7 @@ impl CrossEntropy {
     fn losses(self, [x, table]: &[CpuTensor; 2], [mut of_x, mut of_table]: [Option<&mut [f32]>; 2]) -> CpuTensor {
         let [vocab_size, width] = shape(table)[..] else { unreachable!("the table is a matrix") };
         let table = Matrix::new(table.storage(), width);
+        let precision = self.precision;
         let weights = self.weights.unwrap_or_else(|| vec![1.0; self.targets.len()]);
         let rows = (PART / vocab_size).max(LEAST_ROWS);
         let parts = x.storage::<f32>().chunks(rows * width).zip(self.targets.chunks(rows)).zip(weights.chunks(rows));
@@ -66,15 +70,16 @@ impl CrossEntropy {
         let mut logits = Buffer::of_any(rows.min(self.targets.len()) * vocab_size);
         for (part, ((x, targets), weights)) in parts.enumerate() {
             let (x, logits) = (Matrix::new(x, width), &mut logits[..targets.len() * vocab_size]);
-            multiply(logits, Before::Replaced, x, table.transposed());
+            multiply(logits, Before::Replaced, x, table.transposed(), precision);
             losses.extend(losses_of(logits, targets, weights));
             let upper = Matrix::new(logits, vocab_size);
             if let Some(of_x) = &mut of_x {
-                multiply(&mut of_x[part * rows * width..][..targets.len() * width], Before::Replaced, upper, table);
+                let of_x = &mut of_x[part * rows * width..][..targets.len() * width];
+                multiply(of_x, Before::Replaced, upper, table, precision);
             }
             if let Some(of_table) = &mut of_table {
                 let before = if part == 0 { Before::Replaced } else { Before::Kept };
-                multiply(of_table, before, upper.transposed(), x);
+                multiply(of_table, before, upper.transposed(), x, precision);
             }
         }
         tensor(vec![losses.iter().sum::<f64>() as f32], &[1])

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::product::{Before, Matrix, multiply};
 use super::{CpuTensor, Operation, row_major, shape, tensor};
+use crate::config::Precision;
 
 /// Elements of a row that one thread sums over all rows.
 const COLUMNS: usize = 256;
@@ -19,6 +20,8 @@ pub(crate) struct Linear {
     pub(crate) transposed: bool,
     pub(crate) has_bias: bool,
     pub(crate) has_residual: bool,
+    /// Of all products.
+    pub(crate) precision: Precision,
 }
 
 /// What backward needs.
@@ -71,7 +74,7 @@ impl<const N: usize> Operation<N> for Linear {
                 (y, Before::Kept)
             }
         };
-        multiply(&mut y, before, inputs, matrix);
+        multiply(&mut y, before, inputs, matrix, self.precision);
         let (weight, x) = (wanted[0].then_some(weight), wanted[1].then_some(x));
         (tensor(y, &shape), Saved { linear: self, x, weight, shape_of_x, shape_of_weight })
     }
@@ -84,13 +87,13 @@ impl<const N: usize> Operation<N> for Linear {
         let upper = Matrix::new(gradient.storage(), to);
         let of_x = weight.map(|weight| {
             let mut of_x = Buffer::of_any(upper.rows() * from);
-            multiply(&mut of_x, Before::Replaced, upper, linear.matrix(&weight).transposed());
+            multiply(&mut of_x, Before::Replaced, upper, linear.matrix(&weight).transposed(), linear.precision);
             tensor(of_x, &shape_of_x)
         });
         let of_weight = x.map(|x| {
             let (inputs, mut of_weight) = (Matrix::new(x.storage(), from), Buffer::of_any(from * to));
             let (left, right) = if linear.transposed { (upper, inputs) } else { (inputs, upper) };
-            multiply(&mut of_weight, Before::Replaced, left.transposed(), right);
+            multiply(&mut of_weight, Before::Replaced, left.transposed(), right, linear.precision);
             tensor(of_weight, &shape_of_weight)
         });
         let mut gradients = vec![of_x, of_weight];

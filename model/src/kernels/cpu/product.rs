@@ -1,6 +1,10 @@
 //! Products of matrices, from one buffer to another.
 
+mod bf16;
+
 use gemm::Parallelism;
+
+use crate::config::Precision;
 
 /// Multiplications below which threads cost more than they bring.
 const WORTH_THREADS: usize = 192 * 192 * 192;
@@ -54,10 +58,23 @@ pub(crate) enum Before {
 ///
 /// # Panics
 /// If the sizes do not fit.
-#[allow(unsafe_code)]
-pub(crate) fn multiply(destination: &mut [f32], before: Before, left: Matrix<'_>, right: Matrix<'_>) {
+pub(crate) fn multiply(
+    destination: &mut [f32],
+    before: Before,
+    left: Matrix<'_>,
+    right: Matrix<'_>,
+    precision: Precision,
+) {
     assert_eq!(left.columns, right.rows, "what is summed over");
     assert_eq!(destination.len(), left.rows * right.columns, "elements of the destination");
+    match precision {
+        Precision::F32 => multiply_f32(destination, before, left, right),
+        Precision::Bf16 => bf16::multiply(destination, before, left, right),
+    }
+}
+
+#[allow(unsafe_code)]
+fn multiply_f32(destination: &mut [f32], before: Before, left: Matrix<'_>, right: Matrix<'_>) {
     let (m, n, k) = (left.rows, right.columns, left.columns);
     let threads = if m * n * k < WORTH_THREADS { Parallelism::None } else { Parallelism::Rayon(0) };
     // SAFETY: a matrix's strides reach its own slice and no farther, see `Matrix::new`; so do n and 1 with m · n elements of

@@ -1,0 +1,151 @@
+//! Products by AVX512-BF16: `vdpbf16ps` multiplies 16 pairs of bf16 by 16 others, and adds both products of each to an f32.
+//!
+//! Operands are rounded as they are packed: pairs of neighbours along what is summed over, for as many rows or columns side
+//! by side as a tile has. So a tile reads both from beginning to end. An element of the product is one chain over all pairs,
+//! whatever tile it is in, and whichever thread has that.
+
+use std::arch::x86_64::{__m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps};
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::rounded;
+use crate::kernels::cpu::buffer::Buffer;
+use crate::kernels::cpu::product::{Before, Matrix, WORTH_THREADS};
+
+/// Elements of a register.
+const LANES: usize = 16;
+/// Rows of a tile, whose sums are in 24 of 32 registers: that leaves room for two of columns and one of a row.
+const ROWS: usize = 12;
+/// Registers of a row of a tile.
+const VECTORS: usize = 2;
+/// Columns of a tile.
+const COLUMNS: usize = VECTORS * LANES;
+/// Tiles, one below the other, that one thread takes at most: so often columns are read from a near cache.
+const TILES: usize = 4;
+/// Elements of a row that are rounded before they are put in their places.
+const PART: usize = 32;
+
+/// Whether the processor has it.
+pub(super) fn is_there() -> bool {
+    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
+}
+
+/// See [`multiply`](crate::kernels::cpu::product::multiply).
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) fn multiply(destination: &mut [f32], before: Before, left: Matrix<'_>, right: Matrix<'_>) {
+    let (rows, columns, pairs) = (left.rows, right.columns, left.columns.div_ceil(2).max(1));
+    let threads = if rows * columns * left.columns < WORTH_THREADS { 1 } else { rayon::current_num_threads() };
+    let (left, right) = (pack::<ROWS>(left, threads), pack::<COLUMNS>(right.transposed(), threads));
+    let [left, right] = [&left, &right].map(|packed| bytemuck::cast_slice::<f32, u32>(packed));
+    let tiles = rows.div_ceil(ROWS).div_ceil(4 * threads).clamp(1, TILES);
+    let fill = |(part, destination): (usize, &mut [f32])| {
+        let left = left.chunks_exact(pairs * ROWS).skip(part * tiles);
+        for (panel, right) in right.chunks_exact(pairs * COLUMNS).enumerate() {
+            for (left, destination) in left.clone().zip(destination.chunks_mut(ROWS * columns)) {
+                let sums = tile(left, right);
+                for (sums, row) in sums.iter().zip(destination.chunks_exact_mut(columns)) {
+                    let found = row[panel * COLUMNS..].iter_mut().zip(sums);
+                    match before {
+                        Before::Replaced => found.for_each(|(found, sum)| *found = *sum),
+                        Before::Kept => found.for_each(|(found, sum)| *found += sum),
+                    }
+                }
+            }
+        }
+    };
+    let part = (tiles * ROWS * columns).max(1);
+    match threads {
+        1 => destination.chunks_mut(part).enumerate().for_each(fill),
+        _ => destination.par_chunks_mut(part).enumerate().for_each(fill),
+    }
+}
+
+/// The sums, row by row, over all pairs of a panel of rows and a panel of columns.
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[allow(unsafe_code)]
+fn tile(left: &[u32], right: &[u32]) -> [[f32; COLUMNS]; ROWS] {
+    // SAFETY: as many bytes, any of which are a value.
+    let vector = |pairs: &[u32; LANES]| unsafe { std::mem::transmute::<[u32; LANES], __m512bh>(*pairs) };
+    // SAFETY: likewise.
+    let everywhere = |pair: u32| unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair as i32)) };
+    let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+    for (rows, columns) in left.as_chunks::<ROWS>().0.iter().zip(right.as_chunks::<COLUMNS>().0) {
+        let (columns, _) = columns.as_chunks::<LANES>();
+        let columns: [_; VECTORS] = [vector(&columns[0]), vector(&columns[1])];
+        for (sums, &pair) in sums.iter_mut().zip(rows) {
+            let row = everywhere(pair);
+            for (sum, column) in sums.iter_mut().zip(columns) {
+                *sum = _mm512_dpbf16_ps(*sum, row, column);
+            }
+        }
+    }
+    // SAFETY: likewise.
+    unsafe { std::mem::transmute::<[[__m512; VECTORS]; ROWS], [[f32; COLUMNS]; ROWS]>(sums) }
+}
+
+/// The rows of a matrix, rounded, in panels of `W`: each pair by pair, and each pair of the panel's rows side by side. What is
+/// missing to a whole panel or pair is 0.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pack<const W: usize>(matrix: Matrix<'_>, threads: usize) -> Buffer {
+    let panel = matrix.columns.div_ceil(2).max(1) * W;
+    let mut packed = Buffer::of_any(matrix.rows.div_ceil(W) * panel);
+    let fill = |(index, panel): (usize, &mut [f32])| {
+        let (panel, _) = bytemuck::cast_slice_mut::<f32, u32>(panel).as_chunks_mut::<W>();
+        let rows = index * W..matrix.rows.min((index + 1) * W);
+        match matrix.row_stride {
+            1 if rows.len() == W => pack_columns(matrix, rows.start, panel),
+            _ => pack_rows(matrix, rows, panel),
+        }
+    };
+    match threads {
+        1 => packed.chunks_mut(panel).enumerate().for_each(fill),
+        _ => packed.par_chunks_mut(panel).enumerate().for_each(fill),
+    }
+    packed
+}
+
+/// A whole panel of rows from `first` on, which lie side by side.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pack_columns<const W: usize>(matrix: Matrix<'_>, first: usize, panel: &mut [[u32; W]]) {
+    let column = |column: usize| -> &[f32; W] {
+        let values = (column < matrix.columns).then(|| &matrix.values[column * matrix.column_stride + first..]);
+        values.and_then(<[f32]>::first_chunk).unwrap_or(&[0.0; W])
+    };
+    for (index, pairs) in panel.iter_mut().enumerate() {
+        let [lower, upper] = [column(2 * index), column(2 * index + 1)];
+        for (pair, (lower, upper)) in pairs.iter_mut().zip(lower.iter().zip(upper)) {
+            *pair = self::pair([*lower, *upper]);
+        }
+    }
+}
+
+/// A panel of rows, each of which is read from its beginning to its end.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pack_rows<const W: usize>(matrix: Matrix<'_>, rows: Range<usize>, panel: &mut [[u32; W]]) {
+    if rows.len() < W {
+        panel.fill([0; W]);
+    }
+    for (place, row) in rows.enumerate() {
+        let value = |column: usize| matrix.values[row * matrix.row_stride + column * matrix.column_stride];
+        for (part, pairs) in panel.chunks_mut(PART / 2).enumerate() {
+            let columns = part * PART..matrix.columns.min((part + 1) * PART);
+            let mut values = [0.0; PART];
+            if matrix.column_stride == 1 {
+                let start = row * matrix.row_stride;
+                values[..columns.len()].copy_from_slice(&matrix.values[start + columns.start..start + columns.end]);
+            } else {
+                values.iter_mut().zip(columns).for_each(|(found, column)| *found = value(column));
+            }
+            let mut rounded = [0; PART / 2];
+            rounded.iter_mut().zip(values.as_chunks().0).for_each(|(found, values)| *found = pair(*values));
+            pairs.iter_mut().zip(rounded).for_each(|(pairs, pair)| pairs[place] = pair);
+        }
+    }
+}
+
+/// Two bf16, the first in the lower half.
+#[inline(always)]
+fn pair([lower, upper]: [f32; 2]) -> u32 {
+    rounded(lower.to_bits()) >> 16 | rounded(upper.to_bits())
+}
