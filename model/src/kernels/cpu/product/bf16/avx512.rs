@@ -4,12 +4,13 @@
 //! by side as a tile has. So a tile reads both from beginning to end. An element of the product is one chain over all pairs,
 //! whatever tile it is in, and whichever thread has that.
 
-use std::arch::x86_64::{__m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps};
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_set1_epi32, _mm512_setzero_ps,
+};
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::rounded;
 use crate::kernels::cpu::buffer::Buffer;
 use crate::kernels::cpu::product::{Before, Matrix, WORTH_THREADS};
 
@@ -23,8 +24,10 @@ const VECTORS: usize = 2;
 const COLUMNS: usize = VECTORS * LANES;
 /// Tiles, one below the other, that one thread takes at most: so often columns are read from a near cache.
 const TILES: usize = 4;
-/// Elements of a row that are rounded before they are put in their places.
-const PART: usize = 32;
+/// Panels that one thread packs at a time, at most.
+const PANELS: usize = 16;
+/// Elements that are rounded at a time.
+const PART: usize = 2 * LANES;
 
 /// Whether the processor has it.
 pub(super) fn is_there() -> bool {
@@ -88,34 +91,49 @@ fn tile(left: &[u32], right: &[u32]) -> [[f32; COLUMNS]; ROWS] {
 /// missing to a whole panel or pair is 0.
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn pack<const W: usize>(matrix: Matrix<'_>, threads: usize) -> Buffer {
-    let panel = matrix.columns.div_ceil(2).max(1) * W;
-    let mut packed = Buffer::of_any(matrix.rows.div_ceil(W) * panel);
-    let fill = |(index, panel): (usize, &mut [f32])| {
-        let (panel, _) = bytemuck::cast_slice_mut::<f32, u32>(panel).as_chunks_mut::<W>();
-        let rows = index * W..matrix.rows.min((index + 1) * W);
-        match matrix.row_stride {
-            1 if rows.len() == W => pack_columns(matrix, rows.start, panel),
-            _ => pack_rows(matrix, rows, panel),
+    let (panels, pairs) = (matrix.rows.div_ceil(W), matrix.columns.div_ceil(2).max(1));
+    let mut packed = Buffer::of_any(panels * pairs * W);
+    let panels_at_once = panels.div_ceil(threads).clamp(1, PANELS);
+    let fill = |(group, panels): (usize, &mut [f32])| {
+        let (panels, _) = bytemuck::cast_slice_mut::<f32, u32>(panels).as_chunks_mut::<W>();
+        let first = group * panels_at_once * W;
+        let whole = match matrix.row_stride {
+            1 => panels.len() / pairs - usize::from(matrix.rows < first + panels.len() / pairs * W),
+            _ => 0,
+        };
+        pack_columns(matrix, first, pairs, &mut panels[..whole * pairs]);
+        for (index, panel) in panels.chunks_exact_mut(pairs).enumerate().skip(whole) {
+            let start = first + index * W;
+            pack_rows(matrix, start..matrix.rows.min(start + W), panel);
         }
     };
     match threads {
-        1 => packed.chunks_mut(panel).enumerate().for_each(fill),
-        _ => packed.par_chunks_mut(panel).enumerate().for_each(fill),
+        1 => packed.chunks_mut(panels_at_once * pairs * W).enumerate().for_each(fill),
+        _ => packed.par_chunks_mut(panels_at_once * pairs * W).enumerate().for_each(fill),
     }
     packed
 }
 
-/// A whole panel of rows from `first` on, which lie side by side.
+/// Whole panels, of `pairs` pairs each, of rows from `first` on, which lie side by side: pair by pair, so that memory is read
+/// in long runs.
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn pack_columns<const W: usize>(matrix: Matrix<'_>, first: usize, panel: &mut [[u32; W]]) {
-    let column = |column: usize| -> &[f32; W] {
-        let values = (column < matrix.columns).then(|| &matrix.values[column * matrix.column_stride + first..]);
-        values.and_then(<[f32]>::first_chunk).unwrap_or(&[0.0; W])
+fn pack_columns<const W: usize>(matrix: Matrix<'_>, first: usize, pairs: usize, panels: &mut [[u32; W]]) {
+    let (rows, nothing) = (panels.len() / pairs * W, [0.0; W]);
+    let column = |column: usize| match column < matrix.columns {
+        true => &matrix.values[column * matrix.column_stride + first..][..rows],
+        false => &[],
     };
-    for (index, pairs) in panel.iter_mut().enumerate() {
-        let [lower, upper] = [column(2 * index), column(2 * index + 1)];
-        for (pair, (lower, upper)) in pairs.iter_mut().zip(lower.iter().zip(upper)) {
-            *pair = self::pair([*lower, *upper]);
+    for index in 0..pairs {
+        let [lower, upper] = [column(2 * index), column(2 * index + 1)].map(|column| column.as_chunks::<W>().0);
+        for (number, panel) in panels.chunks_exact_mut(pairs).enumerate() {
+            let [lower, upper] = [lower, upper].map(|panels| panels.get(number).unwrap_or(&nothing));
+            let lines = panel[index].chunks_mut(LANES).zip(lower.chunks(LANES)).zip(upper.chunks(LANES));
+            for ((pairs, lower), upper) in lines {
+                let rounded: [u16; PART] = bytemuck::cast(rounded(&lanes(lower), &lanes(upper)));
+                for (lane, pair) in pairs.iter_mut().enumerate() {
+                    *pair = u32::from(rounded[lane]) | u32::from(rounded[LANES + lane]) << 16;
+                }
+            }
         }
     }
 }
@@ -130,22 +148,39 @@ fn pack_rows<const W: usize>(matrix: Matrix<'_>, rows: Range<usize>, panel: &mut
         let value = |column: usize| matrix.values[row * matrix.row_stride + column * matrix.column_stride];
         for (part, pairs) in panel.chunks_mut(PART / 2).enumerate() {
             let columns = part * PART..matrix.columns.min((part + 1) * PART);
-            let mut values = [0.0; PART];
-            if matrix.column_stride == 1 {
+            let rounded = if matrix.column_stride == 1 {
                 let start = row * matrix.row_stride;
-                values[..columns.len()].copy_from_slice(&matrix.values[start + columns.start..start + columns.end]);
+                let values = &matrix.values[start + columns.start..start + columns.end];
+                let (lower, upper) = values.split_at(values.len().min(LANES));
+                rounded(&lanes(lower), &lanes(upper))
             } else {
+                let mut values = [0.0; PART];
                 values.iter_mut().zip(columns).for_each(|(found, column)| *found = value(column));
-            }
-            let mut rounded = [0; PART / 2];
-            rounded.iter_mut().zip(values.as_chunks().0).for_each(|(found, values)| *found = pair(*values));
+                rounded(&lanes(&values[..LANES]), &lanes(&values[LANES..]))
+            };
             pairs.iter_mut().zip(rounded).for_each(|(pairs, pair)| pairs[place] = pair);
         }
     }
 }
 
-/// Two bf16, the first in the lower half.
+/// As many values as a register has; what is missing is 0.
 #[inline(always)]
-fn pair([lower, upper]: [f32; 2]) -> u32 {
-    rounded(lower.to_bits()) >> 16 | rounded(upper.to_bits())
+fn lanes(values: &[f32]) -> [f32; LANES] {
+    values.first_chunk().copied().unwrap_or_else(|| {
+        let mut lanes = [0.0; LANES];
+        lanes[..values.len()].copy_from_slice(values);
+        lanes
+    })
+}
+
+/// All values rounded to the nearest bf16, ties to even, two in each number, the first in its lower half. Subnormal ones become
+/// 0, as they would in the product.
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[allow(unsafe_code)]
+fn rounded(lower: &[f32; LANES], upper: &[f32; LANES]) -> [u32; LANES] {
+    // SAFETY: as many bytes, any of which are a value.
+    let vector = |values: &[f32; LANES]| unsafe { std::mem::transmute::<[f32; LANES], __m512>(*values) };
+    let rounded = _mm512_cvtne2ps_pbh(vector(upper), vector(lower));
+    // SAFETY: likewise.
+    unsafe { std::mem::transmute::<__m512bh, [u32; LANES]>(rounded) }
 }
