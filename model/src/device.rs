@@ -111,6 +111,14 @@ impl ComputeDevice {
         false
     }
 
+    /// Makes the present thread, if this is the CPU backend, one of those that operations are split among, as many as rayon's
+    /// own pool has: computing here wakes no other thread unless there is work for several. What is returned has the others,
+    /// and is to be kept as long as this thread computes.
+    pub fn enrol(&self) -> Option<rayon::ThreadPool> {
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(rayon::current_num_threads()).use_current_thread();
+        self.is_cpu().then(|| threads.build().ok()).flatten()
+    }
+
     /// Bytes that are taken of the device's memory, in use or for the next tensors; none on the CPU.
     pub fn memory_bytes(&self) -> Option<u64> {
         self.handle.memory_pool_usage().map(|usage| usage.bytes_reserved)

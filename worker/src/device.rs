@@ -98,6 +98,29 @@ impl Stop {
 /// Where the answer to a job goes. Its receiver may be gone.
 type Reply<T> = oneshot::Sender<Result<T, DeviceFailure>>;
 
+/// The answer to a job that is queued.
+#[derive(Debug)]
+pub(crate) struct Answer<T>(oneshot::Receiver<Result<T, DeviceFailure>>);
+
+impl<T> Answer<T> {
+    /// Waits for it.
+    pub(crate) async fn get(self) -> Result<T, DeviceFailure> {
+        // A thread that has ended drops the job, and with it the reply.
+        let gone = || DeviceFailure("the device's thread has ended; restart this worker".into());
+        self.0.await.map_err(|_| gone())?
+    }
+}
+
+/// A lease to compute.
+#[derive(Debug)]
+struct Computation {
+    work: Arc<Work>,
+    moments: Vec<f32>,
+    stop: Stop,
+    span: Span,
+    reply: Reply<Outcome>,
+}
+
 #[derive(Debug)]
 enum Job {
     Probe { setting: Box<Setting>, leases: Vec<Work>, reply: Reply<[u8; 32]> },
@@ -105,8 +128,8 @@ enum Job {
     LoadBase { base: BaseName, parameters: Vec<f32>, reply: Reply<()> },
     Enter { run_id: String, reply: Reply<Vec<KeptGradient>> },
     Load { parameters: Vec<f32>, reply: Reply<Vec<f32>> },
-    LoadShared { version: SharedVersion, reply: Reply<bool> },
-    Compute { work: Arc<Work>, moments: Vec<f32>, stop: Stop, span: Span, reply: Reply<Outcome> },
+    LoadShared { version: SharedVersion, next: Option<Computation>, reply: Reply<bool> },
+    Compute(Computation),
 }
 
 /// What is computed.
@@ -136,6 +159,7 @@ impl DeviceThread {
         let mut worker =
             DeviceWorker { device, handles, setting: None, computer: None, base: None, kept: Kept::default() };
         std::thread::Builder::new().name("lockstep-device".into()).spawn(move || {
+            let _others = worker.device.enrol();
             for job in queue {
                 worker.do_job(job);
             }
@@ -172,9 +196,20 @@ impl DeviceThread {
     }
 
     /// Takes parameters out of shared memory to the device; `false` if they were not there to the end: others must be loaded
-    /// then.
-    pub(crate) async fn load_shared(&self, version: SharedVersion) -> Result<bool, DeviceFailure> {
-        self.ask(|reply| Job::LoadShared { version, reply }).await
+    /// then. If they were, the lease that is `next`, if there is one, is computed with them at once, as
+    /// [`compute`](Self::compute) does.
+    pub(crate) fn load_shared(
+        &self,
+        version: SharedVersion,
+        next: Option<(Arc<Work>, Stop, Span)>,
+    ) -> (Answer<bool>, Option<Answer<Outcome>>) {
+        let (next, outcome) = next
+            .map(|(work, stop, span)| {
+                let (reply, outcome) = oneshot::channel();
+                (Computation { work, moments: Vec::new(), stop, span, reply }, Answer(outcome))
+            })
+            .unzip();
+        (self.queue(|reply| Job::LoadShared { version, next, reply }), outcome)
     }
 
     /// Computes a lease with the parameters loaded last, and with these `moments` where its replica has kept such, within
@@ -190,7 +225,7 @@ impl DeviceThread {
         stop: Stop,
         span: Span,
     ) -> impl Future<Output = Result<Outcome, DeviceFailure>> + use<> {
-        self.ask(|reply| Job::Compute { work, moments, stop, span, reply })
+        self.ask(|reply| Job::Compute(Computation { work, moments, stop, span, reply }))
     }
 
     /// Queues a job at once; the future waits for its answer.
@@ -198,13 +233,13 @@ impl DeviceThread {
     where
         J: FnOnce(Reply<T>) -> Job,
     {
+        self.queue(job).get()
+    }
+
+    fn queue<T>(&self, job: impl FnOnce(Reply<T>) -> Job) -> Answer<T> {
         let (reply, answer) = oneshot::channel();
-        // A thread that has ended drops the job, and with it the reply.
         let _ = self.jobs.send(job(reply));
-        async {
-            let gone = || DeviceFailure("the device's thread has ended; restart this worker".into());
-            answer.await.map_err(|_| gone())?
-        }
+        Answer(answer)
     }
 }
 
@@ -245,23 +280,29 @@ impl DeviceWorker {
                 let loaded = self.guarded(|this| this.load(&parameters));
                 let _ = reply.send(loaded.map(|()| parameters));
             }
-            Job::LoadShared { version, reply } => {
-                let _ = reply.send(self.guarded(|this| this.load_shared(&version)));
+            Job::LoadShared { version, next, reply } => {
+                let loaded = self.guarded(|this| this.load_shared(&version));
+                let next = next.filter(|_| loaded == Ok(true));
+                let _ = reply.send(loaded);
+                next.into_iter().for_each(|next| self.answer(next));
             }
-            Job::Compute { work, moments, stop, span, reply } => {
-                let (name, handles) = (work.lease.gradient_name(), self.handles.clone());
-                let unheard = || reply.is_closed() && (name.is_none() || handles.strong_count() == 0);
-                let abandoned = || stop.is_set() || unheard();
-                let outcome = span.in_scope(|| self.guarded(|this| this.compute(&work, &moments, abandoned)));
-                drop(span); // so that it can end, and be told of, with the lease's result
-                if let (Some(name), Ok(Some(outcome))) = (name, &outcome) {
-                    let forgotten = self.kept.insert(KeptGradient { name, outcome: outcome.clone() });
-                    self.reuse(forgotten);
-                }
-                let cut_short = || DeviceFailure("the computation was cut short: its lease is no longer wanted".into());
-                let _ = reply.send(outcome.and_then(|outcome| outcome.ok_or_else(cut_short)));
-            }
+            Job::Compute(computation) => self.answer(computation),
         }
+    }
+
+    /// Computes a lease, and keeps its gradient if that has a name.
+    fn answer(&mut self, Computation { work, moments, stop, span, reply }: Computation) {
+        let (name, handles) = (work.lease.gradient_name(), self.handles.clone());
+        let unheard = || reply.is_closed() && (name.is_none() || handles.strong_count() == 0);
+        let abandoned = || stop.is_set() || unheard();
+        let outcome = span.in_scope(|| self.guarded(|this| this.compute(&work, &moments, abandoned)));
+        drop(span); // so that it can end, and be told of, with the lease's result
+        if let (Some(name), Ok(Some(outcome))) = (name, &outcome) {
+            let forgotten = self.kept.insert(KeptGradient { name, outcome: outcome.clone() });
+            self.reuse(forgotten);
+        }
+        let cut_short = || DeviceFailure("the computation was cut short: its lease is no longer wanted".into());
+        let _ = reply.send(outcome.and_then(|outcome| outcome.ok_or_else(cut_short)));
     }
 
     /// Lets the device compute in the memory of gradients that nobody needs any more.

@@ -14,7 +14,7 @@ use tracing::{Instrument, Span, debug, info, info_span, warn};
 
 use crate::client::{Client, Control, Way};
 use crate::clock_offset::ClockOffset;
-use crate::device::{DeviceFailure, DeviceThread, Outcome, Stop};
+use crate::device::{Answer, DeviceFailure, DeviceThread, Outcome, Stop};
 use crate::kept::KeptGradient;
 use crate::lease::{GradientName, Parameters, Work};
 use crate::runtime::SpanSource;
@@ -59,6 +59,7 @@ impl Membership {
             leases: HashMap::new(),
             tasks: JoinSet::new(),
             pulled: Arc::default(),
+            begun: None,
             clock_offset: ClockOffset::default(),
         };
         service.run(on_first_word).await
@@ -77,7 +78,17 @@ struct Service {
     tasks: JoinSet<Report>,
     /// The parameters that came by the network last, and memory for the next ones.
     pulled: Arc<Mutex<Pulled>>,
+    /// What the device computes that the session has yet to ask for.
+    begun: Option<Begun>,
     clock_offset: ClockOffset,
+}
+
+/// A lease that the device computes as soon as it has the parameters: there and back again, it would have to wait for two
+/// threads to wake.
+struct Begun {
+    lease: u64,
+    stop: Stop,
+    outcome: Answer<Outcome>,
 }
 
 /// Parameters that came by the network.
@@ -105,7 +116,7 @@ struct Held {
 
 /// How a task ended.
 enum Report {
-    Pulled { parameters: Parameters, result: Result<(), TransferFailure> },
+    Pulled { parameters: Parameters, result: Result<Option<Begun>, TransferFailure> },
     Computed { lease: u64, result: Result<Outcome, DeviceFailure> },
     Pushed { lease: u64, result: Result<(Duration, [u8; 32]), TransferFailure> },
 }
@@ -140,6 +151,10 @@ impl Service {
                     return departure;
                 }
             }
+            // Revoked while its parameters came.
+            if let Some(begun) = self.begun.take() {
+                begun.stop.set();
+            }
         }
     }
 
@@ -168,7 +183,10 @@ impl Service {
     /// Turns the end of a task into an event, keeping what it brought.
     fn note(&mut self, report: Report) -> Event {
         match report {
-            Report::Pulled { parameters, result: Ok(()) } => Event::ParametersArrived { parameters },
+            Report::Pulled { parameters, result: Ok(begun) } => {
+                self.begun = begun;
+                Event::ParametersArrived { parameters }
+            }
             Report::Pulled { parameters, result: Err(failure) } => Event::PullFailed { parameters, failure },
             Report::Computed { lease, result: Ok(outcome) } => {
                 if let Some(held) = self.leases.get_mut(&lease) {
@@ -225,7 +243,7 @@ impl Service {
                 self.send(v1::worker_message::Kind::Declined(v1::LeaseDeclined { lease_id: lease, reason }))
             }
             Command::Discard { lease } => {
-                self.leases.remove(&lease);
+                self.leases.remove(&lease).inspect(|held| held.stop.set());
                 None
             }
             Command::SendHeartbeat => {
@@ -239,13 +257,15 @@ impl Service {
 
     fn pull(&mut self, parameters: Parameters, lease: u64) {
         let held = self.held(lease);
-        let (work, lease_span) = (held.work.clone(), held.span());
+        let (work, stop, lease_span) = (held.work.clone(), held.stop.clone(), held.span());
         let (step, slot, version) = (work.lease.step, work.first_slot(), parameters.version);
         let span = info_span!(target: "lockstep", parent: &lease_span, "pull", step, slot, version);
         let (mut client, device) = (self.membership.client.clone(), self.membership.device.clone());
         let (run, elements, shared) =
             (self.membership.run.clone(), self.membership.elements, self.membership.shared.clone());
         let (pulled, base) = (self.pulled.clone(), self.membership.base);
+        let has_moments = work.slots.iter().any(|slot| slot.moments_blake3.is_some());
+        let next = (!has_moments).then(|| (work.clone(), stop.clone(), lease_span.clone()));
         let task = async move {
             let refused = |failure: DeviceFailure| TransferFailure::Refused(failure.to_string());
             if let Some(base) = base
@@ -254,8 +274,12 @@ impl Service {
                 return Report::Pulled { parameters, result: Err(failure) };
             }
             if let Some(version) = shared.and_then(|shared| shared.version(parameters)) {
-                match device.load_shared(version).await {
-                    Ok(true) => return Report::Pulled { parameters, result: Ok(()) },
+                let (loaded, outcome) = device.load_shared(version, next);
+                match loaded.get().await {
+                    Ok(true) => {
+                        let begun = outcome.map(|outcome| Begun { lease, stop, outcome });
+                        return Report::Pulled { parameters, result: Ok(begun) };
+                    }
                     Ok(false) => {} // Overwritten meanwhile; the coordinator will say what is there now.
                     Err(failure) => return Report::Pulled { parameters, result: Err(refused(failure)) },
                 }
@@ -273,12 +297,16 @@ impl Service {
                 }
                 Err(failure) => Err(failure),
             };
-            Report::Pulled { parameters, result }
+            Report::Pulled { parameters, result: result.map(|()| None) }
         };
         self.tasks.spawn(task.instrument(span));
     }
 
     fn compute(&mut self, lease: u64) {
+        if let Some(Begun { outcome, .. }) = self.begun.take_if(|begun| begun.lease == lease) {
+            self.tasks.spawn(async move { Report::Computed { lease, result: outcome.get().await } });
+            return;
+        }
         let held = self.held(lease);
         let (work, stop, span) = (held.work.clone(), held.stop.clone(), held.span());
         let device = self.membership.device.clone();

@@ -6,9 +6,16 @@ use lockstep_model::compute::SlotGradient;
 use lockstep_model::config::{Gelu, GptConfig, LineConfig, UpdateRule};
 use lockstep_model::device::DeviceChoice;
 use lockstep_model::tree::{Block, add_vectors};
+#[cfg(target_os = "linux")]
+use lockstep_proto::{
+    region::{Region, stamp_of},
+    v1,
+};
 
 use super::*;
 use crate::lease::{Lease, Parameters};
+#[cfg(target_os = "linux")]
+use crate::shared::Shared;
 
 const LINE: ModelConfig = ModelConfig::Line(LineConfig { weight: 0.0, bias: 0.0 });
 
@@ -251,6 +258,34 @@ fn a_computation_is_cut_short_between_two_slots_and_leaves_the_parameters_where_
     }
 }
 
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_lease_is_computed_as_soon_as_its_parameters_are_out_of_shared_memory() {
+    let [even, odd, gradient] = [(); 3].map(|()| Region::create(&[3; 32], 2).unwrap());
+    let parameters = vec![even.path(), odd.path()];
+    let offer = v1::SharedMemory { token: vec![3; 32], parameters, gradient: gradient.path() };
+    let shared = Arc::new(Shared::open(&offer, 2, 2).unwrap());
+    even.write(0, &[0.35, 0.01]).unwrap();
+    even.put_stamp(stamp_of(&[7; 32])).unwrap();
+    let device = DeviceThread::start(cpu()).unwrap();
+    device.probe(line(), Vec::new()).await.unwrap();
+
+    let lease = work(Task::Gradient, Block::root(3), 3);
+    let version = || shared.version(lease.lease.parameters).unwrap();
+    let next = || Some((lease.clone(), Stop::default(), Span::none()));
+    let (loaded, outcome) = device.load_shared(version(), next());
+    assert_eq!(loaded.get().await, Ok(true));
+    let outcome = outcome.unwrap().get().await.unwrap();
+    let asked = device.compute(lease.clone(), Vec::new(), Stop::default(), Span::none()).await.unwrap();
+    assert_eq!((outcome.gradient, outcome.sums), (asked.gradient, asked.sums));
+
+    let (overwritten, next) = (version(), next());
+    even.clear().unwrap();
+    let (loaded, outcome) = device.load_shared(overwritten, next);
+    assert_eq!(loaded.get().await, Ok(false));
+    assert!(outcome.unwrap().get().await.is_err(), "nothing is computed with what is not there");
+}
+
 #[tokio::test]
 async fn a_computation_that_is_stopped_gives_nothing_and_is_not_kept() {
     let device = DeviceThread::start(cpu()).unwrap();
@@ -290,7 +325,7 @@ fn nothing_is_computed_to_the_end_when_the_worker_is_gone() {
     let (reply, answer) = oneshot::channel();
     drop(answer);
     let (work, stop, span) = (work(Task::Gradient, Block::leaf(0), 1), Stop::default(), Span::none());
-    worker.do_job(Job::Compute { work, moments: Vec::new(), stop, span, reply });
+    worker.do_job(Job::Compute(Computation { work, moments: Vec::new(), stop, span, reply }));
     assert_eq!(worker.kept.enter(""), []);
 }
 
