@@ -32,6 +32,8 @@ pub(crate) enum Input {
     Closed { worker: WorkerId, reason: String },
     /// A member lives.
     Heartbeat { worker: WorkerId, sent_unix_nanos: u64, clock_offset_nanos: i64 },
+    /// A member begins to push the gradient of a lease.
+    PushBegun { worker: WorkerId, lease: LeaseId },
     /// A member finished a lease.
     Result { worker: WorkerId, result: Finished },
     /// A member cannot do a lease.

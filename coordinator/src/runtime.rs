@@ -242,6 +242,7 @@ impl Runtime {
                 );
                 self.decide(Event::Heartbeat { worker })
             }
+            Input::PushBegun { worker, lease } => self.decide(Event::PushBegun { worker, lease }),
             Input::Result { worker, result } => self.judge(worker, result),
             Input::Declined { worker, lease, reason } => {
                 // One that was taken back meanwhile may well come to nothing.

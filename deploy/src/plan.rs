@@ -102,7 +102,8 @@ pub(crate) struct Step {
 }
 
 impl WorkerMemory {
-    /// Of a worker that computes all slots of a step, with so many rows for each sequence.
+    /// Of a worker that computes all slots of a step, with so many rows for each sequence. One that has several blocks of a step
+    /// has fewer sums that wait, and what it sends in their place.
     pub(crate) fn of(
         model: &ModelConfig,
         adapters: Option<&AdapterConfig>,

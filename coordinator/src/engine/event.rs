@@ -37,6 +37,13 @@ pub enum Event {
         /// Who.
         worker: WorkerId,
     },
+    /// A worker begins to push the gradient of a lease: its device is free for another.
+    PushBegun {
+        /// Who.
+        worker: WorkerId,
+        /// What it computed.
+        lease: LeaseId,
+    },
     /// A worker finished a lease. A gradient's vector lies staged under (worker, lease) by now.
     BlockDone(BlockDone),
     /// A worker cannot compute a lease, and remains a member.

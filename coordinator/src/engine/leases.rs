@@ -97,6 +97,8 @@ pub(super) struct Leases {
     by_block: Vec<Vec<Held>>,
     /// The level of the tree's root.
     height: u32,
+    /// Leases whose gradients are on their way here.
+    travelling: BTreeSet<(WorkerId, LeaseId)>,
     idle: Idle,
     /// When leases of workers that are known are late, as far as they are not.
     due: BTreeSet<(Time, Block)>,
@@ -137,6 +139,7 @@ impl Leases {
             by_worker: BTreeMap::new(),
             by_block: vec![Vec::new(); 2 << height],
             height,
+            travelling: BTreeSet::new(),
             idle: Idle::default(),
             due: BTreeSet::new(),
             timely: BTreeSet::new(),
@@ -179,15 +182,36 @@ impl Leases {
         let place = leases.iter().position(|held| held.lease == lease)?;
         let Held { holding, .. } = leases.remove(place);
         self.put_in(block);
-        self.idle.insert(worker);
+        self.travelling.remove(&(worker, lease));
+        self.rest(worker);
         Some(holding)
     }
 
-    /// A worker can be leased work, if it holds no lease.
-    pub(super) fn arrive(&mut self, worker: WorkerId) {
-        if self.of(worker).next().is_none() {
+    /// The gradient of a lease sets out, if the worker holds that.
+    pub(super) fn travels(&mut self, worker: WorkerId, lease: LeaseId) {
+        if self.by_worker.contains_key(&(worker, lease)) {
+            self.travelling.insert((worker, lease));
+            self.rest(worker);
+        }
+    }
+
+    /// A worker can be leased work if it computes none. What it computes next is to find the one place beside what is sent
+    /// before, so that no more than two of its gradients are in memory.
+    fn rest(&mut self, worker: WorkerId) {
+        let held: Vec<LeaseId> = self.of(worker).take(2).collect();
+        let free = match held[..] {
+            [] => true,
+            [lease] => self.travelling.contains(&(worker, lease)),
+            _ => false,
+        };
+        if free {
             self.idle.insert(worker);
         }
+    }
+
+    /// A worker has come.
+    pub(super) fn arrive(&mut self, worker: WorkerId) {
+        self.rest(worker);
     }
 
     /// A worker is gone.
@@ -195,7 +219,7 @@ impl Leases {
         self.idle.remove(worker);
     }
 
-    /// Workers without a lease that could have one.
+    /// Workers who compute nothing, and could.
     pub(super) fn idle(&self) -> &Idle {
         &self.idle
     }
@@ -220,11 +244,6 @@ impl Leases {
     /// All leases, by worker.
     pub(super) fn iter(&self) -> impl Iterator<Item = (WorkerId, LeaseId, Block)> {
         self.by_worker.iter().map(|((worker, lease), block)| (*worker, *lease, *block))
-    }
-
-    /// How many there are.
-    pub(super) fn len(&self) -> usize {
-        self.by_worker.len()
     }
 
     /// Those under which a block is computed, the oldest first.
@@ -409,7 +428,7 @@ mod tests {
                     prop_assert_eq!(leases.last_ready(4, || mean), last_ready);
                     prop_assert_eq!(leases.next_late(|| mean), next_late);
                 }
-                prop_assert_eq!(leases.len(), held.len());
+                prop_assert_eq!(leases.iter().count(), held.len());
             }
         }
     }

@@ -84,7 +84,7 @@ impl Engine {
     /// When the next lease is late, if somebody is idle who could help, or a stop waits for it.
     pub(super) fn next_late(&self) -> Option<Time> {
         let Phase::Work(work) = &self.phase else { return None };
-        if work.leases().len() == self.members.connected_count() && self.stop.is_none() {
+        if work.leases().idle().after(NOBODY).next().is_none() && self.stop.is_none() {
             return None;
         }
         work.leases().next_late(|| self.members.mean_secs_per_slot(work.task()))
@@ -171,7 +171,12 @@ impl Twins {
 
     /// What is late, or what `worker` would have ready earlier than whoever has it.
     fn block_for(&self, worker: WorkerId, secs_per_slot: Option<f64>, market: &Market<'_>) -> Option<Block> {
+        let has_it = |block| market.work.leases().holders(block).any(|(holder, _)| holder == worker);
         let worth_it = |candidate: &&Candidate| {
+            // Its own, on the way here.
+            if has_it(candidate.block) {
+                return false;
+            }
             let wanted = match market.work.reviews().get(&candidate.block) {
                 Some(review) => market.may_confirm(worker, candidate.block, review),
                 None => candidate.late || !market.work.left_to_others(worker, candidate.block, market.members),

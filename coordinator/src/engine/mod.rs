@@ -185,6 +185,7 @@ impl Engine {
             Event::ControlClosed { worker } => self.leave(worker),
             Event::Heartbeat { worker } => self.hear(worker),
             Event::Kept { worker, blocks } => self.offer(worker, blocks),
+            Event::PushBegun { worker, lease } => self.push_begun(worker, lease),
             Event::BlockDone(done) => self.take_result(done),
             Event::Declined { worker, lease, reason } => self.decline(worker, lease, DiscardReason::Declined, reason),
             Event::StepApplied { step, skipped } => self.step_applied(step, skipped),

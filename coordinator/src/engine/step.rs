@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::command::{Command, DiscardReason, Failure, Finding, Outcome, ReleaseReason, StopReason, Task};
 use super::event::BlockDone;
-use super::id::WorkerId;
+use super::id::{LeaseId, WorkerId};
 use super::work::Work;
 use super::{Engine, Gradients, Phase};
 
@@ -75,6 +75,13 @@ impl Engine {
             Some(Outcome::Stopped { reason: StopReason::StopAfter { step } })
         } else {
             None
+        }
+    }
+
+    /// Takes note that a worker computes nothing while the gradient of a lease, if that is open, travels.
+    pub(super) fn push_begun(&mut self, worker: WorkerId, lease: LeaseId) {
+        if let Phase::Work(work) = &mut self.phase {
+            work.leases_mut().travels(worker, lease);
         }
     }
 

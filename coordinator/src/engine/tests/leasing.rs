@@ -149,3 +149,44 @@ fn while_nothing_is_known_of_anybody_a_lease_may_take_minutes() {
     "#]]
     .assert_eq(&run.pass_and_tick(6));
 }
+
+#[test]
+fn while_a_gradient_travels_its_worker_computes_the_next_block_and_no_third() {
+    let mut run = Run::new(EngineConfig { max_slots_per_lease: 1, ..config() });
+    assert!(run.join().contains("worker 1: lease 1: gradient of block 0/0"));
+    let first = run.answer_of(1);
+    expect![[r#"
+        worker 1: lease 2: gradient of block 0/1 of step 1 with version 0
+    "#]]
+    .assert_eq(&run.push(1));
+    assert_eq!(run.push(1), "", "two gradients of a worker are enough");
+    expect![[r#"
+        accept lease 1 of worker 1: block 0/0 of step 1
+        worker 1: lease 3: gradient of block 0/2 of step 1 with version 0
+    "#]]
+    .assert_eq(&run.send(Event::BlockDone(first)));
+    // Of two leases, the older one is over first.
+    run.leases.insert(WorkerId(1), Lease { id: LeaseId(2), block: Block::leaf(1), ..run.leases[&WorkerId(1)] });
+    assert_eq!(run.done(1), "accept lease 2 of worker 1: block 0/1 of step 1\n", "it computes the third");
+}
+
+#[test]
+fn a_push_of_a_lease_that_is_over_changes_nothing() {
+    let mut run = Run::new(EngineConfig { max_slots_per_lease: 1, ..config() });
+    run.join();
+    run.push(1);
+    let second = run.leases[&WorkerId(1)];
+    run.leases.insert(WorkerId(1), Lease { id: LeaseId(1), block: Block::leaf(0), ..second });
+    run.done(1);
+    assert_eq!(run.push(1), "");
+}
+
+#[test]
+fn nobody_is_lent_the_twin_of_what_it_sends() {
+    let mut run = Run::new(EngineConfig { slots: 1, ..config() });
+    run.join();
+    run.push(1);
+    let late: String = (0..60).map(|_| run.pass_and_tick(6)).collect();
+    assert_eq!(late, "", "late after five minutes, and its own");
+    assert!(run.done(1).contains("accept lease 1"));
+}

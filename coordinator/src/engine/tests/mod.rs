@@ -97,6 +97,13 @@ impl Run {
         answer(&self.engine.config, worker, &self.leases[&worker])
     }
 
+    /// `worker` begins to push the gradient of its newest lease.
+    fn push(&mut self, worker: u64) -> String {
+        let worker = WorkerId(worker);
+        let lease = self.leases[&worker].id;
+        self.send(Event::PushBegun { worker, lease })
+    }
+
     /// `worker` answers its newest lease.
     fn done(&mut self, worker: u64) -> String {
         let done = self.answer_of(worker);

@@ -15,6 +15,7 @@ enum Act {
     Open(usize),
     Leave(usize),
     Heartbeat(usize),
+    Push(usize),
     Finish(usize),
     Decline(usize),
     /// Sends one of all results so far again.
@@ -32,6 +33,7 @@ fn act() -> impl Strategy<Value = Act> {
         4 => which().prop_map(Act::Open),
         1 => which().prop_map(Act::Leave),
         2 => which().prop_map(Act::Heartbeat),
+        4 => which().prop_map(Act::Push),
         12 => which().prop_map(Act::Finish),
         1 => which().prop_map(Act::Decline),
         2 => which().prop_map(Act::Repeat),
@@ -77,6 +79,8 @@ struct World {
     members: BTreeSet<WorkerId>,
     connected: BTreeSet<WorkerId>,
     leases: BTreeMap<(WorkerId, LeaseId), Lease>,
+    /// Leases whose gradients are on their way.
+    travelling: BTreeSet<LeaseId>,
     results: Vec<BlockDone>,
     /// Blocks accepted for the work under way.
     accepted: Vec<Block>,
@@ -112,6 +116,7 @@ impl World {
             members: BTreeSet::new(),
             connected: BTreeSet::new(),
             leases: BTreeMap::new(),
+            travelling: BTreeSet::new(),
             results: Vec::new(),
             accepted: Vec::new(),
             applied: 0,
@@ -137,7 +142,10 @@ impl World {
                 assert_eq!(self.applying, None, "leased while the optimizer works");
                 assert!(lease.block.exists(self.slots(lease.task)));
                 assert!(lease.block.slots(self.slots(lease.task)).len() <= self.config.max_slots_per_lease as usize);
-                assert!(!self.leases.keys().any(|(holder, _)| holder == worker), "a second lease");
+                let others = || self.leases.iter().filter(|((holder, _), _)| holder == worker).map(|(_, other)| other);
+                assert!(others().count() <= 1, "a third lease");
+                assert!(others().all(|other| self.travelling.contains(&other.id)), "a second lease to compute");
+                assert!(others().all(|other| other.block != lease.block), "a twin of its own");
                 assert!(self.leases.insert((*worker, lease.id), *lease).is_none());
             }
             Command::Accept { worker, lease, block, .. } => {
@@ -231,6 +239,12 @@ impl World {
             Act::Heartbeat(which) => {
                 let Some(worker) = pick(self.connected.iter().copied(), *which) else { return };
                 self.send(Event::Heartbeat { worker });
+            }
+            Act::Push(which) => {
+                let gradients = self.leases.iter().filter(|(_, lease)| lease.task == Task::Gradient);
+                let Some((worker, lease)) = pick(gradients.map(|(holder, _)| *holder), *which) else { return };
+                self.travelling.insert(lease);
+                self.send(Event::PushBegun { worker, lease });
             }
             Act::Finish(which) => {
                 let Some((worker, lease)) = pick(self.leases.iter().map(|((w, _), l)| (*w, *l)), *which) else {

@@ -1,7 +1,7 @@
 //! A cluster of any size in virtual time: the real engine and real sessions, nothing fails, and vectors take as long as
 //! links let them. Every worker is the coordinator's own: a star.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use lockstep_coordinator::engine::command::{DiscardReason, Lease as Granted, Task};
@@ -107,9 +107,9 @@ struct Member {
     pulling: Option<Parameters>,
     params: Option<Params>,
     leases: BTreeMap<u64, Held>,
-    /// The lease that is computed, and the one that travels.
+    /// The lease that is computed, and those that travel, one after the other.
     computing: Option<u64>,
-    pushing: Option<u64>,
+    pushing: VecDeque<u64>,
     tick_at: Option<Duration>,
 }
 
@@ -175,7 +175,7 @@ impl Cluster {
                 params: None,
                 leases: BTreeMap::new(),
                 computing: None,
-                pushing: None,
+                pushing: VecDeque::new(),
                 tick_at: None,
             }
         };
@@ -265,8 +265,9 @@ impl Cluster {
                     }
                     Way::Up => {
                         for member in self.up.done(self.now) {
-                            let lease = self.members[member].pushing.take().expect("it sends one");
+                            let lease = self.members[member].pushing.pop_front().expect("it sends one");
                             self.after(self.shape.latency, Happening::Staged(member, lease));
+                            self.push_next(member);
                         }
                     }
                 }
@@ -403,15 +404,21 @@ impl Cluster {
                 self.after(takes, Happening::Computed(number, lease));
             }
             Act::Push { lease } => {
-                member.pushing = Some(lease);
-                self.up.begin(number, self.shape.parameters * self.shape.up_bytes, self.now);
-                self.expect_link(Way::Up);
+                member.pushing.push_back(lease);
+                let begun = Event::PushBegun { worker, lease: LeaseId(lease) };
+                self.after(latency, Happening::ToEngine(begun));
+                if self.members[number].pushing.len() == 1 {
+                    self.push_next(number);
+                }
             }
             Act::Abandon { lease } => {
                 member.computing.take_if(|computing| *computing == lease);
-                if member.pushing.take_if(|pushing| *pushing == lease).is_some() {
+                let first = member.pushing.front() == Some(&lease);
+                member.pushing.retain(|pushing| *pushing != lease);
+                if first {
                     self.up.cancel(number, self.now);
                     self.expect_link(Way::Up);
+                    self.push_next(number);
                 }
             }
             Act::SendResult { lease } => {
@@ -443,6 +450,14 @@ impl Cluster {
             Act::SendKept(_) | Act::Recall { .. } | Act::SendDeclined { .. } | Act::Leave(_) => {
                 panic!("nothing fails here: {command:?}")
             }
+        }
+    }
+
+    /// Sends the first of the gradients that wait, if there is any.
+    fn push_next(&mut self, number: usize) {
+        if !self.members[number].pushing.is_empty() {
+            self.up.begin(number, self.shape.parameters * self.shape.up_bytes, self.now);
+            self.expect_link(Way::Up);
         }
     }
 

@@ -187,6 +187,10 @@ impl World {
                 }
                 self.decide(Event::ControlOpened { worker }, Some(incarnation))
             }
+            Up::PushBegun { incarnation, .. } if !fenced(incarnation) => Ok(()),
+            Up::PushBegun { incarnation, worker, lease } => {
+                self.decide(Event::PushBegun { worker, lease: LeaseId(lease) }, Some(incarnation))
+            }
             Up::Push { incarnation, worker, lease, vector } => {
                 let result = match fenced(incarnation) {
                     false => Err(Refused::Lost("for another start".into())),

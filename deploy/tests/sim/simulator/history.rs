@@ -44,6 +44,8 @@ pub(crate) struct Member {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Open {
     pub(crate) lease: Lease,
+    /// Whether its gradient is on its way.
+    pub(crate) travels: bool,
     /// Whether its result has come.
     pub(crate) answered: bool,
 }
@@ -192,6 +194,11 @@ impl History {
                 }
             }
             Event::ControlClosed { worker } => self.forget(*worker),
+            Event::PushBegun { worker, lease } => {
+                if let Some(open) = self.open.get_mut(&(*worker, *lease)) {
+                    open.travels = true;
+                }
+            }
             Event::BlockDone(done) => {
                 self.answering = Some((done.worker, done.lease));
                 let Some(open) = self.open.get_mut(&(done.worker, done.lease)) else { return };
@@ -220,7 +227,7 @@ impl History {
             }
             Command::Refuse { ticket, .. } => drop(self.joining.remove(ticket)),
             Command::Lease { worker, lease } => {
-                self.open.insert((*worker, lease.id), Open { lease: *lease, answered: false });
+                self.open.insert((*worker, lease.id), Open { lease: *lease, travels: false, answered: false });
             }
             Command::Accept { worker, lease, step, block } => {
                 let confirmed = self.is_confirmed(*worker, *lease);

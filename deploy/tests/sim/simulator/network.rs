@@ -43,6 +43,12 @@ pub(crate) enum Up {
     },
     /// The worker closes its control stream.
     Close,
+    /// The first bytes of a gradient.
+    PushBegun {
+        incarnation: u64,
+        worker: WorkerId,
+        lease: u64,
+    },
     /// A gradient.
     Push {
         incarnation: u64,
@@ -219,7 +225,11 @@ impl Network {
 
     /// When a message sent now arrives; `None` if there is no such connection.
     pub(crate) fn send_up(&mut self, id: ConnectionId, message: &Up, now: Duration) -> Option<Duration> {
-        let latency = self.latency();
+        let latency = match message {
+            // Before the rest of it.
+            Up::PushBegun { .. } => Duration::from_secs_f64(self.latency_secs.0),
+            _ => self.latency(),
+        };
         let connection = self.connections.get_mut(&id)?;
         if !message.is_control() {
             return Some(now + latency);

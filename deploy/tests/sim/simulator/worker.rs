@@ -392,8 +392,9 @@ impl World {
             }
             Command::Push { lease } => {
                 let outcome = membership.leases.get(&lease).and_then(|held| held.outcome.clone());
-                let vector = outcome.and_then(|outcome| outcome.vector);
-                Up::Push { incarnation, worker: id, lease, vector: vector.expect("what is pushed was computed") }
+                let vector = outcome.and_then(|outcome| outcome.vector).expect("what is pushed was computed");
+                self.send_up(connection, Up::PushBegun { incarnation, worker: id, lease });
+                Up::Push { incarnation, worker: id, lease, vector }
             }
             Command::SendResult { lease } => {
                 let Held { lease, outcome, compute } = membership.leases.remove(&lease)?;

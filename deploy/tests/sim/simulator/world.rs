@@ -203,7 +203,12 @@ impl World {
                 // A call that follows on a break dials anew; what was under way is lost.
                 let call = matches!(
                     message,
-                    Up::Join | Up::Admit { .. } | Up::Open { .. } | Up::Push { .. } | Up::Pull { .. }
+                    Up::Join
+                        | Up::Admit { .. }
+                        | Up::Open { .. }
+                        | Up::PushBegun { .. }
+                        | Up::Push { .. }
+                        | Up::Pull { .. }
                 );
                 let lost = known.broken_at.is_some_and(|broken_at| !call || sent_at <= broken_at);
                 match (lost, self.coordinator.is_some()) {
