@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::id::WorkerId;
 
-/// Workers who compute nothing, and could.
+/// Workers without a lease that could have one.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Idle {
     workers: BTreeSet<WorkerId>,

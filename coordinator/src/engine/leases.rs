@@ -100,6 +100,8 @@ pub(super) struct Leases {
     /// Leases whose gradients are on their way here.
     travelling: BTreeSet<(WorkerId, LeaseId)>,
     idle: Idle,
+    /// Workers with one lease, whose gradient travels.
+    sending: BTreeSet<WorkerId>,
     /// When leases of workers that are known are late, as far as they are not.
     due: BTreeSet<(Time, Block)>,
     /// Blocks whose holders are all known, not all of whose leases are late.
@@ -141,6 +143,7 @@ impl Leases {
             height,
             travelling: BTreeSet::new(),
             idle: Idle::default(),
+            sending: BTreeSet::new(),
             due: BTreeSet::new(),
             timely: BTreeSet::new(),
             late: BTreeSet::new(),
@@ -171,6 +174,7 @@ impl Leases {
         self.by_block[node].push(Held { worker, lease, holding });
         self.put_in(block);
         self.idle.remove(worker);
+        self.sending.remove(&worker);
     }
 
     /// Ends a lease.
@@ -183,7 +187,7 @@ impl Leases {
         let Held { holding, .. } = leases.remove(place);
         self.put_in(block);
         self.travelling.remove(&(worker, lease));
-        self.rest(worker);
+        self.arrive(worker);
         Some(holding)
     }
 
@@ -191,37 +195,36 @@ impl Leases {
     pub(super) fn travels(&mut self, worker: WorkerId, lease: LeaseId) {
         if self.by_worker.contains_key(&(worker, lease)) {
             self.travelling.insert((worker, lease));
-            self.rest(worker);
+            self.arrive(worker);
         }
     }
 
-    /// A worker can be leased work if it computes none. What it computes next is to find the one place beside what is sent
-    /// before, so that no more than two of its gradients are in memory.
-    fn rest(&mut self, worker: WorkerId) {
-        let held: Vec<LeaseId> = self.of(worker).take(2).collect();
-        let free = match held[..] {
-            [] => true,
-            [lease] => self.travelling.contains(&(worker, lease)),
-            _ => false,
-        };
-        if free {
-            self.idle.insert(worker);
-        }
-    }
-
-    /// A worker has come.
+    /// A worker can be leased work, if it computes none: what it computes next is to find the one place beside what it sends, so
+    /// that no more than two of its gradients are in memory.
     pub(super) fn arrive(&mut self, worker: WorkerId) {
-        self.rest(worker);
+        let held: Vec<LeaseId> = self.of(worker).take(2).collect();
+        self.sending.remove(&worker);
+        match held[..] {
+            [] => self.idle.insert(worker),
+            [lease] if self.travelling.contains(&(worker, lease)) => drop(self.sending.insert(worker)),
+            _ => {}
+        }
     }
 
     /// A worker is gone.
     pub(super) fn depart(&mut self, worker: WorkerId) {
         self.idle.remove(worker);
+        self.sending.remove(&worker);
     }
 
-    /// Workers who compute nothing, and could.
+    /// Workers without a lease that could have one.
     pub(super) fn idle(&self) -> &Idle {
         &self.idle
+    }
+
+    /// The first worker after `last` that could have a lease beside the one whose gradient it sends.
+    pub(super) fn next_sending(&self, WorkerId(last): WorkerId) -> Option<WorkerId> {
+        self.sending.range(WorkerId(last + 1)..).next().copied()
     }
 
     /// The same, to say how fast they are.

@@ -20,7 +20,7 @@ const TWINS_CONSIDERED: usize = 4;
 const NOBODY: WorkerId = WorkerId(0);
 
 impl Engine {
-    /// Gives every idle worker something to compute, if there is anything for it.
+    /// Gives everybody who computes nothing something to compute, if there is anything for it.
     pub(super) fn lease_out(&mut self) {
         let needed = self.workers_needed() as usize;
         let here = self.members.connected_count();
@@ -40,15 +40,20 @@ impl Engine {
             self.commands.push(Command::Lease { worker, lease });
         };
         let shares = self.members.shares(work.free_count().max(1));
-        let mut last = NOBODY;
-        while work.free_count() > 0 || !work.unconfirmed().is_empty() {
-            let Some(worker) = work.leases().idle().after(last).next() else { break };
-            last = worker;
-            let Some(member) = self.members.get(worker) else { continue };
-            let max_slots = || shares.of(member).min(self.config.max_slots_per_lease);
-            let market = Market { work, members: &self.members };
-            if let Some(block) = market.block_for(worker, max_slots) {
-                lease(work, worker, block);
+        // Those who have nothing to do come before those who send.
+        for sending in [false, true] {
+            let mut last = NOBODY;
+            while work.free_count() > 0 || !work.unconfirmed().is_empty() {
+                let leases = work.leases();
+                let next = if sending { leases.next_sending(last) } else { leases.idle().after(last).next() };
+                let Some(worker) = next else { break };
+                last = worker;
+                let Some(member) = self.members.get(worker) else { continue };
+                let max_slots = || shares.of(member).min(self.config.max_slots_per_lease);
+                let market = Market { work, members: &self.members };
+                if let Some(block) = market.block_for(worker, max_slots) {
+                    lease(work, worker, block);
+                }
             }
         }
         // Who still has nothing to do looks at what others have, as of now.
@@ -98,7 +103,7 @@ struct Market<'a> {
 }
 
 impl Market<'_> {
-    /// What an idle worker gets that nobody else computes.
+    /// What a worker gets that computes nothing, and that nobody else computes.
     fn block_for(&self, worker: WorkerId, max_slots: impl FnOnce() -> u32) -> Option<Block> {
         // Gradients that wait for confirmation take memory: their number is limited.
         let crowded = self.work.reviews().len() >= REVIEWS_PER_WORKER * self.members.connected_count();
@@ -171,12 +176,7 @@ impl Twins {
 
     /// What is late, or what `worker` would have ready earlier than whoever has it.
     fn block_for(&self, worker: WorkerId, secs_per_slot: Option<f64>, market: &Market<'_>) -> Option<Block> {
-        let has_it = |block| market.work.leases().holders(block).any(|(holder, _)| holder == worker);
         let worth_it = |candidate: &&Candidate| {
-            // Its own, on the way here.
-            if has_it(candidate.block) {
-                return false;
-            }
             let wanted = match market.work.reviews().get(&candidate.block) {
                 Some(review) => market.may_confirm(worker, candidate.block, review),
                 None => candidate.late || !market.work.left_to_others(worker, candidate.block, market.members),
