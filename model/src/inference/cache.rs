@@ -2,7 +2,7 @@
 
 use macerator::{AutoArch, Simd, WithSimd};
 
-use super::matrix::{GROUPS, Group, Tiles, multiply_panel};
+use super::panel::{GROUPS, Group, Panel, Products, Rows, multiply_panel};
 use crate::kernels::elementary::exp;
 use crate::kernels::lanes::{LANES, reduce, sum};
 
@@ -79,22 +79,19 @@ impl HeadCache {
         self.width.div_ceil(LANES)
     }
 
-    /// What queries `[rows, D]` find, `[rows, D]`: each sees the first tokens, as many as `seen` says. With q scaled by 1 / √D:
-    /// the sum over tokens of `e^(q k - max) v`, divided by the sum of these powers.
+    /// Has queries `[rows, D]` become what they find: each sees the first tokens, as many as `seen` says. With q scaled by
+    /// 1 / √D: the sum over tokens of `e^(q k - max) v`, divided by the sum of these powers.
     ///
     /// `seen` rises from row to row and ends at most at the number of cached tokens.
-    pub(super) fn attend(&self, queries: &[f32], seen: &[usize]) -> Vec<f32> {
-        let mut found = vec![0.0; queries.len()];
-        AutoArch::new().dispatch(Attend { cache: self, queries, seen, found: &mut found });
-        found
+    pub(super) fn attend(&self, queries: &mut [f32], seen: &[usize]) {
+        AutoArch::new().dispatch(Attend { cache: self, queries, seen });
     }
 }
 
 struct Attend<'a> {
     cache: &'a HeadCache,
-    queries: &'a [f32],
+    queries: &'a mut [f32],
     seen: &'a [usize],
-    found: &'a mut [f32],
 }
 
 impl WithSimd for Attend<'_> {
@@ -102,34 +99,60 @@ impl WithSimd for Attend<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self) {
-        let (cache, width) = (self.cache, self.cache.width);
-        let (rows, most) = (self.seen.len(), self.seen.iter().copied().max().unwrap_or(0));
-        let padded = most.next_multiple_of(PANEL_KEYS);
+        let Self { cache, queries, seen } = self;
+        let (rows, width, most) = (seen.len(), cache.width, seen.iter().copied().max().unwrap_or(0));
         let scale = 1.0 / (width as f32).sqrt();
-        let queries = Tiles::new(self.queries, width, width, scale);
+        queries.iter_mut().for_each(|element| *element *= scale);
 
-        let (mut scores, mut scratch) = (vec![0.0; rows * padded], Vec::new());
-        let panels = cache.keys.chunks_exact(width * GROUPS).take(padded / PANEL_KEYS);
-        for (index, panel) in panels.enumerate() {
-            multiply_panel::<S>(&queries, panel, GROUPS, &mut scratch, &mut |row, key, products| {
-                scores[row * padded + index * PANEL_KEYS + key..][..products.len()].copy_from_slice(products);
-            });
+        let (stride, mut scratch) = (most.next_multiple_of(LANES), Vec::new());
+        let mut scores = vec![0.0; rows * stride];
+        for (index, groups) in cache.keys.chunks_exact(width * GROUPS).take(most.div_ceil(PANEL_KEYS)).enumerate() {
+            let first = index * PANEL_KEYS;
+            let panel = Panel { groups, width: GROUPS, columns: PANEL_KEYS.min(stride - first) };
+            let mut part = Scores { values: &mut scores, stride, first };
+            multiply_panel::<S>(Rows::of(queries, width), panel, &mut scratch, &mut part);
         }
         let mut sums = vec![0.0; rows];
-        for ((scores, sum_of_powers), &seen) in scores.chunks_exact_mut(padded).zip(&mut sums).zip(self.seen) {
+        for ((scores, sum_of_powers), &seen) in scores.chunks_exact_mut(stride).zip(&mut sums).zip(seen) {
             let (scores, unseen) = scores.split_at_mut(seen);
             let largest = largest(scores);
             scores.iter_mut().for_each(|score| *score = exp(*score - largest));
             *sum_of_powers = sum(scores, scores, |power, _| power);
             unseen.fill(0.0);
         }
-        let powers = Tiles::new(&scores, padded, most, 1.0);
-        let found = self.found;
-        multiply_panel::<S>(&powers, &cache.values, cache.groups(), &mut scratch, &mut |row, column, products| {
-            let end = width.min(column + products.len());
-            let found = &mut found[row * width..][column..end];
-            found.iter_mut().zip(products).for_each(|(found, product)| *found = product / sums[row]);
-        });
+        let powers = Rows { values: &scores, stride, depth: most };
+        let panel = Panel { groups: &cache.values, width: cache.groups(), columns: width };
+        multiply_panel::<S>(powers, panel, &mut scratch, &mut Found { values: queries, width, sums: &sums });
+    }
+}
+
+/// Scores of a panel's keys, of which row by row there are `stride`, from the one numbered `first` on.
+struct Scores<'a> {
+    values: &'a mut [f32],
+    stride: usize,
+    first: usize,
+}
+
+impl Products for Scores<'_> {
+    #[inline(always)]
+    fn take(&mut self, row: usize, key: usize, products: &[f32]) {
+        let scores = &mut self.values[row * self.stride..][..self.stride][self.first + key..];
+        scores.iter_mut().zip(products).for_each(|(score, product)| *score = *product);
+    }
+}
+
+/// What queries find, `[rows, width]`, once it is divided by the sums of their powers.
+struct Found<'a> {
+    values: &'a mut [f32],
+    width: usize,
+    sums: &'a [f32],
+}
+
+impl Products for Found<'_> {
+    #[inline(always)]
+    fn take(&mut self, row: usize, column: usize, products: &[f32]) {
+        let (found, sum) = (&mut self.values[row * self.width..][column..self.width], self.sums[row]);
+        found.iter_mut().zip(products).for_each(|(found, product)| *found = product / sum);
     }
 }
 
@@ -165,7 +188,8 @@ mod tests {
             let tokens = keys.chunks_exact(width).zip(values.chunks_exact(width));
             tokens.for_each(|(key, value)| cache.push(key, value));
             let seen = [1, 2, 16, 63, 64, 65, 128, 149, 150];
-            let found = cache.attend(&queries, &seen);
+            let mut found = queries.clone();
+            cache.attend(&mut found, &seen);
             for ((query, found), seen) in queries.chunks(width).zip(found.chunks(width)).zip(seen) {
                 let dot = |key: &[f32]| key.iter().zip(query).map(|(&k, &q)| f64::from(k) * f64::from(q)).sum::<f64>();
                 let powers: Vec<f64> =
@@ -193,11 +217,13 @@ mod tests {
         let mut cache = HeadCache::new(width);
         cache.reserve(200);
         fill(&mut cache, 0..200);
-        let together = cache.attend(&queries, &[70, 80, 90, 100, 101, 102, 103]);
+        let mut together = queries.clone();
+        cache.attend(&mut together, &[70, 80, 90, 100, 101, 102, 103]);
         cache.truncate(65);
         fill(&mut cache, 65..103);
         for (row, seen) in [(0, 70), (3, 100), (6, 103)] {
-            let alone = cache.attend(&queries[row * width..][..width], &[seen]);
+            let mut alone = queries[row * width..][..width].to_vec();
+            cache.attend(&mut alone, &[seen]);
             assert_eq!(alone, together[row * width..][..width], "{seen}");
         }
     }

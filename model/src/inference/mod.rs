@@ -10,6 +10,7 @@ mod cache;
 mod engine;
 mod matrix;
 mod network;
+mod panel;
 mod rows;
 mod sampling;
 #[cfg(all(test, feature = "cpu"))]

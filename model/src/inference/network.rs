@@ -7,24 +7,17 @@
 //! Shapes beside the buffers: n tokens of all sequences; C width, H heads of queries, K of keys and values, D width of a head, F
 //! feed-forward width, V vocabulary.
 
+mod attention;
 mod parameters;
 
-use rayon::prelude::*;
+use std::ops::Range;
 
 use super::cache::HeadCache;
 use super::matrix::{Matrix, Part};
 use super::rows::{Activation, Norm};
 use crate::config::{GptConfig, LlamaConfig, ModelConfig, RopeScaling};
 use crate::kernels::rotary_tables;
-use crate::kernels::rows::turn;
 use crate::layout::Layout;
-
-/// Queries of a sequence that one thread attends to at a time.
-const QUERIES: usize = 24;
-/// Multiplications of attention below which threads cost more than they bring.
-const WORTH_THREADS: usize = 1 << 15;
-/// Elements of queries, keys and values below which they do so where keys and values are cached.
-const WORTH_CACHING_TOGETHER: usize = 1 << 12;
 
 /// The parameters of one model, laid out for inference.
 #[derive(Debug)]
@@ -99,6 +92,14 @@ pub(super) struct Run<'a> {
     pub(super) start: usize,
     /// Whether logits after the last are asked for.
     pub(super) wants_logits: bool,
+}
+
+impl Run<'_> {
+    /// The tokens after which logits are asked for: the last, or none.
+    fn answered(&self) -> Range<usize> {
+        let end = self.tokens.len();
+        if self.wants_logits { end - 1..end } else { end..end }
+    }
 }
 
 impl Network {
@@ -188,6 +189,8 @@ impl Network {
     }
 
     /// Reads the tokens of `runs`, each of another cache, into their caches. The logits `[V]` of each run that asks for them.
+    ///
+    /// Of the last layer, tokens after which none are asked for need their keys and values alone.
     pub(super) fn forward(&mut self, runs: &[Run<'_>], caches: &mut [Cache]) -> Vec<Vec<f32>> {
         let end = runs.iter().map(|run| run.start + run.tokens.len()).max().unwrap_or(0);
         if let Some(rotation) = &mut self.rotation {
@@ -200,6 +203,9 @@ impl Network {
             layer.attention_norm.of(x, normed);
             layer.qkv.multiply(normed, qkv);
             self.place(index, qkv, runs, caches);
+            if self.is_last(index) {
+                self.leave_answers(runs, x);
+            }
             self.attend(index, qkv, runs, caches, attended);
             layer.attention_output.multiply_onto(attended, x);
             layer.feed_forward_norm.of(x, normed);
@@ -207,29 +213,30 @@ impl Network {
             layer.activation.of(hidden, layer.hidden.columns(), activated);
             layer.output.multiply_onto(activated, x);
         }
-        let logits = self.logits(runs, &buffers.x);
+        self.norm.of(x, normed);
+        let mut logits = Vec::new();
+        self.head.multiply(normed, &mut logits);
         self.buffers = buffers;
-        logits
+        logits.chunks_exact(self.head.columns()).map(<[f32]>::to_vec).collect()
     }
 
-    /// The logits of the runs that ask for them, of all tokens' `x` `[n, C]`.
-    fn logits(&self, runs: &[Run<'_>], x: &[f32]) -> Vec<Vec<f32>> {
+    /// Leaves of all tokens' `x` `[n, C]` those of tokens after which logits are asked for.
+    fn leave_answers(&self, runs: &[Run<'_>], x: &mut Vec<f32>) {
         let width = self.sizes.width;
-        let mut last = Vec::new();
-        let mut row = 0;
+        let (mut first, mut kept) = (0, 0);
         for run in runs {
-            row += run.tokens.len();
-            if run.wants_logits {
-                last.extend_from_slice(&x[(row - 1) * width..row * width]);
+            for token in run.answered() {
+                let row = (first + token) * width;
+                x.copy_within(row..row + width, kept);
+                kept += width;
             }
+            first += run.tokens.len();
         }
-        if last.is_empty() {
-            return Vec::new();
-        }
-        let (mut normed, mut logits) = (Vec::new(), Vec::new());
-        self.norm.of(&last, &mut normed);
-        self.head.multiply(&normed, &mut logits);
-        logits.chunks_exact(self.head.columns()).map(<[f32]>::to_vec).collect()
+        x.truncate(kept);
+    }
+
+    fn is_last(&self, layer: usize) -> bool {
+        layer + 1 == self.layers.len()
     }
 
     /// Embeddings of all tokens, in `x` `[n, C]`.
@@ -244,86 +251,6 @@ impl Network {
                     let place = &places[position * width..][..width];
                     x[start..].iter_mut().zip(place).for_each(|(x, place)| *x += place);
                 }
-            }
-        }
-    }
-
-    /// Norms and turns queries and keys, each to its position, and caches keys and values.
-    fn place(&self, layer: usize, qkv: &mut [f32], runs: &[Run<'_>], caches: &mut [Cache]) {
-        let Sizes { heads, kv_heads, head_width, .. } = self.sizes;
-        let stride = (heads + 2 * kv_heads) * head_width;
-        let positions = runs.iter().flat_map(|run| run.start..run.start + run.tokens.len());
-        for (position, row) in positions.zip(qkv.chunks_exact_mut(stride)) {
-            let (queries, keys) = row[..(heads + kv_heads) * head_width].split_at_mut(heads * head_width);
-            if let Some([query_norm, key_norm]) = &self.layers[layer].qk_norms {
-                query_norm.apply(queries);
-                key_norm.apply(keys);
-            }
-            if let Some(rotation) = &self.rotation {
-                let (cos, sin) = rotation.at(position, head_width / 2);
-                let heads = queries.chunks_exact_mut(head_width).chain(keys.chunks_exact_mut(head_width));
-                heads.for_each(|head| turn(head, cos, sin, 1.0));
-            }
-        }
-        // Each head of a run, with its cache.
-        let mut pushes = Vec::with_capacity(runs.len() * kv_heads);
-        let mut caches: Vec<Option<&mut [HeadCache]>> =
-            caches.iter_mut().map(|cache| Some(&mut cache.0[layer * kv_heads..][..kv_heads])).collect();
-        let mut rows = &*qkv;
-        for run in runs {
-            let (of_run, rest) = rows.split_at(run.tokens.len() * stride);
-            let heads = caches[run.place].take().into_iter().flatten();
-            pushes.extend(heads.enumerate().map(|(index, head)| (of_run, index, head)));
-            rows = rest;
-        }
-        let push = |(rows, index, head): (&[f32], usize, &mut HeadCache)| {
-            for row in rows.chunks_exact(stride) {
-                let key = &row[(heads + index) * head_width..][..head_width];
-                let value = &row[(heads + kv_heads + index) * head_width..][..head_width];
-                head.push(key, value);
-            }
-        };
-        if qkv.len() < WORTH_CACHING_TOGETHER {
-            pushes.into_iter().for_each(push);
-        } else {
-            pushes.into_par_iter().for_each(push);
-        }
-    }
-
-    /// Causal grouped-query attention (Ainslie et al., arXiv:2305.13245) of the rows of `qkv` to what is cached, in
-    /// `attended` `[n, H·D]`.
-    fn attend(&self, layer: usize, qkv: &[f32], runs: &[Run<'_>], caches: &[Cache], attended: &mut Vec<f32>) {
-        let Sizes { heads, kv_heads, head_width, .. } = self.sizes;
-        let (group, stride) = (heads / kv_heads, (heads + 2 * kv_heads) * head_width);
-        // Some queries of a run, and a head of keys.
-        let mut parts = Vec::new();
-        let (mut first_row, mut multiplications) = (0, 0);
-        for run in runs {
-            for start in (0..run.tokens.len()).step_by(QUERIES) {
-                let count = QUERIES.min(run.tokens.len() - start);
-                parts.extend((0..kv_heads).map(|head| (run, first_row + start, run.start + start, count, head)));
-                multiplications += count * (run.start + start) * heads * head_width;
-            }
-            first_row += run.tokens.len();
-        }
-        let attend = |&(run, row, position, count, head): &(&Run<'_>, usize, usize, usize, usize)| {
-            let mut queries = Vec::with_capacity(count * group * head_width);
-            for row in row..row + count {
-                queries.extend_from_slice(&qkv[row * stride + head * group * head_width..][..group * head_width]);
-            }
-            let seen: Vec<usize> = (0..count * group).map(|query| position + query / group + 1).collect();
-            caches[run.place].0[layer * kv_heads + head].attend(&queries, &seen)
-        };
-        let found: Vec<Vec<f32>> = if multiplications < WORTH_THREADS {
-            parts.iter().map(attend).collect()
-        } else {
-            parts.par_iter().map(attend).collect()
-        };
-        attended.resize(first_row * heads * head_width, 0.0);
-        for ((_, row, _, _, head), found) in parts.iter().zip(found) {
-            for (row, found) in (*row..).zip(found.chunks_exact(group * head_width)) {
-                let place = (row * heads + head * group) * head_width;
-                attended[place..place + found.len()].copy_from_slice(found);
             }
         }
     }

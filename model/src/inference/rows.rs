@@ -7,8 +7,8 @@ use crate::config::Gelu;
 use crate::kernels::elementary::{gelu, gelu_by_tanh};
 use crate::kernels::rows::{gate, mean_and_scale};
 
-/// Elements below which threads cost more than they bring.
-const WORTH_THREADS: usize = 1 << 14;
+/// Elements below which another thread costs more than it brings.
+const WORTH_THREADS: usize = 1 << 13;
 
 /// Normalisation of rows: layer norm (Ba et al., arXiv:1607.06450), or root-mean-square norm (Zhang and Sennrich,
 /// arXiv:1910.07467).
@@ -41,9 +41,12 @@ impl Norm {
 
     /// Of each row of `x`, in `y`.
     pub(super) fn of(&self, x: &[f32], y: &mut Vec<f32>) {
-        y.clear();
-        y.extend_from_slice(x);
-        by_rows(y, self.weight.len(), |rows| self.apply(rows));
+        let width = self.weight.len();
+        y.resize(x.len(), 0.0);
+        y.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(rows_worth_a_thread(width)).for_each(|(y, x)| {
+            y.copy_from_slice(x);
+            self.apply(y);
+        });
     }
 
     /// Changes rows.
@@ -82,12 +85,14 @@ impl Activation {
     pub(super) fn of(self, x: &mut Vec<f32>, width: usize, y: &mut Vec<f32>) {
         match self {
             Self::Gelu(kind) => {
-                by_rows(x, width, |rows| AutoArch::new().dispatch(ApplyGelu { kind, rows }));
+                let rows = x.par_chunks_mut(width).with_min_len(rows_worth_a_thread(width));
+                rows.for_each(|rows| AutoArch::new().dispatch(ApplyGelu { kind, rows }));
                 std::mem::swap(x, y);
             }
             Self::SwiGlu => {
                 y.resize(x.len() / 2, 0.0);
-                let rows = y.par_chunks_mut(width / 2).zip(x.par_chunks(width)).with_min_len(1 + WORTH_THREADS / width);
+                let rows =
+                    y.par_chunks_mut(width / 2).zip(x.par_chunks(width)).with_min_len(rows_worth_a_thread(width));
                 rows.for_each(|(y, x)| {
                     let (gate, up) = x.split_at(width / 2);
                     AutoArch::new().dispatch(Gate { gate, up, y });
@@ -129,10 +134,7 @@ impl WithSimd for Gate<'_> {
     }
 }
 
-/// Has `each` change all rows, some at a time, on as many threads as is worth it.
-fn by_rows(x: &mut [f32], width: usize, each: impl Fn(&mut [f32]) + Send + Sync) {
-    if x.len() < 2 * WORTH_THREADS {
-        return each(x);
-    }
-    x.par_chunks_mut(WORTH_THREADS.next_multiple_of(width)).for_each(each);
+/// Rows that it is worth to have a thread of their own for.
+fn rows_worth_a_thread(width: usize) -> usize {
+    WORTH_THREADS.div_ceil(width)
 }
