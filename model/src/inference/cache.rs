@@ -135,8 +135,8 @@ struct Scores<'a> {
 
 impl Products for Scores<'_> {
     #[inline(always)]
-    fn take(&mut self, row: usize, key: usize, products: &[f32]) {
-        let scores = &mut self.values[row * self.stride..][..self.stride][self.first + key..];
+    fn take(&mut self, row: usize, products: &[f32]) {
+        let scores = &mut self.values[row * self.stride..][..self.stride][self.first..];
         scores.iter_mut().zip(products).for_each(|(score, product)| *score = *product);
     }
 }
@@ -150,8 +150,8 @@ struct Found<'a> {
 
 impl Products for Found<'_> {
     #[inline(always)]
-    fn take(&mut self, row: usize, column: usize, products: &[f32]) {
-        let (found, sum) = (&mut self.values[row * self.width..][column..self.width], self.sums[row]);
+    fn take(&mut self, row: usize, products: &[f32]) {
+        let (found, sum) = (&mut self.values[row * self.width..][..self.width], self.sums[row]);
         found.iter_mut().zip(products).for_each(|(found, product)| *found = product / sum);
     }
 }

@@ -181,10 +181,9 @@ struct PanelOutput<'a> {
 
 impl Products for PanelOutput<'_> {
     #[inline(always)]
-    fn take(&mut self, row: usize, column: usize, products: &[f32]) {
-        let y = &mut self.y[row * self.stride..][self.columns.clone()][column..];
-        let bias = self.bias.map(|bias| &bias[column..]);
-        match (self.onto, bias) {
+    fn take(&mut self, row: usize, products: &[f32]) {
+        let y = &mut self.y[row * self.stride..][self.columns.clone()];
+        match (self.onto, self.bias) {
             (Onto::Nothing, None) => y.iter_mut().zip(products).for_each(|(y, product)| *y = *product),
             (Onto::Nothing, Some(bias)) => {
                 y.iter_mut().zip(products).zip(bias).for_each(|((y, product), bias)| *y = product + bias);
@@ -192,6 +191,42 @@ impl Products for PanelOutput<'_> {
             (Onto::Itself, None) => y.iter_mut().zip(products).for_each(|(y, product)| *y += product),
             (Onto::Itself, Some(bias)) => {
                 y.iter_mut().zip(products).zip(bias).for_each(|((y, product), bias)| *y += product + bias);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::{Stream, normal};
+
+    fn drawn(index: u64, count: usize) -> Vec<f32> {
+        let mut values = vec![0.0; count];
+        normal(9, Stream::Initialisation, index, 1.0, &mut values);
+        values
+    }
+
+    /// Of weights so deep that a panel is read in parts.
+    #[test]
+    fn a_row_multiplied_alone_and_among_others_is_the_same_and_right() {
+        let (depth, columns, rows) = (1100, 70, 133);
+        let (weights, bias, x) = (drawn(1, depth * columns), drawn(2, columns), drawn(3, rows * depth));
+        let part = Part { values: &weights, columns, transposed: false };
+        let matrix = Matrix::new(depth, &[part], Some(&bias));
+        let mut together = Vec::new();
+        matrix.multiply(&x, &mut together);
+        for (x, together) in x.chunks(depth).zip(together.chunks(columns)) {
+            let (mut alone, mut added) = (Vec::new(), vec![1.0; columns]);
+            matrix.multiply(x, &mut alone);
+            matrix.multiply_onto(x, &mut added);
+            assert_eq!(alone, together);
+            for (column, (alone, added)) in alone.iter().zip(added).enumerate() {
+                let weights = weights[column..].iter().step_by(columns);
+                let sum: f64 = x.iter().zip(weights).map(|(&x, &weight)| f64::from(x) * f64::from(weight)).sum();
+                let expected = sum + f64::from(bias[column]);
+                assert!((f64::from(*alone) - expected).abs() < 1e-3, "{column}: {alone} is not {expected}");
+                assert_eq!(added, 1.0 + alone);
             }
         }
     }

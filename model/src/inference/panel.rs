@@ -54,8 +54,8 @@ pub(super) struct Panel<'a> {
 
 /// Where products go.
 pub(super) trait Products {
-    /// Takes a row's products with the columns from `column` on.
-    fn take(&mut self, row: usize, column: usize, products: &[f32]);
+    /// Takes a row's products with the panel's columns, from the first on.
+    fn take(&mut self, row: usize, products: &[f32]);
 }
 
 /// Multiplies `rows` with the columns of a panel. `scratch` may hold anything.
@@ -74,31 +74,34 @@ pub(super) fn multiply_panel<S: Simd>(
     let used = panel.columns.div_ceil(f32::lanes::<S>()).min(stride);
     let columns: &[Vector<S, f32>] = bytemuck::cast_slice(&panel.groups[..depth * panel.width]);
     let part = if count > MOST_TILE_ROWS { (NEAR_GROUPS / panel.width).max(1) } else { depth.max(1) };
-    scratch.resize(if part < depth { count * stride } else { 0 }, 0f32.splat::<S>());
+    let has_parts = part < depth;
+    scratch.resize(if has_parts { count } else { MOST_TILE_ROWS } * stride, 0f32.splat::<S>());
     for start in (0..depth).step_by(part) {
         let end = depth.min(start + part);
         let mut first = 0;
         while first < count {
             let tile_rows = tile_rows(count - first);
-            let partial =
-                if part < depth { &mut scratch[first * stride..(first + tile_rows) * stride] } else { &mut [] };
+            let sums = &mut scratch[if has_parts { first * stride } else { 0 }..][..tile_rows * stride];
             let tile = Tile {
                 values: &rows.values[first * rows.stride + start..],
                 row_stride: rows.stride,
-                first_row: first,
                 depth: end - start,
                 columns: &columns[start * stride..end * stride],
                 stride,
                 used,
-                partial,
+                sums,
                 is_first: start == 0,
-                is_last: end == depth,
             };
             match tile_rows {
-                MOST_TILE_ROWS => multiply_tile::<S, MOST_TILE_ROWS>(tile, products),
-                4 => multiply_tile::<S, 4>(tile, products),
-                2 => multiply_tile::<S, 2>(tile, products),
-                _ => multiply_tile::<S, 1>(tile, products),
+                MOST_TILE_ROWS => multiply_tile::<S, MOST_TILE_ROWS>(tile),
+                4 => multiply_tile::<S, 4>(tile),
+                2 => multiply_tile::<S, 2>(tile),
+                _ => multiply_tile::<S, 1>(tile),
+            }
+            if end == depth {
+                for (row, sums) in (first..).zip(sums.chunks(stride)) {
+                    products.take(row, bytemuck::cast_slice(&sums[..used]));
+                }
             }
             first += tile_rows;
         }
@@ -121,22 +124,20 @@ struct Tile<'a, S: Simd> {
     /// From the first element on that is multiplied.
     values: &'a [f32],
     row_stride: usize,
-    first_row: usize,
     depth: usize,
     /// `[depth][stride]`.
     columns: &'a [Vector<S, f32>],
     stride: usize,
     /// Vectors of a row of `columns` that are asked for.
     used: usize,
-    /// Sums so far, `[rows][stride]`; empty where there is one part.
-    partial: &'a mut [Vector<S, f32>],
+    /// Sums so far, `[rows][stride]`; of the first part they hold anything.
+    sums: &'a mut [Vector<S, f32>],
     is_first: bool,
-    is_last: bool,
 }
 
 /// Products of R rows, as many columns at a time as registers hold.
 #[inline(always)]
-fn multiply_tile<S: Simd, const R: usize>(mut tile: Tile<'_, S>, products: &mut impl Products) {
+fn multiply_tile<S: Simd, const R: usize>(mut tile: Tile<'_, S>) {
     let widest = match (R, f32::lanes::<S>()) {
         (1, _) => 8,
         (4.., 8) => 2,
@@ -145,25 +146,21 @@ fn multiply_tile<S: Simd, const R: usize>(mut tile: Tile<'_, S>, products: &mut 
     let mut vector = 0;
     while vector < tile.used {
         vector += match widest.min(tile.used - vector) {
-            8.. => multiply_columns::<S, R, 8>(&mut tile, vector, products),
-            4.. => multiply_columns::<S, R, 4>(&mut tile, vector, products),
-            2.. => multiply_columns::<S, R, 2>(&mut tile, vector, products),
-            _ => multiply_columns::<S, R, 1>(&mut tile, vector, products),
+            8.. => multiply_columns::<S, R, 8>(&mut tile, vector),
+            4.. => multiply_columns::<S, R, 4>(&mut tile, vector),
+            2.. => multiply_columns::<S, R, 2>(&mut tile, vector),
+            _ => multiply_columns::<S, R, 1>(&mut tile, vector),
         };
     }
 }
 
 /// Those with V vectors of columns, from `vector` on. V.
 #[inline(always)]
-fn multiply_columns<S: Simd, const R: usize, const V: usize>(
-    tile: &mut Tile<'_, S>,
-    vector: usize,
-    products: &mut impl Products,
-) -> usize {
+fn multiply_columns<S: Simd, const R: usize, const V: usize>(tile: &mut Tile<'_, S>, vector: usize) -> usize {
     let mut sums = [[0f32.splat::<S>(); V]; R];
     if !tile.is_first {
-        for (sums, partial) in sums.iter_mut().zip(tile.partial.chunks(tile.stride)) {
-            sums.copy_from_slice(&partial[vector..vector + V]);
+        for (sums, so_far) in sums.iter_mut().zip(tile.sums.chunks(tile.stride)) {
+            sums.copy_from_slice(&so_far[vector..vector + V]);
         }
     }
     // Slices of one length, so that no bounds are checked below.
@@ -178,14 +175,8 @@ fn multiply_columns<S: Simd, const R: usize, const V: usize>(
             }
         }
     }
-    if tile.is_last {
-        for (row, sums) in sums.iter().enumerate() {
-            products.take(tile.first_row + row, vector * f32::lanes::<S>(), bytemuck::cast_slice(sums));
-        }
-    } else {
-        for (sums, partial) in sums.iter().zip(tile.partial.chunks_mut(tile.stride)) {
-            partial[vector..vector + V].copy_from_slice(sums);
-        }
+    for (sums, so_far) in sums.iter().zip(tile.sums.chunks_mut(tile.stride)) {
+        so_far[vector..vector + V].copy_from_slice(sums);
     }
     V
 }
