@@ -159,14 +159,31 @@ fn multiply_tile<S: Simd, const R: usize>(mut tile: Tile<'_, S>) {
 fn multiply_columns<S: Simd, const R: usize, const V: usize>(tile: &mut Tile<'_, S>, vector: usize) -> usize {
     let mut sums = [[0f32.splat::<S>(); V]; R];
     if !tile.is_first {
-        for (sums, so_far) in sums.iter_mut().zip(tile.sums.chunks(tile.stride)) {
-            sums.copy_from_slice(&so_far[vector..vector + V]);
+        for (row, sums) in sums.iter_mut().enumerate() {
+            sums.copy_from_slice(&tile.sums[row * tile.stride + vector..][..V]);
         }
     }
-    // Slices of one length, so that no bounds are checked below.
-    let depth = tile.depth;
-    let rows: [&[f32]; R] = std::array::from_fn(|row| &tile.values[row * tile.row_stride..][..depth]);
-    for (index, columns) in (0..depth).zip(tile.columns[vector..].chunks(tile.stride)) {
+    let rows = std::array::from_fn(|row| &tile.values[row * tile.row_stride..]);
+    let columns = tile.columns.chunks_exact(tile.stride).map(|columns| &columns[vector..]);
+    let sums = add_products::<S, R, V>(sums, rows, tile.depth, columns);
+    for (row, sums) in sums.iter().enumerate() {
+        tile.sums[row * tile.stride + vector..][..V].copy_from_slice(sums);
+    }
+    V
+}
+
+/// Adds to sums of R rows the products of their first `depth` elements with V vectors of `columns`, whose rows come one by one.
+#[inline(always)]
+fn add_products<'a, S: Simd, const R: usize, const V: usize>(
+    mut sums: [[Vector<S, f32>; V]; R],
+    rows: [&[f32]; R],
+    depth: usize,
+    columns: impl Iterator<Item = &'a [Vector<S, f32>]>,
+) -> [[Vector<S, f32>; V]; R] {
+    // Slices of one length, so that no bounds are checked in the loop over it; its own loops have ends that the compiler knows,
+    // so that sums stay in registers.
+    let rows: [&[f32]; R] = std::array::from_fn(|row| &rows[row][..depth]);
+    for (index, columns) in (0..depth).zip(columns) {
         let Some(columns) = columns.first_chunk::<V>() else { break };
         for row in 0..R {
             let value = rows[row][index].splat::<S>();
@@ -175,8 +192,5 @@ fn multiply_columns<S: Simd, const R: usize, const V: usize>(tile: &mut Tile<'_,
             }
         }
     }
-    for (sums, so_far) in sums.iter().zip(tile.sums.chunks_mut(tile.stride)) {
-        so_far[vector..vector + V].copy_from_slice(sums);
-    }
-    V
+    sums
 }
