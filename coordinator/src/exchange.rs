@@ -212,15 +212,20 @@ struct Shared {
 impl Publication {
     /// Publishes `parameters` as `version`.
     pub(crate) fn new(version: u64, parameters: &[f32]) -> Self {
-        let shared = Shared::create(parameters.len());
+        let publication = Self::empty(parameters.len());
+        publication.set(version, parameters);
+        publication
+    }
+
+    /// A place for versions of so many `elements`, of which there is none yet.
+    pub(crate) fn empty(elements: usize) -> Self {
+        let shared = Shared::create(elements);
         if let Err(error) = &shared {
             tracing::debug!("vectors go through the network stack on this machine, too: {error}");
         }
         let shared = shared.ok();
-        let unpublished = Published { version, digest: [0; 32], bytes: Arc::default(), difference: None };
-        let publication = Self(Arc::new(Publisher { newest: RwLock::new(unpublished), shared }));
-        publication.set(version, parameters);
-        publication
+        let unpublished = Published { version: 0, digest: [0; 32], bytes: Arc::default(), difference: None };
+        Self(Arc::new(Publisher { newest: RwLock::new(unpublished), shared }))
     }
 
     /// What is published now.
@@ -230,9 +235,14 @@ impl Publication {
 
     /// Publishes `parameters` as `version` instead.
     pub(crate) fn set(&self, version: u64, parameters: &[f32]) {
+        self.set_by(version, parameters, None);
+    }
+
+    /// The same; by `difference` they are what was published before, if that is known.
+    pub(crate) fn set_by(&self, version: u64, parameters: &[f32], difference: Option<Vec<u8>>) {
         let draft = self.draft(version, parameters.len());
         let digests = in_pieces(parameters, |start, piece| draft.add(start, piece));
-        self.publish(draft, &digests, parameters, None);
+        self.publish(draft, &digests, parameters, difference);
     }
 
     /// Begins a version of so many `elements`, to be made ready piece by piece.

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use lockstep_model::batch::Sums;
 use lockstep_model::checkpoint::Checkpoint;
+use lockstep_model::digest::vector_sha256;
 use lockstep_model::tree::Block;
 use lockstep_proto::v1::{self, coordinator_message};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::dataplane::Applied;
-use crate::engine::command::Refusal;
-use crate::engine::event::KeptBlock;
+use crate::engine::command::{Refusal, Task};
+use crate::engine::event::{BlockDone, KeptBlock};
 use crate::engine::{DeviceClass, LeaseId, WorkerId};
 use crate::observe::Sample;
 
@@ -25,7 +26,7 @@ pub(crate) enum Input {
     /// The sampler has a text.
     Sampled(Sample),
     /// A worker wants to join.
-    Join { name: String, device: String, class: DeviceClass, reply: oneshot::Sender<Result<WorkerId, Refusal>> },
+    Join(Applicant),
     /// A member opened its control stream; what is sent here reaches it. Dropping the sender closes the stream.
     Opened { worker: WorkerId, out: mpsc::UnboundedSender<coordinator_message::Kind> },
     /// A member's control stream ended.
@@ -38,12 +39,25 @@ pub(crate) enum Input {
     Result { worker: WorkerId, result: Finished },
     /// A member cannot do a lease.
     Declined { worker: WorkerId, lease: LeaseId, reason: String },
+    /// A relay stands for another number of workers.
+    Workers { worker: WorkerId, workers: u32 },
     /// A new member has gradients from an earlier membership.
     Kept { worker: WorkerId, blocks: Vec<KeptBlock> },
     /// An earlier checkpoint was loaded, as the engine asked; `None`: there is none, the run begins anew.
     RolledBack(anyhow::Result<Option<Box<Checkpoint>>>),
     /// Somebody asks what the run is doing.
     Status { reply: oneshot::Sender<v1::StatusReply> },
+}
+
+/// A worker that wants to join.
+#[derive(Debug)]
+pub(crate) struct Applicant {
+    pub(crate) name: String,
+    pub(crate) device: String,
+    pub(crate) class: DeviceClass,
+    /// How many it stands for.
+    pub(crate) workers: u32,
+    pub(crate) reply: oneshot::Sender<Result<WorkerId, Refusal>>,
 }
 
 /// A lease done, in the domain's types.
@@ -66,4 +80,18 @@ pub(crate) struct Finished {
     pub(crate) compute: Duration,
     pub(crate) upload: Duration,
     pub(crate) spans: Vec<v1::SpanTiming>,
+}
+
+impl Finished {
+    /// As the engine hears of it, from this worker.
+    pub(crate) fn block_done(&self, worker: WorkerId) -> BlockDone {
+        let (task, digest) = match (&self.row_values[..], self.digest) {
+            ([], Some(digest)) => (Task::Gradient, Some(digest)),
+            ([], None) => (Task::Evaluate, None),
+            (row_values, _) => (Task::Reference, Some(vector_sha256(row_values))),
+        };
+        let &Self { lease, step, version, block, sums, norm, compute, .. } = self;
+        let slot_sums = self.slot_sums.clone();
+        BlockDone { worker, lease, step, version, task, block, digest, norm, sums, slot_sums, compute }
+    }
 }

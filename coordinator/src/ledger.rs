@@ -3,19 +3,19 @@
 //! A lease goes out with the digest of each of its slots; a result comes back with the digest of what was computed. Those
 //! of accepted results are what a step was trained on, and at its commit every slot must be there once.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use lockstep_model::digest::hex;
-use lockstep_model::ledger::{self, Ledger};
+use lockstep_model::ledger::Ledger;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::command::{Lease, Task};
 use crate::engine::{LeaseId, WorkerId};
 use crate::journal::Journal;
+use crate::sent::{Sent, SentRows};
 
 /// Bytes of a slot's digest that a line shows; the step's digest covers all of it.
 const SHOWN_BYTES: usize = 8;
@@ -40,24 +40,13 @@ pub fn shown(slot_sha256: &[u8; 32]) -> String {
     hex(&slot_sha256[..SHOWN_BYTES])
 }
 
-/// What one lease was sent.
-#[derive(Debug)]
-struct Sent {
-    task: Task,
-    /// The worker's name.
-    name: String,
-    slots: Range<u32>,
-    digests: Vec<[u8; 32]>,
-}
-
 /// The open file, and what the step under way is trained on.
 #[derive(Debug)]
 pub(crate) struct LedgerFile {
     journal: Journal<Line>,
     ledger: Ledger,
     rows_per_step: u64,
-    /// Leases that are open, by whom they were sent to: what one says of another's lease changes nothing.
-    sent: BTreeMap<(WorkerId, LeaseId), Sent>,
+    sent: SentRows,
     /// Of each slot of the step under way what was accepted, and from whom.
     accepted: Vec<Option<([u8; 32], String)>>,
 }
@@ -85,7 +74,7 @@ impl LedgerFile {
             );
         }
         let accepted = vec![None; slots as usize];
-        Ok(Self { journal, ledger, rows_per_step, sent: BTreeMap::new(), accepted })
+        Ok(Self { journal, ledger, rows_per_step, sent: SentRows::default(), accepted })
     }
 
     /// Goes back to the steps of `ledger`, and forgets all leases and what was accepted since.
@@ -114,23 +103,13 @@ impl LedgerFile {
         slots: Range<u32>,
         digests: Vec<[u8; 32]>,
     ) {
-        self.sent.insert((worker, lease.id), Sent { task: lease.task, name: name.into(), slots, digests });
+        self.sent.lend(worker, lease.id, Sent { task: lease.task, name: name.into(), slots, digests });
     }
 
     /// Whether what a worker computed under a lease is what it was sent; if not, says so. A lease that is not open is for
     /// the engine to judge.
     pub(crate) fn check(&self, worker: WorkerId, lease: LeaseId, computed: [u8; 32]) -> Result<(), String> {
-        let Some(sent) = self.sent.get(&(worker, lease)) else { return Ok(()) };
-        let sent = ledger::block_sha256(sent.digests.iter().copied());
-        if computed == sent {
-            return Ok(());
-        }
-        Err(format!(
-            "it computed other rows for lease {lease} than it was sent (SHA-256 {} and {}): they were damaged on the way, or \
-             in its memory",
-            shown(&computed),
-            shown(&sent)
-        ))
+        self.sent.check(worker, lease, computed)
     }
 
     /// The result of a worker's lease counts: its slots, if they are trained on, are those of the step under way.
@@ -138,7 +117,7 @@ impl LedgerFile {
     /// # Errors
     /// If a slot counts already, or nothing is known of the lease.
     pub(crate) fn accept(&mut self, worker: WorkerId, lease: LeaseId) -> anyhow::Result<()> {
-        let sent = self.sent.remove(&(worker, lease));
+        let sent = self.sent.take(worker, lease);
         let Sent { task, name, slots, digests } =
             sent.with_context(|| format!("lease {lease} of worker {worker} counts, and was never sent"))?;
         if task != Task::Gradient {
@@ -155,7 +134,7 @@ impl LedgerFile {
 
     /// The result of a worker's lease does not, or will not, count.
     pub(crate) fn discard(&mut self, worker: WorkerId, lease: LeaseId) {
-        self.sent.remove(&(worker, lease));
+        self.sent.take(worker, lease);
     }
 
     /// Step `step` is committed: writes its line.
@@ -205,6 +184,7 @@ pub fn up_to(step: u64) -> impl Fn(&Line) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use lockstep_model::ledger;
     use lockstep_model::tree::Block;
 
     use super::*;

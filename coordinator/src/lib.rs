@@ -3,11 +3,14 @@
 //! The [`engine`] decides, as a pure state machine. The runtime ([`run()`]) is one loop: the gRPC service and the threads
 //! that work for it send inputs, the loop turns them into the engine's events and carries out its commands. Vectors go
 //! around both, through the data plane.
+//!
+//! A relay ([`downstream`]) serves workers by the same means, and computes what another coordinator lends it.
 
 mod archive;
 mod background;
 pub mod config;
 mod dataplane;
+pub mod downstream;
 pub mod engine;
 mod exchange;
 mod input;
@@ -20,10 +23,12 @@ mod plot;
 pub mod references;
 mod replicas;
 mod report;
+mod roster;
 mod run;
 pub mod run_dir;
 mod runtime;
 mod sampler;
+mod sent;
 mod service;
 mod start;
 mod step_times;

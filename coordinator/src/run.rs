@@ -1,16 +1,12 @@
 //! A run from beginning to end: the server, and one loop around the runtime.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use lockstep_model::checkpoint::Validation;
-use lockstep_proto::{CONNECTION_WINDOW_BYTES, MAX_FRAME_BYTES, STREAM_WINDOW_BYTES};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
-use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tokio::sync::{mpsc, watch};
 
 use crate::config::RunConfig;
 use crate::engine::Event;
@@ -18,11 +14,11 @@ use crate::engine::command::Outcome;
 use crate::exchange::Staging;
 use crate::observe::Observer;
 use crate::runtime::Runtime;
-use crate::service::Service;
+use crate::service::{Base, Served, Service};
 use crate::start;
 
 /// How long members may take to close their streams once the run is over.
-const FAREWELL: Duration = Duration::from_secs(3);
+pub(crate) const FAREWELL: Duration = Duration::from_secs(3);
 
 /// What a run ends with.
 #[derive(Clone, Debug)]
@@ -58,25 +54,19 @@ pub async fn run(
     let elements = invitation.layout.as_ref().map_or(0, |layout| layout.total_elements as usize);
     let pushed_elements = elements * (1 + config.kept_moments());
     let mut runtime = Runtime::new(config, start, staging.clone(), inputs.clone(), observer)?;
-    let service = Service {
-        invitation: Arc::new(invitation),
+    let served = Served {
+        invitation,
         pushed_elements,
-        inputs,
+        inputs: inputs.clone(),
         staging,
         publication: runtime.publication(),
         replicas: runtime.replicas(),
         format,
-        base,
+        base: base.map_or_else(OnceLock::new, |base| OnceLock::from(Base::File(base))),
     };
+    let (_serving, served) = watch::channel(Some(Arc::new(served)));
     // Ends when dropped, whatever happens below.
-    let mut server = JoinSet::new();
-    server.spawn(
-        Server::builder()
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .max_frame_size(MAX_FRAME_BYTES)
-            .serve_with_incoming(service.into_server(), TcpIncoming::from(listener).with_nodelay(Some(true))),
-    );
+    let server = Service::new(served, inputs).listen(listener);
 
     runtime.begin()?;
     tokio::pin!(stop);
@@ -111,7 +101,7 @@ pub async fn run(
     runtime.finish(&mut queue)
 }
 
-async fn sleep_until(deadline: Option<Instant>) {
+pub(crate) async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,

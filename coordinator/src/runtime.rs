@@ -3,27 +3,26 @@
 mod progress;
 mod status;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
 use lockstep_model::batch::Sums;
 use lockstep_model::checkpoint::{Manifest, Validation};
-use lockstep_model::digest::{hex, vector_sha256};
+use lockstep_model::digest::hex;
 use lockstep_model::ledger::slot_sha256;
 use lockstep_model::schedule::learning_rate;
 use lockstep_proto::v1;
 use lockstep_proto::v1::coordinator_message::Kind as Message;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 use crate::archive;
 use crate::background::Background;
 use crate::config::RunConfig;
 use crate::dataplane::{DataPlane, Rules, State};
-use crate::engine::command::{DiscardReason, Failure, Lease, Outcome, Refusal, ReleaseReason, Task};
-use crate::engine::event::BlockDone;
-use crate::engine::{Command, Engine, Event, Ticket, Time, WorkerId};
+use crate::engine::command::{DiscardReason, Failure, Lease, Outcome, Task};
+use crate::engine::{Command, Engine, Event, Time, WorkerId};
 use crate::exchange::{Publication, Staging};
 use crate::input::{Finished, Input};
 use crate::ledger::LedgerFile;
@@ -34,30 +33,14 @@ use crate::plot;
 use crate::references::{self, Collected, ReferenceFile};
 use crate::replicas::Replicas;
 use crate::report;
+use crate::roster::Roster;
 use crate::run::Summary;
 use crate::run_dir::RunDir;
 use crate::sampler;
-use crate::service::unix_nanos;
 use crate::start::{self, Start};
 use crate::step_times::StepTimes;
 use crate::trace::traceparent;
 use crate::translate;
-
-/// A worker, as the runtime knows it.
-struct Member {
-    name: String,
-    /// To its control stream, while it is open.
-    out: Option<mpsc::UnboundedSender<Message>>,
-    open: bool,
-    clock_offset_nanos: i64,
-}
-
-/// A worker that asked to join.
-struct Applicant {
-    name: String,
-    device: String,
-    reply: oneshot::Sender<Result<WorkerId, Refusal>>,
-}
 
 /// All that changes while a run goes on.
 pub(crate) struct Runtime {
@@ -72,10 +55,7 @@ pub(crate) struct Runtime {
     metrics: Metrics,
     ledger: LedgerFile,
     observer: Observer,
-    members: BTreeMap<WorkerId, Member>,
-    /// Requests to join that the engine has not answered.
-    joining: HashMap<Ticket, Applicant>,
-    next_ticket: u64,
+    roster: Roster,
     /// What the next checkpoint will say, kept up to date.
     manifest: Manifest,
     /// What the first version says of rows, as it comes in.
@@ -137,6 +117,7 @@ impl Runtime {
         Ok(Self {
             engine: Engine::new(engine, Time::default()),
             origin: Instant::now(),
+            roster: Roster::new(staging.clone(), observer.clone()),
             config,
             run_dir,
             staging,
@@ -146,9 +127,6 @@ impl Runtime {
             metrics,
             ledger,
             observer,
-            members: BTreeMap::new(),
-            joining: HashMap::new(),
-            next_ticket: 0,
             manifest,
             references: Collected::default(),
             step: StepTimes::none(),
@@ -180,12 +158,12 @@ impl Runtime {
 
     /// Whether a member's control stream is still open.
     pub(crate) fn has_company(&self) -> bool {
-        self.members.values().any(|member| member.open)
+        self.roster.has_company()
     }
 
     /// Ends the control streams, after what was sent on them.
     pub(crate) fn hang_up(&mut self) {
-        self.members.values_mut().for_each(|member| member.out = None);
+        self.roster.hang_up();
     }
 
     /// Tells that the run can be joined, and begins it.
@@ -205,44 +183,24 @@ impl Runtime {
     /// Turns input into an event, and carries out what the engine decides.
     pub(crate) fn hear(&mut self, input: Input) -> anyhow::Result<()> {
         match input {
-            Input::Join { name, device, class, reply } => {
-                self.next_ticket += 1;
-                let ticket = Ticket(self.next_ticket);
-                self.joining.insert(ticket, Applicant { name: name.clone(), device: device.clone(), reply });
-                self.decide(Event::JoinRequested { ticket, name, device, class })
+            Input::Join(applicant) => {
+                let asked = self.roster.ask(applicant);
+                self.decide(asked)
             }
             Input::Opened { worker, out } => {
-                match self.members.get_mut(&worker) {
-                    Some(member) => {
-                        member.out = Some(out);
-                        member.open = true;
-                    }
-                    // Not, or no longer, a member: dropping the sender closes the stream.
-                    None => drop(out),
-                }
-                self.decide(Event::ControlOpened { worker })
+                let opened = self.roster.open(worker, out);
+                self.decide(opened)
             }
             Input::Closed { worker, reason } => {
-                self.staging.forget_worker(worker);
-                let member = self.members.remove(&worker);
-                // That a released worker leaves is no news.
-                if member.is_some() && !self.is_over() {
-                    let workers = self.members.len();
-                    self.tell(&RunEvent::WorkerLeft { worker: worker.0, reason, workers });
-                }
-                self.decide(Event::ControlClosed { worker })
+                let closed = self.roster.close(worker, reason, !self.is_over());
+                self.decide(closed)
             }
             Input::Heartbeat { worker, sent_unix_nanos, clock_offset_nanos } => {
-                if let Some(member) = self.members.get_mut(&worker) {
-                    member.clock_offset_nanos = clock_offset_nanos;
-                }
-                self.send(
-                    worker,
-                    Message::HeartbeatAck(v1::HeartbeatAck { sent_unix_nanos, received_unix_nanos: unix_nanos() }),
-                );
-                self.decide(Event::Heartbeat { worker })
+                let heard = self.roster.heartbeat(worker, sent_unix_nanos, clock_offset_nanos);
+                self.decide(heard)
             }
             Input::PushBegun { worker, lease } => self.decide(Event::PushBegun { worker, lease }),
+            Input::Workers { worker, workers } => self.decide(Event::Workers { worker, workers }),
             Input::Result { worker, result } => self.judge(worker, result),
             Input::Declined { worker, lease, reason } => {
                 // One that was taken back meanwhile may well come to nothing.
@@ -294,22 +252,11 @@ impl Runtime {
         }
         match command {
             Command::Admit { ticket, worker, class } => {
-                let Some(Applicant { name, device, reply }) = self.joining.remove(&ticket) else { return Ok(()) };
                 let classes: BTreeSet<String> = self.manifest.device_classes.drain(..).chain([hex(&class.0)]).collect();
                 self.manifest.device_classes = classes.into_iter().collect();
-                self.staging.admit(worker);
-                let member = Member { name: name.clone(), out: None, open: false, clock_offset_nanos: 0 };
-                self.members.insert(worker, member);
-                let workers = self.members.len();
-                self.tell(&RunEvent::WorkerJoined { worker: worker.0, name, device, workers });
-                // A worker that hung up meanwhile will be found silent.
-                let _ = reply.send(Ok(worker));
+                self.roster.admit(ticket, worker);
             }
-            Command::Refuse { ticket, reason } => {
-                let Some(Applicant { name, reply, .. }) = self.joining.remove(&ticket) else { return Ok(()) };
-                self.tell(&RunEvent::WorkerRefused { name, reason: reason.to_string() });
-                let _ = reply.send(Err(reason));
-            }
+            Command::Refuse { ticket, reason } => self.roster.refuse(ticket, reason),
             Command::Lease { worker, lease } => {
                 if lease.task == Task::Gradient && self.step.number != lease.step {
                     self.step = StepTimes::begin(&self.manifest.run_id, lease.step);
@@ -318,7 +265,7 @@ impl Runtime {
                     self.staging.open(worker, lease.id);
                 }
                 let message = self.lease_message(worker, &lease);
-                self.send(worker, Message::Lease(message));
+                self.roster.send(worker, Message::Lease(message));
             }
             Command::Accept { worker, lease, step, block } => {
                 self.ledger.accept(worker, lease)?;
@@ -338,7 +285,7 @@ impl Runtime {
                     self.staging.spare.give_back(vector);
                 }
                 if matches!(reason, DiscardReason::Overtaken | DiscardReason::StartedOver | DiscardReason::RunEnds) {
-                    self.send(worker, Message::Revoke(v1::Revoke { lease_id: lease.0 }));
+                    self.roster.revoke(worker, lease);
                 }
             }
             Command::Quarantine { name } => self.run_dir.quarantine(&name)?,
@@ -398,22 +345,10 @@ impl Runtime {
                     });
                 }
             }
-            Command::Release { worker, reason } => {
-                let run_goes_on = !matches!(reason, ReleaseReason::RunOver(_));
-                self.send(worker, Message::Release(v1::Release { reason: reason.to_string(), run_goes_on }));
-                if let (ReleaseReason::Declined { .. } | ReleaseReason::Quarantined { .. }, Some(member)) =
-                    (&reason, self.members.get_mut(&worker))
-                {
-                    member.out = None;
-                }
-            }
-            Command::Disconnect { worker, reason } => {
-                self.staging.forget_worker(worker);
-                if self.members.remove(&worker).is_some() {
-                    let (workers, reason) = (self.members.len(), reason.to_string());
-                    self.tell(&RunEvent::WorkerLeft { worker: worker.0, reason, workers });
-                }
-            }
+            Command::Release { worker, reason } => self.roster.release(worker, &reason),
+            Command::Disconnect { worker, reason } => self.roster.disconnect(worker, reason.to_string()),
+            // What nobody computes is a relay's alone.
+            Command::GiveBack { .. } => {}
             Command::Finish { outcome, .. } => {
                 if let Outcome::Failed {
                     reason: reason @ (Failure::Disputed { step, slots, .. } | Failure::Unreliable { step, slots, .. }),
@@ -426,13 +361,6 @@ impl Runtime {
             }
         }
         Ok(())
-    }
-
-    fn send(&self, worker: WorkerId, message: Message) {
-        // A closed stream is news of its own: `Input::Closed` is on its way.
-        if let Some(out) = self.members.get(&worker).and_then(|member| member.out.as_ref()) {
-            let _ = out.send(message);
-        }
     }
 
     /// The lease with its rows, of which the ledger keeps the digests.
@@ -454,7 +382,7 @@ impl Runtime {
         let numbers = lease.block.slots(slots);
         let rows: Vec<_> = numbers.clone().map(|slot| (slot, batch(slot))).collect();
         let digests = rows.iter().map(|(slot, batch)| slot_sha256(*slot, batch)).collect();
-        let name = self.members.get(&worker).map_or("", |member| &member.name);
+        let name = self.roster.look(worker).map_or("", |(name, _)| name);
         let published = self.plane.published();
         self.ledger.lend(worker, name, lease, numbers, digests);
         let replicas = self.plane.replicas();
@@ -470,49 +398,29 @@ impl Runtime {
             traceparent: traceparent(&self.manifest.run_id, lease.step),
             parameters_blake3: published.digest.to_vec(),
             difference_from_blake3: published.difference.map_or_else(Vec::new, |difference| difference.from.to_vec()),
+            step_slots: slots,
         }
     }
 
     /// Passes a result on to the engine.
     fn judge(&mut self, worker: WorkerId, mut result: Finished) -> anyhow::Result<()> {
-        if let Some(member) = self.members.get(&worker).filter(|_| !result.spans.is_empty()) {
-            self.tell(&RunEvent::Spans {
-                worker: worker.0,
-                name: member.name.clone(),
-                clock_offset_nanos: member.clock_offset_nanos,
-                spans: std::mem::take(&mut result.spans),
-            });
+        let spans = std::mem::take(&mut result.spans);
+        if let Some((name, clock_offset_nanos)) = self.roster.look(worker).filter(|_| !spans.is_empty()) {
+            self.tell(&RunEvent::Spans { worker: worker.0, name: name.into(), clock_offset_nanos, spans });
         }
         if let Err(reason) = self.ledger.check(worker, result.lease, result.batch_sha256) {
             tracing::warn!(worker = worker.0, "{reason}");
             return self.decide(Event::Declined { worker, lease: result.lease, reason });
         }
-        let row_values = std::mem::take(&mut result.row_values);
-        let (task, digest) = match row_values.is_empty() {
-            false => (Task::Reference, Some(vector_sha256(&row_values))),
-            true if result.digest.is_some() => (Task::Gradient, result.digest),
-            true => (Task::Evaluate, None),
-        };
-        if task == Task::Reference && self.engine.holds(worker, result.lease) {
+        let done = result.block_done(worker);
+        if done.task == Task::Reference && self.engine.holds(worker, result.lease) {
+            let row_values = std::mem::take(&mut result.row_values);
             if !references::fits(&self.config.source, result.block, row_values.len()) {
                 let reason = format!("its result for lease {} has {} rows", result.lease, row_values.len());
                 return self.decide(Event::Declined { worker, lease: result.lease, reason });
             }
             self.references.offer(worker, result.lease, row_values);
         }
-        let done = BlockDone {
-            worker,
-            lease: result.lease,
-            step: result.step,
-            version: result.version,
-            task,
-            block: result.block,
-            digest,
-            norm: result.norm,
-            sums: result.sums,
-            slot_sums: std::mem::take(&mut result.slot_sums),
-            compute: result.compute,
-        };
         self.judging = Some(result);
         let decided = self.decide(Event::BlockDone(done));
         self.judging = None;

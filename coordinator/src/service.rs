@@ -1,37 +1,58 @@
 //! The gRPC service: wire types stop here. It turns calls into [`Input`]s for the runtime and carries vectors past it.
 
+use std::ops::Range;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use lockstep_model::batch::{PairSums, Sums};
 use lockstep_model::checkpoint::BaseFile;
 use lockstep_model::compression::{DIFFERENCE_BYTES, GradientFormat};
 use lockstep_model::tree::Block;
 use lockstep_proto::chunk::{self, Assembler, FLOAT_BYTES};
 use lockstep_proto::v1::{self, push_message, worker_message};
-use lockstep_proto::{INCARNATION_KEY, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, RUN_ID_KEY, WORKER_ID_KEY};
-use tokio::sync::{mpsc, oneshot};
+use lockstep_proto::{
+    CONNECTION_WINDOW_BYTES, INCARNATION_KEY, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, RUN_ID_KEY,
+    STREAM_WINDOW_BYTES, WORKER_ID_KEY,
+};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 
 use crate::engine::command::Refusal;
 use crate::engine::{DeviceClass, LeaseId, WorkerId};
 use crate::exchange::{Publication, Staged, Staging};
-use crate::input::{Finished, Input};
+use crate::input::{Applicant, Finished, Input};
 use crate::replicas::Replicas;
 use crate::translate;
 
 /// Most kept blocks that a worker may offer.
 const MAX_KEPT: usize = 64;
 
-/// The service of one run.
-#[derive(Debug)]
+/// How long a worker that wants to join waits for a relay that is no member itself, before it is told so.
+const JOIN_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The service of a coordinator or relay.
+#[derive(Clone, Debug)]
 pub(crate) struct Service {
+    /// What is served; none where a relay is between two memberships of its own.
+    served: watch::Receiver<Option<Arc<Served>>>,
+    /// Takes what is asked of the process, whatever it serves.
+    questions: mpsc::UnboundedSender<Input>,
+}
+
+/// One start of a run's coordinator, or one membership of a relay: what workers join, push to and pull from.
+#[derive(Debug)]
+pub(crate) struct Served {
     /// What every joiner is told.
-    pub(crate) invitation: Arc<v1::Invitation>,
+    pub(crate) invitation: v1::Invitation,
     /// Of a vector that a worker pushes.
     pub(crate) pushed_elements: usize,
     pub(crate) inputs: mpsc::UnboundedSender<Input>,
@@ -40,42 +61,63 @@ pub(crate) struct Service {
     pub(crate) replicas: Replicas,
     /// In which form gradients come.
     pub(crate) format: GradientFormat,
-    /// What adapters stand on, if such are trained.
-    pub(crate) base: Option<Arc<BaseFile>>,
+    /// What adapters stand on, if such are trained, once it is here.
+    pub(crate) base: OnceLock<Base>,
+}
+
+/// A vector that stays as it is while adapters learn.
+#[derive(Clone, Debug)]
+pub(crate) enum Base {
+    /// A run's own.
+    File(Arc<BaseFile>),
+    /// As a relay has fetched it, little-endian f32.
+    Memory(Bytes),
+}
+
+impl Base {
+    /// How many bytes it has.
+    fn len(&self) -> usize {
+        match self {
+            Self::File(file) => FLOAT_BYTES * file.elements(),
+            Self::Memory(bytes) => bytes.len(),
+        }
+    }
+
+    fn bytes(&self, range: Range<usize>) -> Bytes {
+        match self {
+            Self::File(file) => file.bytes(range).into(),
+            Self::Memory(bytes) => bytes.slice(range),
+        }
+    }
 }
 
 impl Service {
-    /// The service with its message limits.
-    pub(crate) fn into_server(self) -> v1::lockstep_server::LockstepServer<Self> {
-        v1::lockstep_server::LockstepServer::new(self)
+    /// Serves what `served` holds at a time; questions about the process go to `questions`.
+    pub(crate) fn new(
+        served: watch::Receiver<Option<Arc<Served>>>,
+        questions: mpsc::UnboundedSender<Input>,
+    ) -> Self {
+        Self { served, questions }
+    }
+
+    /// Answers calls over `listener` until the tasks are dropped.
+    pub(crate) fn listen(self, listener: TcpListener) -> JoinSet<Result<(), tonic::transport::Error>> {
+        let service = v1::lockstep_server::LockstepServer::new(self)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let server = Server::builder()
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(MAX_FRAME_BYTES);
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(server.serve_with_incoming(service, incoming));
+        tasks
     }
 
-    /// Refuses messages meant for another run, or for an earlier start of this one.
-    fn check_run(&self, run_id: &str, incarnation: u64) -> Result<(), Status> {
-        let ours = &self.invitation;
-        if run_id == ours.run_id && incarnation == ours.incarnation {
-            return Ok(());
-        }
-        Err(Status::failed_precondition(format!(
-            "this is start {} of run {}, the message is for start {incarnation} of run {run_id}; join again",
-            ours.incarnation, ours.run_id
-        )))
-    }
-
-    fn send(&self, input: Input) -> Result<(), Status> {
-        self.inputs.send(input).map_err(|_| Status::unavailable("the run is over"))
-    }
-
-    /// Takes the gradient of a lease out of the memory that its worker shares with us.
-    async fn receive_shared(&self, worker: WorkerId, lease: LeaseId) -> Result<Staged, Status> {
-        let no_region = || Status::failed_precondition(format!("no memory is shared with worker {worker}; join again"));
-        let region = self.staging.region(worker).ok_or_else(no_region)?;
-        let memory = self.staging.spare.take();
-        let read = blocking(move || Staged::read(&region, lease, memory)).await?;
-        let lost = || Status::data_loss(format!("the vector of lease {lease} is not in shared memory; push it again"));
-        read.map_err(|error| Status::unavailable(format!("shared memory cannot be read: {error}")))?.ok_or_else(lost)
+    /// What is served now.
+    fn served(&self) -> Result<Arc<Served>, Status> {
+        self.served.borrow().clone().ok_or_else(not_a_member)
     }
 
     fn check_version(version: u32) -> Result<(), Status> {
@@ -89,6 +131,42 @@ impl Service {
     }
 }
 
+fn not_a_member() -> Status {
+    Status::unavailable("this relay is no member of a run at present: `lockstep status` says what it waits for")
+}
+
+fn over() -> Status {
+    Status::unavailable("what this was meant for is over; join again")
+}
+
+impl Served {
+    /// Refuses messages meant for another run, or for an earlier start of this one.
+    fn check_run(&self, run_id: &str, incarnation: u64) -> Result<(), Status> {
+        let ours = &self.invitation;
+        if run_id == ours.run_id && incarnation == ours.incarnation {
+            return Ok(());
+        }
+        Err(Status::failed_precondition(format!(
+            "this is start {} of run {}, the message is for start {incarnation} of run {run_id}; join again",
+            ours.incarnation, ours.run_id
+        )))
+    }
+
+    fn send(&self, input: Input) -> Result<(), Status> {
+        self.inputs.send(input).map_err(|_| over())
+    }
+
+    /// Takes the gradient of a lease out of the memory that its worker shares with us.
+    async fn receive_shared(&self, worker: WorkerId, lease: LeaseId) -> Result<Staged, Status> {
+        let no_region = || Status::failed_precondition(format!("no memory is shared with worker {worker}; join again"));
+        let region = self.staging.region(worker).ok_or_else(no_region)?;
+        let memory = self.staging.spare.take();
+        let read = blocking(move || Staged::read(&region, lease, memory)).await?;
+        let lost = || Status::data_loss(format!("the vector of lease {lease} is not in shared memory; push it again"));
+        read.map_err(|error| Status::unavailable(format!("shared memory cannot be read: {error}")))?.ok_or_else(lost)
+    }
+}
+
 type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
@@ -98,31 +176,37 @@ impl v1::lockstep_server::Lockstep for Service {
 
     async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::Invitation>, Status> {
         Self::check_version(request.get_ref().protocol_version)?;
-        Ok(Response::new((*self.invitation).clone()))
+        let mut served = self.served.clone();
+        let member = tokio::time::timeout(JOIN_PATIENCE, served.wait_for(Option::is_some)).await;
+        let served = member.ok().and_then(|served| served.ok()?.clone()).ok_or_else(not_a_member)?;
+        Ok(Response::new(served.invitation.clone()))
     }
 
     async fn admit(&self, request: Request<v1::AdmitRequest>) -> Result<Response<v1::AdmitReply>, Status> {
         let request = request.into_inner();
         Self::check_version(request.protocol_version)?;
-        self.check_run(&request.run_id, request.incarnation)?;
+        let served = self.served()?;
+        served.check_run(&request.run_id, request.incarnation)?;
         if request.name.len() > 64 || request.device.len() > 256 {
             return Err(Status::invalid_argument("name is limited to 64 bytes and device to 256"));
         }
         let class = digest(&request.probe_sha256, "probe_sha256")?;
         let (reply, verdict) = oneshot::channel();
-        let class = DeviceClass(class);
-        self.send(Input::Join { name: request.name, device: request.device, class, reply })?;
-        let verdict = verdict.await.map_err(|_| Status::unavailable("the run is over"))?;
+        let (class, workers) = (DeviceClass(class), request.workers.max(1));
+        served.send(Input::Join(Applicant { name: request.name, device: request.device, class, workers, reply }))?;
+        let verdict = verdict.await.map_err(|_| over())?;
         let mut shared_memory = None;
         let verdict = match verdict {
             Ok(worker) => {
-                shared_memory = self.publication.share(self.pushed_elements).map(|(region, offer)| {
-                    self.staging.share(worker, region);
+                shared_memory = served.publication.share(served.pushed_elements).map(|(region, offer)| {
+                    served.staging.share(worker, region);
                     offer
                 });
                 v1::admit_reply::Verdict::WorkerId(worker.0)
             }
-            Err(ending @ Refusal::Ending { .. }) => v1::admit_reply::Verdict::Release(ending.to_string()),
+            Err(ending @ (Refusal::Ending { .. } | Refusal::Released { .. })) => {
+                v1::admit_reply::Verdict::Release(ending.to_string())
+            }
             Err(refusal) => v1::admit_reply::Verdict::Refusal(refusal.to_string()),
         };
         Ok(Response::new(v1::AdmitReply { verdict: Some(verdict), shared_memory }))
@@ -134,16 +218,11 @@ impl v1::lockstep_server::Lockstep for Service {
     ) -> Result<Response<Self::ControlStream>, Status> {
         let worker = WorkerId(number(&request, WORKER_ID_KEY)?);
         // A worker's id means nothing to another start of the coordinator.
-        self.check_run(text(&request, RUN_ID_KEY)?, number(&request, INCARNATION_KEY)?)?;
+        let served = self.served()?;
+        served.check_run(text(&request, RUN_ID_KEY)?, number(&request, INCARNATION_KEY)?)?;
         let (out, messages) = mpsc::unbounded_channel();
-        self.send(Input::Opened { worker, out })?;
-        let listener = Listener {
-            worker,
-            invitation: self.invitation.clone(),
-            staging: self.staging.clone(),
-            inputs: self.inputs.clone(),
-        };
-        tokio::spawn(listener.run(request.into_inner()));
+        served.send(Input::Opened { worker, out })?;
+        tokio::spawn(Listener { worker, served }.run(request.into_inner()));
         let messages = UnboundedReceiverStream::new(messages);
         Ok(Response::new(Box::pin(messages.map(|kind| Ok(v1::CoordinatorMessage { kind: Some(kind) })))))
     }
@@ -154,9 +233,10 @@ impl v1::lockstep_server::Lockstep for Service {
         let Some(push_message::Kind::Header(header)) = first else {
             return Err(Status::invalid_argument("the first message of a push must be its header"));
         };
-        self.check_run(&header.run_id, header.incarnation)?;
-        let elements = self.pushed_elements;
-        let format = if header.shared { GradientFormat::F32 } else { self.format };
+        let served = self.served()?;
+        served.check_run(&header.run_id, header.incarnation)?;
+        let elements = served.pushed_elements;
+        let format = if header.shared { GradientFormat::F32 } else { served.format };
         let bytes = format.bytes(elements);
         if header.total_bytes != bytes as u64 {
             let found = header.total_bytes;
@@ -167,10 +247,10 @@ impl v1::lockstep_server::Lockstep for Service {
         self.send(Input::PushBegun { worker, lease })?;
         let span = tracing::debug_span!("push", worker = header.worker_id, lease = header.lease_id);
         let staged = match header.shared {
-            true => self.receive_shared(worker, lease).instrument(span).await?,
+            true => served.receive_shared(worker, lease).instrument(span).await?,
             false => {
                 let expected = digest(&header.vector_blake3, "vector_blake3")?;
-                let staged = receive(messages, format, elements, self.staging.spare.take()).instrument(span).await?;
+                let staged = receive(messages, format, elements, served.staging.spare.take()).instrument(span).await?;
                 if staged.digest != expected {
                     return Err(Status::data_loss("the vector's BLAKE3 is not the header's; push it again"));
                 }
@@ -178,7 +258,7 @@ impl v1::lockstep_server::Lockstep for Service {
             }
         };
         let vector_blake3 = staged.digest.to_vec();
-        match self.staging.put(worker, lease, staged) {
+        match served.staging.put(worker, lease, staged) {
             true => Ok(Response::new(v1::PushReply { vector_blake3 })),
             false => {
                 Err(Status::failed_precondition(format!("worker {worker} is not, or no longer, a member; join again")))
@@ -188,33 +268,33 @@ impl v1::lockstep_server::Lockstep for Service {
 
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<Self::PullStream>, Status> {
         let request = request.into_inner();
-        self.check_run(&request.run_id, request.incarnation)?;
+        let served = self.served()?;
+        served.check_run(&request.run_id, request.incarnation)?;
         if request.base {
             let none = || Status::not_found("this run trains all of its model, and no adapters: there is no base");
-            let base = self.base.clone().ok_or_else(none)?;
-            let bytes = FLOAT_BYTES * base.elements();
-            let chunks = chunk::split_as_read(bytes, FLOAT_BYTES, move |range| base.bytes(range).into());
+            let base = served.base.get().cloned().ok_or_else(none)?;
+            let chunks = chunk::split_as_read(base.len(), FLOAT_BYTES, move |range| base.bytes(range));
             return Ok(Response::new(Box::pin(tokio_stream::iter(chunks.map(Ok)))));
         }
         if !request.moments_blake3.is_empty() {
-            let moments = self.replicas.bytes(digest(&request.moments_blake3, "moments_blake3")?);
+            let moments = served.replicas.bytes(digest(&request.moments_blake3, "moments_blake3")?);
             let none =
                 || Status::not_found("these moments are not those of a replica now: another version is published");
             return Ok(Response::new(Box::pin(tokio_stream::iter(
                 chunk::split(moments.ok_or_else(none)?, FLOAT_BYTES).map(Ok),
             ))));
         }
-        let published = self.publication.get();
+        let published = served.publication.get();
         let bytes = match (published.version == request.version, request.difference) {
             (true, true) => published.difference.map(|difference| (difference.bytes, DIFFERENCE_BYTES)),
-            (true, false) => self.publication.bytes(&published).map(|bytes| (bytes, FLOAT_BYTES)),
+            (true, false) => served.publication.bytes(&published).map(|bytes| (bytes, FLOAT_BYTES)),
             (false, _) => None,
         };
         let Some((bytes, unit_bytes)) = bytes else {
             return Err(Status::not_found(format!(
                 "version {} of the parameters is not published; version {} is",
                 request.version,
-                self.publication.get().version
+                served.publication.get().version
             )));
         };
         Ok(Response::new(Box::pin(tokio_stream::iter(chunk::split(bytes, unit_bytes).map(Ok)))))
@@ -222,8 +302,9 @@ impl v1::lockstep_server::Lockstep for Service {
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
         let (reply, status) = oneshot::channel();
-        self.send(Input::Status { reply })?;
-        status.await.map(Response::new).map_err(|_| Status::unavailable("the run is over"))
+        let over = || Status::unavailable("the run is over");
+        self.questions.send(Input::Status { reply }).map_err(|_| over())?;
+        status.await.map(Response::new).map_err(|_| over())
     }
 }
 
@@ -256,9 +337,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 /// Reads one member's control stream.
 struct Listener {
     worker: WorkerId,
-    invitation: Arc<v1::Invitation>,
-    staging: Arc<Staging>,
-    inputs: mpsc::UnboundedSender<Input>,
+    served: Arc<Served>,
 }
 
 impl Listener {
@@ -287,18 +366,25 @@ impl Listener {
                     Ok(result) => Input::Result { worker: self.worker, result },
                     Err(reason) => break reason,
                 },
+                Some(worker_message::Kind::Workers(v1::Workers { workers: 0 })) => {
+                    break "it stands for no workers".to_string();
+                }
+                Some(worker_message::Kind::Workers(v1::Workers { workers })) => {
+                    Input::Workers { worker: self.worker, workers }
+                }
                 None => break "it sent a control message of an unknown kind".to_string(),
             };
-            if self.inputs.send(input).is_err() {
+            if self.served.inputs.send(input).is_err() {
                 return;
             }
         };
         // If the runtime is gone too, nobody needs to know.
-        let _ = self.inputs.send(Input::Closed { worker: self.worker, reason });
+        let _ = self.served.inputs.send(Input::Closed { worker: self.worker, reason });
     }
 
     fn finished(&self, result: v1::BlockResult) -> Result<Finished, String> {
-        if result.run_id != self.invitation.run_id || result.incarnation != self.invitation.incarnation {
+        let invitation = &self.served.invitation;
+        if result.run_id != invitation.run_id || result.incarnation != invitation.incarnation {
             return Err(format!("it sent a result for start {} of run {}", result.incarnation, result.run_id));
         }
         let block = result.block.ok_or("it sent a result without a block")?;
@@ -309,7 +395,7 @@ impl Listener {
         };
         let batch_sha256 = digest(&result.batch_sha256, "batch_sha256").map_err(|s| s.message().to_string())?;
         // The vector of a lease that was taken back is gone: then the engine says what becomes of the result.
-        let staged = self.staging.look(self.worker, lease);
+        let staged = self.served.staging.look(self.worker, lease);
         let norm = staged.filter(|(staged, _)| Some(*staged) == vector_digest).map(|(_, norm)| norm);
         let slot_sums = result.slot_loss_sums.iter().zip(&result.slot_weight_sums);
         let of_slots = result.slot_pairs.iter().map(translate::pair_sums);

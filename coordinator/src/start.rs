@@ -296,6 +296,7 @@ pub(crate) fn invitation(
         traceparent: traceparent(&identity.run_id, 0),
         parameters_blake3: Vec::new(),
         difference_from_blake3: Vec::new(),
+        step_slots: 0,
     };
     let mut slot = config.source.training_slot(1, 0);
     let mut learning_rates = config.local_learning_rates(1);

@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Coordinator(Coordinator),
     /// Compute for a coordinator.
     Worker(Worker),
+    /// Stand between a coordinator and workers: one vector comes in, and one sum goes out.
+    Relay(Relay),
     /// List what this machine can compute on.
     Devices,
     /// Continue a prompt with a trained model.
@@ -165,7 +167,7 @@ pub(crate) struct Coordinator {
   lockstep worker --join 127.0.0.1:7070
   lockstep worker --join 10.0.0.5:7070 --device wgpu:0")]
 pub(crate) struct Worker {
-    /// The coordinator, as HOST:PORT.
+    /// The coordinator, or a relay, as HOST:PORT.
     #[arg(long, value_name = "ADDR")]
     pub(crate) join: String,
     /// What to compute on: auto, cpu, wgpu or wgpu:INDEX.
@@ -186,6 +188,33 @@ pub(crate) struct Worker {
     /// Print a line on standard output for each membership: how `train` knows that a worker of its own works.
     #[arg(long, hide = true)]
     pub(crate) announce: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(
+    after_help = "To the coordinator a relay is one worker, to its workers a coordinator: they need its address and nothing else. A relay may
+join another one.
+
+Examples:
+  lockstep relay --join 127.0.0.1:7070 --listen 127.0.0.1:7071
+  lockstep relay --join 10.0.0.5:7070 --listen 192.168.1.1:7070 --insecure"
+)]
+pub(crate) struct Relay {
+    /// The coordinator, or the next relay on the way to it, as HOST:PORT.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) join: String,
+    /// Address to listen on for workers; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: SocketAddr,
+    /// Listen beyond this machine although traffic is neither encrypted nor authenticated.
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// A name, by which it is told apart and trusted with all its workers [default: HOST:relay].
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Let vectors to and from the coordinator take the network even where it is on this machine.
+    #[arg(long)]
+    pub(crate) no_shared_memory: bool,
 }
 
 /// A model that answers, and on what.
@@ -621,7 +650,7 @@ pub(crate) enum Dtype {
 
 #[derive(Args, Debug)]
 pub(crate) struct Status {
-    /// The coordinator, as HOST:PORT.
+    /// The coordinator, or a relay, as HOST:PORT.
     pub(crate) address: String,
     /// Print JSON.
     #[arg(long)]

@@ -15,6 +15,7 @@ mod plan;
 mod progress;
 mod rate;
 mod recipe;
+mod relay;
 mod serve;
 mod stop;
 mod supervisor;

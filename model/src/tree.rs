@@ -63,6 +63,16 @@ impl Block {
         Some([0, 1].map(|side| Self { level, index: self.index * 2 + side }))
     }
 
+    /// This block among those of `outer`, which holds it: as if the first slot there were 0.
+    pub fn within(self, outer: Self) -> Self {
+        Self { level: self.level, index: self.index - (outer.index << (outer.level - self.level)) }
+    }
+
+    /// The reverse of [`Self::within`].
+    pub fn inside(self, outer: Self) -> Self {
+        Self { level: self.level, index: self.index + (outer.index << (outer.level - self.level)) }
+    }
+
     /// Whether `other` lies within this block.
     pub fn contains(self, other: Self) -> bool {
         other.level <= self.level && u64::from(other.index) >> (self.level - other.level) == u64::from(self.index)
@@ -225,6 +235,16 @@ mod tests {
         sum.insert(Block { level: 1, index: 1 }, 7, add).unwrap();
         assert_eq!(sum.insert(Block::root(4), 9, add), Err(9));
         assert_eq!(sum.into_root(), Some(10));
+    }
+
+    #[test]
+    fn a_block_has_a_number_within_another() {
+        let outer = Block { level: 3, index: 5 };
+        for block in (40..48).map(Block::leaf).chain([Block { level: 2, index: 11 }, outer]) {
+            let within = block.within(outer);
+            assert_eq!(within.slots(u32::MAX), block.slots(48).start - 40..block.slots(48).end - 40);
+            assert_eq!(within.inside(outer), block);
+        }
     }
 
     #[test]

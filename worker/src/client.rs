@@ -120,12 +120,14 @@ impl Client {
         })
     }
 
-    /// Shows the probe's digest; the worker's id, if it is admitted, and what memory the coordinator would share.
+    /// Shows the probe's digest, for so many workers; the worker's id, if it is admitted, and what memory the coordinator would
+    /// share.
     pub(crate) async fn admit(
         &mut self,
         run: &Run,
         identity: &Identity,
         probe: [u8; 32],
+        workers: u32,
     ) -> Result<(u64, Option<v1::SharedMemory>), CallError> {
         let request = v1::AdmitRequest {
             run_id: run.id.clone(),
@@ -134,6 +136,7 @@ impl Client {
             name: shortened(&identity.name, NAME_LIMIT),
             device: shortened(&identity.device, DEVICE_LIMIT),
             probe_sha256: probe.to_vec(),
+            workers,
         };
         let reply = in_time("Admit", self.rpc.admit(request)).await?.into_inner();
         match reply.verdict {
@@ -170,12 +173,13 @@ impl Client {
         self.receive(request, digest, elements, memory).await
     }
 
-    /// The same by what they differ by from those that are `held`.
+    /// The same by what they differ by from those that are `held`; these bytes are appended to `kept`, if that is wanted.
     pub(crate) async fn pull_difference(
         &mut self,
         run: &Run,
         Parameters { version, digest }: Parameters,
         mut held: Vec<f32>,
+        mut kept: Option<&mut Vec<u8>>,
     ) -> Result<Vec<f32>, TransferFailure> {
         let request = v1::PullRequest { version, difference: true, ..pull_request(run) };
         let assembler = Assembler::new(DIFFERENCE_BYTES * held.len(), DIFFERENCE_BYTES);
@@ -184,6 +188,9 @@ impl Client {
             let end = at + bytes.len() / DIFFERENCE_BYTES;
             add_difference(bytes, &mut held[at..end]);
             at = end;
+            if let Some(kept) = &mut kept {
+                kept.extend_from_slice(bytes);
+            }
         };
         self.receive_bytes(request, assembler, add).await?;
         checked(held, digest).await

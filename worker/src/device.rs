@@ -17,34 +17,36 @@ use lockstep_model::layout::Layout;
 use lockstep_model::ledger::{block_sha256, slot_sha256};
 use lockstep_model::probe;
 use lockstep_model::tree::sum_leaves;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tracing::Span;
 
+use crate::compute::{Compute, Proof, Pulled};
 use crate::kept::{Kept, KeptGradient};
-use crate::lease::{Slot, Task, Work};
+use crate::lease::{Parameters, Slot, Task, Work};
+use crate::session::Departure;
 use crate::shared::SharedVersion;
-use crate::translate::{Adapters, BaseName};
+use crate::translate::{Adapters, BaseName, Invitation};
 
 /// What the device made of one lease.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Outcome {
+pub struct Outcome {
     /// Sums over the block, in tree order.
-    pub(crate) sums: Sums,
-    /// Sums of each existing slot, in order.
-    pub(crate) slot_sums: Vec<Sums>,
+    pub sums: Sums,
+    /// Sums of each existing slot, in order; of a gradient they may be missing.
+    pub slot_sums: Vec<Sums>,
     /// The block's gradient, for a gradient task.
-    pub(crate) gradient: Option<Gradient>,
+    pub gradient: Option<Gradient>,
     /// The number of each row, for a reference task.
-    pub(crate) row_values: Vec<f32>,
+    pub row_values: Vec<f32>,
     /// SHA-256 of the rows that were computed, see [`block_sha256`].
-    pub(crate) batch_sha256: [u8; 32],
+    pub batch_sha256: [u8; 32],
     /// How long it took.
-    pub(crate) compute_time: Duration,
+    pub compute_time: Duration,
 }
 
 /// A gradient ready to be sent: all elements in layout order.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Gradient(Arc<Vec<f32>>);
+pub struct Gradient(Arc<Vec<f32>>);
 
 impl From<Vec<f32>> for Gradient {
     fn from(vector: Vec<f32>) -> Self {
@@ -70,19 +72,23 @@ impl Gradient {
 /// Why the device did not do a job: what happened and which setting to change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct DeviceFailure(pub(crate) String);
+pub struct DeviceFailure(pub String);
 
 /// A handle to the device's thread. The thread ends, at the latest after the slot under way, when all handles are gone.
 #[derive(Clone, Debug)]
 pub(crate) struct DeviceThread {
     jobs: mpsc::Sender<Job>,
+    /// In words.
+    description: String,
+    /// Stands for one worker, for ever.
+    workers: watch::Receiver<u32>,
     /// One of the handles that the thread counts.
     _handle: Arc<()>,
 }
 
 /// Cuts a computation short, between two slots or local steps, when it is no longer wanted.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Stop(Arc<AtomicBool>);
+pub struct Stop(Arc<AtomicBool>);
 
 impl Stop {
     /// From now on the result is not wanted.
@@ -90,7 +96,8 @@ impl Stop {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    fn is_set(&self) -> bool {
+    /// Whether it is so.
+    pub fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
@@ -100,7 +107,7 @@ type Reply<T> = oneshot::Sender<Result<T, DeviceFailure>>;
 
 /// The answer to a job that is queued.
 #[derive(Debug)]
-pub(crate) struct Answer<T>(oneshot::Receiver<Result<T, DeviceFailure>>);
+pub struct Answer<T>(oneshot::Receiver<Result<T, DeviceFailure>>);
 
 impl<T> Answer<T> {
     /// Waits for it.
@@ -156,6 +163,7 @@ impl DeviceThread {
         let (jobs, queue) = mpsc::channel();
         let handle = Arc::new(());
         let handles = Arc::downgrade(&handle);
+        let (description, workers) = (device.description.clone(), watch::channel(1).1);
         let mut worker =
             DeviceWorker { device, handles, setting: None, computer: None, base: None, kept: Kept::default() };
         std::thread::Builder::new().name("lockstep-device".into()).spawn(move || {
@@ -164,7 +172,7 @@ impl DeviceThread {
                 worker.do_job(job);
             }
         })?;
-        Ok(Self { jobs, _handle: handle })
+        Ok(Self { jobs, description, workers, _handle: handle })
     }
 
     /// Says what is computed from now on, computes `leases` with the probe's parameters and gives the digest of the results.
@@ -241,6 +249,76 @@ impl DeviceThread {
         let _ = self.jobs.send(job(reply));
         Answer(answer)
     }
+}
+
+impl Compute for DeviceThread {
+    fn places(&self) -> usize {
+        1
+    }
+
+    fn workers(&self) -> watch::Receiver<u32> {
+        self.workers.clone()
+    }
+
+    fn description(&self) -> String {
+        self.description.clone()
+    }
+
+    fn passes_on(&self) -> bool {
+        false
+    }
+
+    async fn prove(&self, invitation: Invitation) -> Result<Proof, DeviceFailure> {
+        let Invitation { model, objective, adapters, local_optimizer, format, precision, probe, .. } = invitation;
+        let setting = Setting { model, objective, adapters, local_optimizer, format, precision };
+        Ok(Proof { probe_sha256: self.probe(setting, probe).await?, device: self.description.clone() })
+    }
+
+    async fn enter(&self, run_id: String) -> Result<Vec<KeptGradient>, DeviceFailure> {
+        self.enter(run_id).await
+    }
+
+    fn admitted(&self) {}
+
+    fn refused(&self, _: &str) -> bool {
+        false
+    }
+
+    fn parted(&self, _: &Departure) {}
+
+    async fn holds(&self, base: BaseName) -> Result<bool, DeviceFailure> {
+        self.holds(base).await
+    }
+
+    async fn load_base(&self, base: BaseName, parameters: Vec<f32>) -> Result<(), DeviceFailure> {
+        self.load_base(base, parameters).await
+    }
+
+    async fn load(&self, pulled: Pulled) -> Result<Vec<f32>, DeviceFailure> {
+        self.load(pulled.vector).await
+    }
+
+    fn load_shared(
+        &self,
+        _: Parameters,
+        version: SharedVersion,
+        next: Option<(Arc<Work>, Stop, Span)>,
+    ) -> (impl Future<Output = Result<bool, DeviceFailure>> + Send, Option<Answer<Outcome>>) {
+        let (loaded, outcome) = self.load_shared(version, next);
+        (loaded.get(), outcome)
+    }
+
+    fn compute(
+        &self,
+        work: Arc<Work>,
+        moments: Vec<f32>,
+        stop: Stop,
+        span: Span,
+    ) -> impl Future<Output = Result<Outcome, DeviceFailure>> + Send + use<> {
+        self.compute(work, moments, stop, span)
+    }
+
+    fn abandon(&self, _: u64) {}
 }
 
 /// The state of the thread.

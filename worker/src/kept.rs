@@ -17,9 +17,11 @@ const MAX_BYTES: usize = 256 * 1024 * 1024;
 
 /// A gradient of a block, with all that is reported about it.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct KeptGradient {
-    pub(crate) name: GradientName,
-    pub(crate) outcome: Outcome,
+pub struct KeptGradient {
+    /// By which a lease asks for it.
+    pub name: GradientName,
+    /// What was computed.
+    pub outcome: Outcome,
 }
 
 /// The newest gradients of one run, within bounds.

@@ -83,6 +83,8 @@ pub struct Work {
     pub difference_from: Option<[u8; 32]>,
     /// W3C trace context of the lease, as the coordinator gave it; may be empty.
     pub traceparent: String,
+    /// Slots of the whole step; `None` where the coordinator does not say.
+    pub step_slots: Option<u32>,
 }
 
 impl Work {

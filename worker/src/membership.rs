@@ -9,12 +9,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use lockstep_model::compression::GradientFormat;
 use lockstep_proto::v1;
+use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument, Span, debug, info, info_span, warn};
 
 use crate::client::{Client, Control, Way};
 use crate::clock_offset::ClockOffset;
-use crate::device::{Answer, DeviceFailure, DeviceThread, Outcome, Stop};
+use crate::compute::{Compute, Pulled};
+use crate::device::{Answer, DeviceFailure, Outcome, Stop};
 use crate::kept::KeptGradient;
 use crate::lease::{GradientName, Parameters, Work};
 use crate::runtime::SpanSource;
@@ -26,10 +28,13 @@ use crate::translate::{self, BaseName, Instruction, Run, shortened};
 const REASON_LIMIT: usize = 1024;
 
 /// A worker among a run's members.
-pub(crate) struct Membership {
+pub(crate) struct Membership<C> {
     pub(crate) client: Client,
     pub(crate) control: Control,
-    pub(crate) device: DeviceThread,
+    /// What computes leases.
+    pub(crate) device: C,
+    /// How many workers it stood for when it was admitted.
+    pub(crate) workers: u32,
     /// Gradients of this run computed before.
     pub(crate) kept: Vec<KeptGradient>,
     pub(crate) run: Run,
@@ -48,12 +53,14 @@ pub(crate) struct Membership {
     pub(crate) spans: SpanSource,
 }
 
-impl Membership {
+impl<C: Compute> Membership<C> {
     /// Serves until the membership ends. `on_first_word` is called when the coordinator first says something.
     pub(crate) async fn serve(mut self, on_first_word: impl FnOnce()) -> Departure {
         let kept = std::mem::take(&mut self.kept);
+        let session = Session::new(self.timing, kept.iter().map(|kept| kept.name).collect(), Duration::ZERO);
         let mut service = Service {
-            session: Session::new(self.timing, kept.iter().map(|kept| kept.name).collect(), Duration::ZERO),
+            session: session.with_places(self.device.places()),
+            workers: self.device.workers(),
             membership: self,
             kept: kept.into_iter().map(|kept| (kept.name, kept.outcome)).collect(),
             leases: HashMap::new(),
@@ -67,9 +74,11 @@ impl Membership {
 }
 
 /// A membership at work.
-struct Service {
-    membership: Membership,
+struct Service<C> {
+    membership: Membership<C>,
     session: Session,
+    /// How many workers the device stands for.
+    workers: watch::Receiver<u32>,
     /// What may be answered from memory.
     kept: BTreeMap<GradientName, Outcome>,
     /// What the session knows by name: every lease that is not over.
@@ -77,7 +86,7 @@ struct Service {
     /// Computing, pulling and pushing.
     tasks: JoinSet<Report>,
     /// The parameters that came by the network last, and memory for the next ones.
-    pulled: Arc<Mutex<Pulled>>,
+    pulled: Arc<Mutex<LastPulled>>,
     /// What the device computes that the session has yet to ask for.
     begun: Option<Begun>,
     clock_offset: ClockOffset,
@@ -93,7 +102,7 @@ struct Begun {
 
 /// Parameters that came by the network.
 #[derive(Default)]
-struct Pulled {
+struct LastPulled {
     vector: Vec<f32>,
     /// BLAKE3 of them; `None` where they are none, or the coordinator did not say.
     digest: Option<[u8; 32]>,
@@ -121,10 +130,13 @@ enum Report {
     Pushed { lease: u64, result: Result<(Duration, [u8; 32]), TransferFailure> },
 }
 
-impl Service {
+impl<C: Compute> Service<C> {
     async fn run(&mut self, on_first_word: impl FnOnce()) -> Departure {
         let began = Instant::now();
         let mut on_first_word = Some(on_first_word);
+        if let Some(departure) = self.tell_workers() {
+            return departure;
+        }
         loop {
             let deadline = tokio::time::Instant::from_std(began + self.session.next_deadline());
             let event = tokio::select! {
@@ -144,6 +156,10 @@ impl Service {
                     Err(error) if error.is_cancelled() => None,
                     Err(error) => return Departure::Lost(format!("a task of this worker failed: {error}")),
                 },
+                Ok(()) = self.workers.changed() => match self.tell_workers() {
+                    Some(departure) => return departure,
+                    None => None,
+                },
                 () = tokio::time::sleep_until(deadline) => Some(Event::Tick),
             };
             for command in event.map_or_else(Vec::new, |event| self.session.handle(event, began.elapsed())) {
@@ -154,6 +170,19 @@ impl Service {
             // Revoked while its parameters came.
             if let Some(begun) = self.begun.take() {
                 begun.stop.set();
+            }
+        }
+    }
+
+    /// Says how many workers this one stands for, if the coordinator does not know. Without any, the membership ends.
+    fn tell_workers(&mut self) -> Option<Departure> {
+        let workers = *self.workers.borrow_and_update();
+        match workers {
+            0 => Some(Departure::Deserted),
+            _ if workers == self.membership.workers => None,
+            _ => {
+                self.membership.workers = workers;
+                self.send(v1::worker_message::Kind::Workers(v1::Workers { workers }))
             }
         }
     }
@@ -274,8 +303,8 @@ impl Service {
                 return Report::Pulled { parameters, result: Err(failure) };
             }
             if let Some(version) = shared.and_then(|shared| shared.version(parameters)) {
-                let (loaded, outcome) = device.load_shared(version, next);
-                match loaded.get().await {
+                let (loaded, outcome) = device.load_shared(parameters, version, next);
+                match loaded.await {
                     Ok(true) => {
                         let begun = outcome.map(|outcome| Begun { lease, stop, outcome });
                         return Report::Pulled { parameters, result: Ok(begun) };
@@ -285,15 +314,18 @@ impl Service {
                 }
             }
             // Gone if the difference does not arrive whole: then all of the version is pulled the next time.
-            let Pulled { vector, digest: held } = std::mem::take(&mut *lock(&pulled));
-            let arrived = match held.is_some() && held == work.difference_from {
-                true => client.pull_difference(&run, parameters, vector).await,
+            let LastPulled { vector, digest: held } = std::mem::take(&mut *lock(&pulled));
+            let by_difference = held.is_some() && held == work.difference_from;
+            let mut difference = (by_difference && device.passes_on()).then(Vec::new);
+            let arrived = match by_difference {
+                true => client.pull_difference(&run, parameters, vector, difference.as_mut()).await,
                 false => client.pull(&run, parameters, elements, vector).await,
             };
             let digest = parameters.digest;
+            let keep = |vector| *lock(&pulled) = LastPulled { vector, digest };
             let result = match arrived {
                 Ok(vector) => {
-                    device.load(vector).await.map(|vector| *lock(&pulled) = Pulled { vector, digest }).map_err(refused)
+                    device.load(Pulled { name: parameters, vector, difference }).await.map(keep).map_err(refused)
                 }
                 Err(failure) => Err(failure),
             };
@@ -333,6 +365,7 @@ impl Service {
         if let Some(upload) = &held.upload {
             upload.abort();
         }
+        self.membership.device.abandon(lease);
     }
 
     /// Takes a lease's gradient from memory.
@@ -405,7 +438,7 @@ impl Held {
 /// Has the device hold what adapters stand on: it is fetched once, and stays over memberships.
 async fn fetch_base(
     client: &mut Client,
-    device: &DeviceThread,
+    device: &impl Compute,
     run: &Run,
     base: BaseName,
 ) -> Result<(), TransferFailure> {
@@ -441,7 +474,7 @@ async fn fetch_moments(
     }
 }
 
-fn lock(pulled: &Mutex<Pulled>) -> MutexGuard<'_, Pulled> {
+fn lock(pulled: &Mutex<LastPulled>) -> MutexGuard<'_, LastPulled> {
     pulled.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -11,7 +11,8 @@ use tracing::{info, warn};
 
 use crate::backoff::Backoff;
 use crate::client::{CallError, Client, Identity, endpoint};
-use crate::device::{DeviceFailure, DeviceThread, Setting};
+use crate::compute::{Compute, Proof};
+use crate::device::{DeviceFailure, DeviceThread};
 use crate::membership::Membership;
 use crate::session::Departure;
 use crate::shared::Shared;
@@ -45,6 +46,29 @@ impl fmt::Debug for WorkerConfig {
         let mut text = f.debug_struct("WorkerConfig");
         text.field("address", address).field("name", name).field("device", device);
         text.field("shared_memory", shared_memory).finish_non_exhaustive()
+    }
+}
+
+/// Who joins, and where.
+#[derive(Clone)]
+pub struct MemberConfig {
+    /// As in [`WorkerConfig`].
+    pub address: String,
+    /// As in [`WorkerConfig`].
+    pub name: String,
+    /// As in [`WorkerConfig`].
+    pub shared_memory: bool,
+    /// As in [`WorkerConfig`].
+    pub spans: SpanSource,
+    /// As in [`WorkerConfig`].
+    pub joined: JoinedHook,
+}
+
+impl fmt::Debug for MemberConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { address, name, shared_memory, spans: _, joined: _ } = self;
+        let mut text = f.debug_struct("MemberConfig");
+        text.field("address", address).field("name", name).field("shared_memory", shared_memory).finish_non_exhaustive()
     }
 }
 
@@ -99,7 +123,21 @@ pub enum WorkerError {
 /// # Errors
 /// If the worker is refused, or cannot work; see [`WorkerError`].
 pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Result<Ended, WorkerError> {
-    let worker = Worker::new(config)?;
+    let WorkerConfig { address, name, device, shared_memory, spans, joined } = config;
+    let config = MemberConfig { address, name, shared_memory, spans, joined };
+    run_with(config, DeviceThread::start(device)?, shutdown).await
+}
+
+/// The same, whatever computes.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_with(
+    config: MemberConfig,
+    device: impl Compute,
+    shutdown: impl Future<Output = ()>,
+) -> Result<Ended, WorkerError> {
+    let worker = Worker::new(config, device)?;
     // Dropping the worker's future closes its connection and ends its tasks; the device's thread follows.
     tokio::select! {
         biased;
@@ -108,11 +146,11 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
     }
 }
 
-struct Worker {
+struct Worker<C> {
     address: String,
     endpoint: Endpoint,
-    identity: Identity,
-    device: DeviceThread,
+    name: String,
+    device: C,
     shared_memory: bool,
     spans: SpanSource,
     joined: JoinedHook,
@@ -127,33 +165,43 @@ enum Setback {
     Released(String),
     /// Not worth one.
     Final(WorkerError),
+    /// A relay, whose next worker joins anew.
+    Deserted,
 }
 
-impl Worker {
-    fn new(config: WorkerConfig) -> Result<Self, WorkerError> {
-        let WorkerConfig { address, name, device, shared_memory, spans, joined } = config;
+impl<C: Compute> Worker<C> {
+    fn new(config: MemberConfig, device: C) -> Result<Self, WorkerError> {
+        let MemberConfig { address, name, shared_memory, spans, joined } = config;
         let endpoint = match endpoint(&address) {
             Ok(endpoint) => endpoint,
             Err(reason) => return Err(WorkerError::Address { address, reason }),
         };
-        let identity = Identity { name, device: device.description.clone() };
-        let device = DeviceThread::start(device)?;
-        let seed = RandomState::new().hash_one((std::process::id(), &identity.name));
-        Ok(Self { address, endpoint, identity, device, shared_memory, spans, joined, backoff: Backoff::new(seed) })
+        let seed = RandomState::new().hash_one((std::process::id(), &name));
+        Ok(Self { address, endpoint, name, device, shared_memory, spans, joined, backoff: Backoff::new(seed) })
     }
 
     /// Joins, and joins again.
     async fn work(mut self) -> Result<Ended, WorkerError> {
         info!(
             "connecting to the coordinator at {} as {} on {}",
-            self.address, self.identity.name, self.identity.device
+            self.address,
+            self.name,
+            self.device.description()
         );
         loop {
-            let reason = match self.join_and_serve().await {
-                Ok(ended) => return Ok(ended),
-                Err(Setback::Released(reason)) => return Ok(Ended::Released(reason)),
+            let departure = match self.join_and_serve().await {
+                Ok(departure) => departure,
+                Err(Setback::Released(reason)) => Departure::Released(reason),
                 Err(Setback::Final(error)) => return Err(error),
-                Err(Setback::Lost(reason)) => reason,
+                Err(Setback::Lost(reason)) => Departure::Lost(reason),
+                Err(Setback::Deserted) => Departure::Deserted,
+            };
+            self.device.parted(&departure);
+            let reason = match departure {
+                Departure::Released(reason) => return Ok(Ended::Released(reason)),
+                Departure::Dismissed(reason) => return Ok(Ended::Dismissed(reason)),
+                Departure::Deserted => continue,
+                Departure::Lost(reason) => reason,
             };
             let (attempt, wait) = self.backoff.failed();
             let (address, wait_secs) = (&self.address, wait.as_secs_f64());
@@ -165,58 +213,57 @@ impl Worker {
     }
 
     /// One attempt and, if it succeeds, one membership, up to a release.
-    async fn join_and_serve(&mut self) -> Result<Ended, Setback> {
+    async fn join_and_serve(&mut self) -> Result<Departure, Setback> {
         let mut client = Client::connect(&self.endpoint).await.map_err(|error| self.setback(error))?;
-        let invitation = client.join(&self.identity).await.map_err(|error| self.setback(error))?;
-        let run = invitation.run;
+        let identity = Identity { name: self.name.clone(), device: self.device.description() };
+        let invitation = client.join(&identity).await.map_err(|error| self.setback(error))?;
+        let run = invitation.run.clone();
         let no_use = |failure: DeviceFailure| {
             Setback::Final(WorkerError::Probe { address: self.address.clone(), reason: failure.to_string() })
         };
         let (elements, kept_elements) = (invitation.elements, invitation.kept_elements);
         let base = invitation.adapters.as_ref().map(|adapters| adapters.base);
-        let setting = Setting {
-            model: invitation.model,
-            objective: invitation.objective,
-            adapters: invitation.adapters,
-            local_optimizer: invitation.local_optimizer,
-            format: invitation.format,
-            precision: invitation.precision,
-        };
-        let probe = self.device.probe(setting, invitation.probe).await.map_err(no_use)?;
+        let (format, timing) = (invitation.format, invitation.timing);
+        let Proof { probe_sha256, device } = self.device.prove(invitation).await.map_err(no_use)?;
         let kept = self.device.enter(run.id.clone()).await.map_err(no_use)?;
-        let admitted = client.admit(&run, &self.identity, probe).await.map_err(|error| self.setback(error))?;
-        let (worker_id, offer) = admitted;
+        let identity = Identity { device, ..identity };
+        let workers = (*self.device.workers().borrow()).max(1);
+        let (worker_id, offer) = match client.admit(&run, &identity, probe_sha256, workers).await {
+            Err(CallError::Final(reason)) if self.device.refused(&reason) => return Err(Setback::Deserted),
+            admitted => admitted.map_err(|error| self.setback(error))?,
+        };
         let shared = offer
             .filter(|_| self.shared_memory)
             .and_then(|offer| Shared::open(&offer, elements, elements + kept_elements))
             .map(Arc::new);
         let control = client.control(&run, worker_id).await.map_err(|error| self.setback(error))?;
         let way = if shared.is_some() { "vectors by shared memory" } else { "vectors by network" };
-        info!("worker {worker_id} of run {} (start {}) at {}, {way}", run.id, run.incarnation, self.address);
+        info!(
+            "worker {worker_id} of run {} (start {}) at {}, {}, {way}",
+            run.id, run.incarnation, self.address, identity.device
+        );
+        self.device.admitted();
         let membership = Membership {
             client,
             control,
             device: self.device.clone(),
+            workers,
             kept,
             run,
             worker_id,
             elements,
             kept_elements,
-            format: invitation.format,
+            format,
             base,
             shared,
-            timing: invitation.timing,
+            timing,
             spans: self.spans.clone(),
         };
         let on_first_word = || {
             self.backoff.reset();
             (self.joined)();
         };
-        match membership.serve(on_first_word).await {
-            Departure::Released(reason) => Ok(Ended::Released(reason)),
-            Departure::Dismissed(reason) => Ok(Ended::Dismissed(reason)),
-            Departure::Lost(reason) => Err(Setback::Lost(reason)),
-        }
+        Ok(membership.serve(on_first_word).await)
     }
 
     fn setback(&self, error: CallError) -> Setback {

@@ -6,7 +6,8 @@
 //!
 //! A lease waits in the queue, is computed, and, if it is a gradient, uploaded. It ends with exactly one of
 //! [`Command::SendResult`], [`Command::SendDeclined`] and [`Command::Discard`], unless the membership ends first. The device
-//! does one thing at a time: it takes parameters or computes. Uploads go on beside it.
+//! does one thing at a time: it takes parameters or computes. Uploads go on beside it. What a relay has in a device's place
+//! computes several leases at once, if they are of one step.
 //!
 //! Gradients that were computed in earlier memberships are offered first of all. A lease that asks for one of them is not
 //! computed but answered from memory, once: a coordinator that asks a second time wants it computed anew.
@@ -188,6 +189,8 @@ pub enum Departure {
     Dismissed(String),
     /// The coordinator cannot be reached as it is: join again.
     Lost(String),
+    /// A relay whose last worker is gone: join again with the next one.
+    Deserted,
 }
 
 /// One membership.
@@ -201,6 +204,8 @@ pub struct Session {
     /// Leases not started, in the order of arrival.
     queue: VecDeque<Lease>,
     device: Device,
+    /// How many leases the device computes at once.
+    places: usize,
     /// The parameters in the device.
     held: Option<Parameters>,
     /// Leases on their way to the coordinator, with the number of the attempt.
@@ -211,12 +216,18 @@ pub struct Session {
 }
 
 /// What the device is doing.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 enum Device {
-    Idle,
-    Pulling { parameters: Parameters, attempt: u32 },
-    Computing { lease: Lease },
+    Pulling {
+        parameters: Parameters,
+        attempt: u32,
+    },
+    /// Leases of one task of one step, with the same parameters; none: it is idle.
+    Computing(Vec<Lease>),
 }
+
+/// Nothing at all.
+const IDLE: Device = Device::Computing(Vec::new());
 
 impl Session {
     /// A membership that begins at `now`, counted from any fixed origin, with the gradients `kept` from earlier ones, from the
@@ -227,12 +238,18 @@ impl Session {
             kept: kept.iter().copied().collect(),
             offer: kept,
             queue: VecDeque::new(),
-            device: Device::Idle,
+            device: IDLE,
+            places: 1,
             held: None,
             uploads: BTreeMap::new(),
             heartbeat_due: now,
             last_heard: now,
         }
+    }
+
+    /// The same, of a device that computes up to so many leases of a step at once.
+    pub fn with_places(self, places: usize) -> Self {
+        Self { places: places.max(1), ..self }
     }
 
     /// When the session wants a [`Event::Tick`].
@@ -276,8 +293,17 @@ impl Session {
 
     /// Whether a lease has come and is not over.
     fn knows(&self, id: u64) -> bool {
-        let computing = matches!(self.device, Device::Computing { lease, .. } if lease.id == id);
-        computing || self.uploads.contains_key(&id) || self.queue.iter().any(|lease| lease.id == id)
+        self.computing().iter().any(|lease| lease.id == id)
+            || self.uploads.contains_key(&id)
+            || self.queue.iter().any(|lease| lease.id == id)
+    }
+
+    /// The leases that the device computes.
+    fn computing(&self) -> &[Lease] {
+        match &self.device {
+            Device::Computing(leases) => leases,
+            Device::Pulling { .. } => &[],
+        }
     }
 
     fn leased(&mut self, lease: Lease) -> Vec<Command> {
@@ -309,7 +335,7 @@ impl Session {
 
     fn parameters_arrived(&mut self, arrived: Parameters) -> Vec<Command> {
         if matches!(self.device, Device::Pulling { parameters, .. } if parameters == arrived) {
-            self.device = Device::Idle;
+            self.device = IDLE;
             self.held = Some(arrived);
         }
         Vec::new()
@@ -320,7 +346,7 @@ impl Session {
         if parameters != failed {
             return Vec::new();
         }
-        self.device = Device::Idle;
+        self.device = IDLE;
         match failure {
             TransferFailure::Damaged(_) if attempt < MAX_ATTEMPTS => self.start_pull(attempt + 1),
             TransferFailure::Refused(reason) => {
@@ -357,14 +383,11 @@ impl Session {
         }
     }
 
-    /// Frees the device if it was computing this lease: its task.
+    /// Frees the place that the device had for this lease, if it was computing it: its task.
     fn finish_computing(&mut self, id: u64) -> Option<Task> {
-        let Device::Computing { lease } = self.device else { return None };
-        if lease.id != id {
-            return None;
-        }
-        self.device = Device::Idle;
-        Some(lease.task)
+        let Device::Computing(leases) = &mut self.device else { return None };
+        let place = leases.iter().position(|lease| lease.id == id)?;
+        Some(leases.remove(place).task)
     }
 
     fn push_failed(&mut self, lease: u64, failure: TransferFailure) -> Vec<Command> {
@@ -398,29 +421,34 @@ impl Session {
     /// queue, or the parameters it needs.
     fn start_next(&mut self) -> Vec<Command> {
         let mut commands = Vec::new();
-        while self.uploads.len() + usize::from(self.computes_a_gradient()) < MAX_UPLOADS
+        while self.uploads.len() + self.gradients_computed() < MAX_UPLOADS
             && let Some(lease) = self.next_from_memory()
         {
             self.uploads.insert(lease, 1);
             commands.extend([Command::Recall { lease }, Command::Push { lease }]);
         }
-        if !matches!(self.device, Device::Idle) || self.uploads.len() >= MAX_UPLOADS {
-            return commands;
-        }
-        match self.queue.front().copied() {
-            Some(lease) if self.held == Some(lease.parameters) => {
-                self.queue.pop_front();
-                self.device = Device::Computing { lease };
-                commands.push(Command::Compute { lease: lease.id });
+        while self.uploads.len() < MAX_UPLOADS
+            && let Device::Computing(leases) = &mut self.device
+            && leases.len() < self.places
+            && let Some(next) = self.queue.front().copied()
+        {
+            let same = |other: &Lease| (other.step, other.task, other.parameters) == (next.step, next.task, next.parameters);
+            match self.held == Some(next.parameters) {
+                true if leases.iter().all(same) => {
+                    self.queue.pop_front();
+                    leases.push(next);
+                    commands.push(Command::Compute { lease: next.id });
+                }
+                false if leases.is_empty() => commands.extend(self.start_pull(1)),
+                _ => break,
             }
-            _ => commands.extend(self.start_pull(1)),
         }
         commands
     }
 
-    /// Whether the device computes what will have to be uploaded once it is done.
-    fn computes_a_gradient(&self) -> bool {
-        matches!(self.device, Device::Computing { lease } if lease.task == Task::Gradient)
+    /// How many leases the device computes that will have to be uploaded once they are done.
+    fn gradients_computed(&self) -> usize {
+        self.computing().iter().filter(|lease| lease.task == Task::Gradient).count()
     }
 
     /// Takes the first lease that asks for something kept out of the queue, and what it asks for out of what is kept.

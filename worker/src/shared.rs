@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use lockstep_model::pieces::in_pieces_mut;
 use lockstep_proto::region::{Region, stamp_of};
 use lockstep_proto::v1;
 use tokio::sync::{Mutex, OwnedMutexGuard};
@@ -68,7 +69,7 @@ fn put(region: &Region, lease: u64, gradient: &[f32]) -> io::Result<()> {
 
 /// A version of the parameters that was there a moment ago.
 #[derive(Debug)]
-pub(crate) struct SharedVersion {
+pub struct SharedVersion {
     shared: Arc<Shared>,
     region: usize,
     stamp: u64,
@@ -86,6 +87,17 @@ impl SharedVersion {
     /// If the system refuses.
     pub(crate) fn read(&self, start: usize, elements: &mut [f32]) -> io::Result<()> {
         self.region().read(start, elements)
+    }
+
+    /// All elements; `None` if others took their place meanwhile.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn read_all(&self) -> io::Result<Option<Vec<f32>>> {
+        let mut vector = vec![0.0; self.region().elements()];
+        let read = in_pieces_mut(&mut vector, |start, piece| self.read(start, piece));
+        read.into_iter().collect::<io::Result<()>>()?;
+        Ok(self.is_there().then_some(vector))
     }
 
     fn region(&self) -> &Region {
@@ -115,11 +127,12 @@ mod tests {
         let mut vector = [0.0; 2];
         version.read(0, &mut vector).unwrap();
         assert!(version.is_there() && vector == [1.0, 2.0]);
+        assert_eq!(version.read_all().unwrap(), Some(vec![1.0, 2.0]));
         assert!(shared.version(Parameters { version: 8, digest }).is_none());
         assert!(shared.version(Parameters { version: 7, digest: Some([8; 32]) }).is_none());
         assert!(shared.version(Parameters { version: 7, digest: None }).is_none());
         odd.clear().unwrap();
-        assert!(!version.is_there(), "another one is being written");
+        assert!(!version.is_there() && version.read_all().unwrap().is_none(), "another one is being written");
 
         let place = shared.put(3, &Gradient::from(vec![0.5, 0.25])).await.unwrap();
         assert!(shared.gradient.try_lock().is_err(), "nobody overwrites what is not taken yet");

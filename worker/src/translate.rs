@@ -25,45 +25,58 @@ pub(crate) struct WireError(String);
 
 /// Names one start of one run; what is meant for another is fenced off by it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Run {
-    pub(crate) id: String,
-    pub(crate) incarnation: u64,
+pub struct Run {
+    /// 32 hexadecimal digits.
+    pub id: String,
+    /// Of its coordinator, or relay.
+    pub incarnation: u64,
 }
 
 /// What there is to train, and how to show that this worker can take part.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Invitation {
-    pub(crate) run: Run,
-    pub(crate) model: ModelConfig,
-    pub(crate) objective: Objective,
+pub struct Invitation {
+    /// Which start of which run.
+    pub run: Run,
+    /// The model.
+    pub model: ModelConfig,
+    /// What it is trained for.
+    pub objective: Objective,
     /// What is trained alone, if not all of it.
-    pub(crate) adapters: Option<Adapters>,
+    pub adapters: Option<Adapters>,
     /// How replicas take their local steps, if slots are such.
-    pub(crate) local_optimizer: Option<LocalOptimizer>,
+    pub local_optimizer: Option<LocalOptimizer>,
     /// What gradients are rounded to.
-    pub(crate) format: GradientFormat,
+    pub format: GradientFormat,
     /// In what products are computed.
-    pub(crate) precision: Precision,
+    pub precision: Precision,
     /// Elements of the parameters that are pulled.
-    pub(crate) elements: usize,
+    pub elements: usize,
     /// Of the moments that are pulled and pushed beside them.
-    pub(crate) kept_elements: usize,
-    pub(crate) probe: Vec<Work>,
-    pub(crate) timing: Timing,
+    pub kept_elements: usize,
+    /// What is computed to show the device class.
+    pub probe: Vec<Work>,
+    /// Heartbeats, and when either side is given up.
+    pub timing: Timing,
+    /// All of this as it came, for whoever passes it on.
+    pub wire: v1::Invitation,
 }
 
 /// Adapters, and what they stand on.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Adapters {
-    pub(crate) config: AdapterConfig,
-    pub(crate) base: BaseName,
+pub struct Adapters {
+    /// Which, and of what size.
+    pub config: AdapterConfig,
+    /// What they stand on.
+    pub base: BaseName,
 }
 
 /// Names a base by what it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct BaseName {
-    pub(crate) blake3: [u8; 32],
-    pub(crate) elements: usize,
+pub struct BaseName {
+    /// BLAKE3 of its bytes.
+    pub blake3: [u8; 32],
+    /// How many there are.
+    pub elements: usize,
 }
 
 /// What the coordinator says on the control stream.
@@ -90,6 +103,7 @@ pub(crate) enum Instruction {
 
 /// Checks an invitation, above all that this build knows the model and lays its parameters out alike.
 pub(crate) fn invitation(invitation: v1::Invitation) -> Result<Invitation, WireError> {
+    let wire = invitation.clone();
     let model = model(&required(invitation.model, || "the model".into())?)?;
     let adapters = invitation.adapters.map(|adapters| self::adapters(adapters, &model)).transpose()?;
     let expected = trained_layout(&model, adapters.as_ref().map(|adapters| &adapters.config));
@@ -115,6 +129,7 @@ pub(crate) fn invitation(invitation: v1::Invitation) -> Result<Invitation, WireE
             heartbeat_interval: interval("the heartbeat interval", invitation.heartbeat_interval_ms)?,
             liveness_timeout: interval("the liveness timeout", invitation.liveness_timeout_ms)?,
         },
+        wire,
     })
 }
 
@@ -446,7 +461,8 @@ pub(crate) fn work(lease: v1::Lease) -> Result<Work, WireError> {
     };
     let difference_from = digest("difference_from_blake3", &lease.difference_from_blake3).map_err(in_lease)?;
     let lease_name = Lease { id, step: lease.step, parameters, block, seed: lease.seed, task };
-    Ok(Work { lease: lease_name, slots, learning_rates, difference_from, traceparent: lease.traceparent })
+    let (traceparent, step_slots) = (lease.traceparent, Some(lease.step_slots).filter(|slots| *slots > 0));
+    Ok(Work { lease: lease_name, slots, learning_rates, difference_from, traceparent, step_slots })
 }
 
 /// A digest, if one is given.

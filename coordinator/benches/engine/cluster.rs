@@ -71,7 +71,7 @@ impl Cluster {
                     queue.push(Reverse((now + HEARTBEAT_INTERVAL, Happening::Heartbeat(worker))));
                     let (name, device) = (format!("host-{number}"), "cpu".to_string());
                     let (ticket, class) = (Ticket(worker.0), DeviceClass([1; 32]));
-                    let join = Event::JoinRequested { ticket, name, device, class };
+                    let join = Event::JoinRequested { ticket, name, device, class, workers: 1 };
                     vec![(join, now), (Event::ControlOpened { worker }, now)]
                 }
                 (None, Happening::Heartbeat(worker)) => {

@@ -82,6 +82,13 @@ pub enum Command {
         /// The last step whose parameters can be trusted.
         at_most: u64,
     },
+    /// A relay: nobody who is here computes this block, which is one that was lent, or part of it. Decline what was lent.
+    GiveBack {
+        /// Which.
+        block: Block,
+        /// Why, in the words of the last worker that was asked.
+        reason: String,
+    },
     /// Something that a person should know; changes nothing.
     Report(Finding),
     /// A validation loss is measured.
@@ -162,12 +169,29 @@ pub enum Refusal {
         /// What it computes.
         worker: DeviceClass,
     },
+    /// It computes other bits than the other workers of this relay.
+    OtherClassThanRelay {
+        /// What they compute.
+        relay: DeviceClass,
+        /// What it computes.
+        worker: DeviceClass,
+    },
+    /// The coordinator above refused the relay, by what this worker computes.
+    Above {
+        /// Why, in its words.
+        reason: String,
+    },
     /// It has answered wrongly before.
     Quarantined,
     /// The run is about to stop, or over.
     Ending {
-        /// How, in words.
+        /// How.
         outcome: Outcome,
+    },
+    /// To a relay the coordinator above said so.
+    Released {
+        /// How, in its words.
+        reason: String,
     },
 }
 
@@ -186,6 +210,8 @@ pub enum DiscardReason {
     Malformed,
     /// The worker still computes it, and another worker's result for the same block counts already: revoke it.
     Overtaken,
+    /// The coordinator above does not want it any more: revoke it.
+    Withdrawn,
     /// An equal result of another worker counts.
     Confirmed,
     /// Others computed something else.
@@ -332,6 +358,7 @@ impl fmt::Display for Command {
             Self::Quarantine { name } => write!(f, "quarantine {name}"),
             Self::RestartStep { step } => write!(f, "restart step {step}"),
             Self::RollBack { at_most } => write!(f, "roll back to step {at_most} or earlier"),
+            Self::GiveBack { block, reason } => write!(f, "give block {block} back: {reason}"),
             Self::Report(finding) => write!(f, "report: {finding}"),
             Self::RecordValidation { step, sums } => {
                 write!(f, "validation at step {step}, loss {} over {}", sums.loss, sums.weight)
@@ -371,11 +398,18 @@ impl fmt::Display for Refusal {
                 "this worker's device class is {worker} and the run's is {run}: they compute different bits. Join with \
                  a device and build like those of the run's workers, or start the run with cluster.exact = false"
             ),
+            Self::OtherClassThanRelay { relay, worker } => write!(
+                f,
+                "this worker's device class is {worker} and that of the relay's other workers is {relay}: they compute different \
+                 bits, and a relay stands for one class. Join the coordinator itself, or by a relay of its own"
+            ),
+            Self::Above { reason } => f.write_str(reason),
             Self::Quarantined => f.write_str(
                 "a worker of this name computed other results than two others did; mend or replace the machine, and join \
                  under another name",
             ),
             Self::Ending { outcome } => write!(f, "the run takes nobody in any more: {outcome}"),
+            Self::Released { reason } => f.write_str(reason),
         }
     }
 }
@@ -389,6 +423,7 @@ impl fmt::Display for DiscardReason {
             Self::LeaseNotHeld => "the worker does not hold this lease",
             Self::Malformed => "it does not fit its lease",
             Self::Overtaken => "another worker was faster",
+            Self::Withdrawn => "the coordinator above does not want it any more",
             Self::Confirmed => "it confirms another worker's result",
             Self::Outvoted => "others computed something else",
             Self::StartedOver => "the step starts over",

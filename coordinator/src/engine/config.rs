@@ -62,6 +62,8 @@ pub enum OnDispute {
 pub enum Start {
     /// With initial parameters, at step 0.
     Fresh,
+    /// Nowhere: this is a relay, and computes what the coordinator above lends it.
+    Relay,
     /// From a checkpoint.
     Resumed {
         /// The boundary it holds.
@@ -104,12 +106,22 @@ impl EngineConfig {
         }
     }
 
+    /// A relay, which has workers of one device class and computes what is lent to it.
+    pub fn relay(liveness_timeout: Duration) -> Self {
+        Self { liveness_timeout, max_slots_per_lease: u32::MAX, start: Start::Relay, ..Self::plain(0, 1) }
+    }
+
     /// The version to begin with.
     pub(super) fn start_step(&self) -> u64 {
         match self.start {
-            Start::Fresh => 0,
+            Start::Fresh | Start::Relay => 0,
             Start::Resumed { step, .. } => step,
         }
+    }
+
+    /// Whether work is lent by a coordinator above.
+    pub(super) fn is_relay(&self) -> bool {
+        self.start == Start::Relay
     }
 
     /// Whether the validation loss of boundary `step` is to be measured.

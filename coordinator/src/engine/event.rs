@@ -21,6 +21,15 @@ pub enum Event {
         device: String,
         /// Its class, by the probe.
         class: DeviceClass,
+        /// How many workers it stands for: 1, or more if it is a relay.
+        workers: u32,
+    },
+    /// A relay stands for another number of workers than before, at least 1.
+    Workers {
+        /// Who.
+        worker: WorkerId,
+        /// How many.
+        workers: u32,
     },
     /// A member opened its control stream: it can be leased work.
     ControlOpened {
@@ -62,6 +71,13 @@ pub enum Event {
         /// What it has.
         blocks: Vec<KeptBlock>,
     },
+    /// To a relay: the coordinator above lends a block. No slot of it is under way.
+    Lent(Lent),
+    /// To a relay: a block that was lent is not wanted any more, or was given back.
+    Withdrawn {
+        /// Which.
+        block: Block,
+    },
     /// The vectors of a step are reduced, the optimizer has applied them, and version `step` is published.
     StepApplied {
         /// The step.
@@ -100,6 +116,21 @@ pub enum Event {
     /// Time has passed: sent once `next_deadline` is reached and no other event is waiting. Silence is judged on it
     /// alone, so that a coordinator that was itself asleep first hears what its workers said meanwhile.
     Tick,
+}
+
+/// A block that the coordinator above has lent to a relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lent {
+    /// The optimizer step; else the boundary it belongs to.
+    pub step: u64,
+    /// The parameter version to compute with.
+    pub version: u64,
+    /// What is computed.
+    pub task: Task,
+    /// Slots of the whole step.
+    pub step_slots: u32,
+    /// Which of them.
+    pub block: Block,
 }
 
 /// A gradient that a worker has kept.

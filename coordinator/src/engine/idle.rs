@@ -1,10 +1,10 @@
-//! Who has nothing to do, and who of them is fast.
+//! Who has nothing to do, or not enough for all that they stand for, and who of them is fast.
 
 use std::collections::BTreeSet;
 
 use super::id::WorkerId;
 
-/// Workers without a lease that could have one.
+/// Workers that could have a lease, or one more.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Idle {
     workers: BTreeSet<WorkerId>,

@@ -3,7 +3,10 @@
 //! All of it is kept in order as leases come and go, so that a decision takes no longer where there are many of them. How
 //! long a worker should take for a lease does not change while it holds it, if anything is known of the worker. Of all
 //! others the same is expected, what the known ones take on average, and that changes with each result: among *strangers*
-//! with as many slots, the order is that in which they got their leases, whatever the average.
+//! with as much to do, the order is that in which they got their leases, whatever the average.
+//!
+//! A relay has several workers. Slots take it as long as the busiest of them, which has its part of them, rounded up
+//! ([`Pace::rounds`]); and it has nothing to do as long as it was lent fewer slots than it has workers.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +25,32 @@ const LATE_GRACE: Duration = Duration::from_secs(1);
 /// compiled.
 const LONGEST: Duration = Duration::from_secs(300);
 
+/// How fast a member answers a lease.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Pace {
+    /// How many workers it stands for.
+    pub(super) workers: u32,
+    /// Seconds from a lease to its result, for each slot that one of them has; `None` if it is not known.
+    pub(super) secs_per_slot: Option<f64>,
+}
+
+impl Pace {
+    /// How many of so many slots the busiest of its workers has.
+    pub(super) fn rounds(self, slots: usize) -> usize {
+        slots.div_ceil(self.workers as usize)
+    }
+
+    /// What so many slots take, if it is known.
+    pub(super) fn takes(self, slots: usize) -> Option<Duration> {
+        self.secs_per_slot.map(|secs| duration(secs, self.rounds(slots)))
+    }
+
+    /// Seconds for each slot, where all its workers have something to do.
+    pub(super) fn least_secs_per_slot(self) -> Option<f64> {
+        self.secs_per_slot.map(|secs| secs / f64::from(self.workers))
+    }
+}
+
 /// A lease under way.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Holding {
@@ -29,6 +58,8 @@ pub(super) struct Holding {
     pub(super) block: Block,
     /// How many slots that is.
     pub(super) slots: usize,
+    /// How many of them the busiest of its workers has.
+    rounds: usize,
     /// Since when.
     pub(super) since: Time,
     /// By what its worker took before; `None` of a stranger.
@@ -45,28 +76,29 @@ struct Expected {
 }
 
 impl Holding {
-    /// A lease of a block of so many slots, to a worker that takes `secs_per_slot`, if that is known.
-    pub(super) fn new(block: Block, slots: usize, since: Time, secs_per_slot: Option<f64>) -> Self {
-        let known = secs_per_slot.map(|secs| Expected::of(slots, since, Some(secs)));
-        Self { block, slots, since, known }
+    /// A lease of a block of so many slots, to a worker of this pace.
+    pub(super) fn new(block: Block, slots: usize, since: Time, pace: Pace) -> Self {
+        let rounds = pace.rounds(slots);
+        let known = pace.secs_per_slot.map(|secs| Expected::of(rounds, since, Some(secs)));
+        Self { block, slots, rounds, since, known }
     }
 
     /// What is expected, where strangers are as slow as the others on average.
     fn expected(&self, mean_secs_per_slot: Option<f64>) -> Expected {
-        self.known.unwrap_or_else(|| Expected::of(self.slots, self.since, mean_secs_per_slot))
+        self.known.unwrap_or_else(|| Expected::of(self.rounds, self.since, mean_secs_per_slot))
     }
 }
 
 impl Expected {
-    fn of(slots: usize, since: Time, secs_per_slot: Option<f64>) -> Self {
-        let Some(takes) = secs_per_slot.map(|secs| duration(secs, slots)) else {
+    fn of(rounds: usize, since: Time, secs_per_slot: Option<f64>) -> Self {
+        let Some(takes) = secs_per_slot.map(|secs| duration(secs, rounds)) else {
             return Self { ready: since + LONGEST, due: since + LONGEST };
         };
         Self { ready: since + takes, due: since + (takes * LATE_FACTOR + LATE_GRACE).min(LONGEST) }
     }
 }
 
-/// What so many slots take.
+/// What so many slots take, one after the other.
 pub(super) fn duration(secs_per_slot: f64, slots: usize) -> Duration {
     Duration::from_secs_f64(secs_per_slot * slots as f64)
 }
@@ -99,8 +131,10 @@ pub(super) struct Leases {
     height: u32,
     /// Leases whose gradients are on their way here.
     travelling: BTreeSet<(WorkerId, LeaseId)>,
+    /// Who can be leased work.
+    here: BTreeMap<WorkerId, Room>,
     idle: Idle,
-    /// Workers with one lease, whose gradient travels.
+    /// Workers who compute less than they could, and send.
     sending: BTreeSet<WorkerId>,
     /// When leases of workers that are known are late, as far as they are not.
     due: BTreeSet<(Time, Block)>,
@@ -108,10 +142,34 @@ pub(super) struct Leases {
     timely: ByReady,
     /// Blocks whose holders are all known, and late.
     late: ByReady,
-    /// Blocks with one holder, a stranger, by the number of their slots, and since when they are computed.
+    /// Blocks with one holder, a stranger, by its rounds, and since when they are computed.
     strangers: BTreeMap<usize, ByReady>,
     /// Blocks with several holders, of whom one is a stranger at least.
     mixed: BTreeSet<Block>,
+}
+
+/// What somebody can be leased, and is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Room {
+    /// How many workers it stands for.
+    workers: u32,
+    slots_lent: usize,
+    /// Of these, those whose gradients are on their way here.
+    slots_travelling: usize,
+    gradients_travelling: usize,
+}
+
+impl Room {
+    fn has_nothing_to_do(self) -> bool {
+        self.slots_lent < self.workers as usize
+    }
+
+    /// It computes less than it could, while it sends. What it computes next is to find the one place beside that, so that no more
+    /// than two of its gradients are in memory.
+    fn sends(self) -> bool {
+        let computes = self.slots_lent - self.slots_travelling;
+        !self.has_nothing_to_do() && computes < self.workers as usize && self.gradients_travelling == 1
+    }
 }
 
 /// A lease, and whose it is.
@@ -125,7 +183,7 @@ struct Held {
 /// Where a block is kept in order.
 enum Place {
     Known { ready: Time, late: bool },
-    Stranger { slots: usize, since: Time },
+    Stranger { rounds: usize, since: Time },
     Mixed,
 }
 
@@ -142,6 +200,7 @@ impl Leases {
             by_block: vec![Vec::new(); 2 << height],
             height,
             travelling: BTreeSet::new(),
+            here: BTreeMap::new(),
             idle: Idle::default(),
             sending: BTreeSet::new(),
             due: BTreeSet::new(),
@@ -173,8 +232,7 @@ impl Leases {
         let node = self.node(block);
         self.by_block[node].push(Held { worker, lease, holding });
         self.put_in(block);
-        self.idle.remove(worker);
-        self.sending.remove(&worker);
+        self.change_room(worker, |room| room.slots_lent += holding.slots);
     }
 
     /// Ends a lease.
@@ -186,50 +244,69 @@ impl Leases {
         let place = leases.iter().position(|held| held.lease == lease)?;
         let Held { holding, .. } = leases.remove(place);
         self.put_in(block);
-        self.travelling.remove(&(worker, lease));
-        self.arrive(worker);
+        let travelled = self.travelling.remove(&(worker, lease));
+        self.change_room(worker, |room| {
+            room.slots_lent -= holding.slots;
+            if travelled {
+                room.slots_travelling -= holding.slots;
+                room.gradients_travelling -= 1;
+            }
+        });
         Some(holding)
     }
 
     /// The gradient of a lease sets out, if the worker holds that.
     pub(super) fn travels(&mut self, worker: WorkerId, lease: LeaseId) {
-        if self.by_worker.contains_key(&(worker, lease)) {
-            self.travelling.insert((worker, lease));
-            self.arrive(worker);
+        let Some(holding) = self.get(worker, lease) else { return };
+        if self.travelling.insert((worker, lease)) {
+            self.change_room(worker, |room| {
+                room.slots_travelling += holding.slots;
+                room.gradients_travelling += 1;
+            });
         }
     }
 
-    /// A worker can be leased work, if it computes none: what it computes next is to find the one place beside what it sends, so
-    /// that no more than two of its gradients are in memory.
-    pub(super) fn arrive(&mut self, worker: WorkerId) {
-        let held: Vec<LeaseId> = self.of(worker).take(2).collect();
-        self.sending.remove(&worker);
-        match held[..] {
-            [] => self.idle.insert(worker),
-            [lease] if self.travelling.contains(&(worker, lease)) => drop(self.sending.insert(worker)),
-            _ => {}
-        }
+    /// A worker can be leased work, or stands for another number of workers.
+    pub(super) fn arrive(&mut self, worker: WorkerId, workers: u32) {
+        self.here.entry(worker).or_insert(Room { workers, ..Room::default() });
+        self.change_room(worker, |room| room.workers = workers);
+    }
     }
 
     /// A worker is gone.
     pub(super) fn depart(&mut self, worker: WorkerId) {
+        self.here.remove(&worker);
         self.idle.remove(worker);
         self.sending.remove(&worker);
     }
 
-    /// Workers without a lease that could have one.
-    pub(super) fn idle(&self) -> &Idle {
-        &self.idle
+    /// What somebody has changes: so may whether it has nothing to do, or does no more than send.
+    fn change_room(&mut self, worker: WorkerId, change: impl FnOnce(&mut Room)) {
+        let Some(room) = self.here.get_mut(&worker) else { return };
+        change(room);
+        let room = *room;
+        self.idle.remove(worker);
+        self.sending.remove(&worker);
+        if room.has_nothing_to_do() {
+            self.idle.insert(worker);
+        } else if room.sends() {
+            self.sending.insert(worker);
+        }
     }
 
-    /// The first worker after `last` that could have a lease beside the one whose gradient it sends.
-    pub(super) fn next_sending(&self, WorkerId(last): WorkerId) -> Option<WorkerId> {
-        self.sending.range(WorkerId(last + 1)..).next().copied()
+    /// Workers who have nothing to do, or not enough for all that they stand for.
+    pub(super) fn idle(&self) -> &Idle {
+        &self.idle
     }
 
     /// The same, to say how fast they are.
     pub(super) fn idle_mut(&mut self) -> &mut Idle {
         &mut self.idle
+    }
+
+    /// The first worker after `last` that could have a lease beside the one whose gradient it sends.
+    pub(super) fn next_sending(&self, WorkerId(last): WorkerId) -> Option<WorkerId> {
+        self.sending.range(WorkerId(last + 1)..).next().copied()
     }
 
     /// A lease, if this worker holds it.
@@ -254,14 +331,19 @@ impl Leases {
         self.on(block).iter().map(|held| (held.worker, held.lease))
     }
 
+    /// Whether a worker computes a block.
+    pub(super) fn holds(&self, worker: WorkerId, block: Block) -> bool {
+        self.on(block).iter().any(|held| held.worker == worker)
+    }
+
     /// The blocks that will be ready last, at most `most` of them, those that are late before all others. `mean` is what a
     /// slot takes those workers of whom it is known, on average.
     pub(super) fn last_ready(&self, most: usize, mean: impl FnOnce() -> Option<f64>) -> Vec<Candidate> {
         let known = self.late.iter().take(most).chain(self.timely.iter().take(most));
         let mut blocks: Vec<Block> = known.map(|(_, block)| *block).collect();
         let mean = if self.strangers.is_empty() && self.mixed.is_empty() { None } else { mean() };
-        for (slots, leases) in &self.strangers {
-            let since_late = self.since_late(*slots, mean);
+        for (rounds, leases) in &self.strangers {
+            let since_late = self.since_late(*rounds, mean);
             let late = since_late.into_iter().flat_map(|since| leases.range((Reverse(since), FIRST)..).take(most));
             blocks.extend(late.chain(leases.iter().take(most)).map(|(_, block)| *block));
         }
@@ -286,8 +368,8 @@ impl Leases {
         }
         let mean = mean();
         let due = |held: &Held| held.holding.expected(mean).due;
-        let strangers = self.strangers.iter().filter_map(|(slots, leases)| {
-            let first = match self.since_late(*slots, mean) {
+        let strangers = self.strangers.iter().filter_map(|(rounds, leases)| {
+            let first = match self.since_late(*rounds, mean) {
                 Some(since) => leases.range(..(Reverse(since), FIRST)).next_back(),
                 None => leases.last(),
             };
@@ -297,9 +379,9 @@ impl Leases {
         known.into_iter().chain(strangers).chain(mixed).min()
     }
 
-    /// The latest moment since which a stranger's lease of so many slots is late, if there can be any.
-    fn since_late(&self, slots: usize, mean: Option<f64>) -> Option<Time> {
-        let wait = Expected::of(slots, Time::default(), mean).due;
+    /// The latest moment since which a stranger's lease of so many rounds is late, if there can be any.
+    fn since_late(&self, rounds: usize, mean: Option<f64>) -> Option<Time> {
+        let wait = Expected::of(rounds, Time::default(), mean).due;
         self.now.0.checked_sub(wait.0).map(Time)
     }
 
@@ -329,8 +411,8 @@ impl Leases {
                 let (ready, late) = self.first_ready(block, None);
                 Some(Place::Known { ready, late })
             }
-            [Held { holding: Holding { slots, since, .. }, .. }] => {
-                Some(Place::Stranger { slots: *slots, since: *since })
+            [Held { holding: Holding { rounds, since, .. }, .. }] => {
+                Some(Place::Stranger { rounds: *rounds, since: *since })
             }
             _ => Some(Place::Mixed),
         }
@@ -345,8 +427,8 @@ impl Leases {
                 let dues = self.by_block[node].iter().filter_map(|held| Some(held.holding.known?.due));
                 self.due.extend(dues.filter(|due| *due > self.now).map(|due| (due, block)));
             }
-            Some(Place::Stranger { slots, since }) => {
-                self.strangers.entry(slots).or_default().insert((Reverse(since), block));
+            Some(Place::Stranger { rounds, since }) => {
+                self.strangers.entry(rounds).or_default().insert((Reverse(since), block));
             }
             Some(Place::Mixed) => drop(self.mixed.insert(block)),
             None => {}
@@ -364,11 +446,11 @@ impl Leases {
                     self.due.remove(&(due, block));
                 }
             }
-            Some(Place::Stranger { slots, since }) => {
-                let Some(leases) = self.strangers.get_mut(&slots) else { return };
+            Some(Place::Stranger { rounds, since }) => {
+                let Some(leases) = self.strangers.get_mut(&rounds) else { return };
                 leases.remove(&(Reverse(since), block));
                 if leases.is_empty() {
-                    self.strangers.remove(&slots);
+                    self.strangers.remove(&rounds);
                 }
             }
             Some(Place::Mixed) => drop(self.mixed.remove(&block)),
@@ -421,7 +503,8 @@ mod tests {
                     prop_assert_eq!(leases.end(worker, lease), Some(holding));
                 } else {
                     let block = Block { level, index: which % SLOTS.div_ceil(1 << level) };
-                    let holding = Holding::new(block, block.slots(SLOTS).len(), now, secs_per_slot);
+                    let pace = Pace { workers: 1 + which / 7 % 3, secs_per_slot };
+                    let holding = Holding::new(block, block.slots(SLOTS).len(), now, pace);
                     let (worker, lease) = (WorkerId(number), LeaseId(number));
                     leases.add(worker, lease, holding);
                     held.push(Held { worker, lease, holding });

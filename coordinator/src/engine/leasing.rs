@@ -5,7 +5,7 @@ use lockstep_model::tree::Block;
 use super::command::{Command, Finding, Task};
 use super::id::{LeaseId, WorkerId};
 use super::idle::Idle;
-use super::leases::{Candidate, duration};
+use super::leases::{Candidate, Pace};
 use super::members::{Member, Members};
 use super::review::Review;
 use super::time::Time;
@@ -20,10 +20,11 @@ const TWINS_CONSIDERED: usize = 4;
 const NOBODY: WorkerId = WorkerId(0);
 
 impl Engine {
-    /// Gives everybody who computes nothing something to compute, if there is anything for it.
+    /// Gives everybody who computes nothing something to compute, if there is anything for it; to a relay, until there is for all
+    /// that it stands for.
     pub(super) fn lease_out(&mut self) {
         let needed = self.workers_needed() as usize;
-        let here = self.members.connected_count();
+        let here = self.members.connected_workers();
         let Phase::Work(work) = &mut self.phase else { return };
         if here < needed {
             return self.pause(needed - here);
@@ -31,11 +32,10 @@ impl Engine {
         if std::mem::take(&mut self.paused) && self.stop.is_none() {
             self.commands.push(Command::Report(Finding::Resumed));
         }
-        let mut lease = |work: &mut Work, worker: WorkerId, block| {
+        let mut lease = |work: &mut Work, worker: WorkerId, block, pace: Pace| {
             self.leases_granted += 1;
-            let secs_per_slot = self.members.get(worker).and_then(|member| member.secs_per_slot(work.task()));
             let id = LeaseId(self.leases_granted);
-            let (lease, again) = work.lease(worker, id, block, self.now, secs_per_slot);
+            let (lease, again) = work.lease(worker, id, block, self.now, pace);
             self.counts.blocks_leased_again += u64::from(again);
             self.commands.push(Command::Lease { worker, lease });
         };
@@ -47,28 +47,31 @@ impl Engine {
                 let leases = work.leases();
                 let next = if sending { leases.next_sending(last) } else { leases.idle().after(last).next() };
                 let Some(worker) = next else { break };
-                last = worker;
-                let Some(member) = self.members.get(worker) else { continue };
-                let max_slots = || shares.of(member).min(self.config.max_slots_per_lease);
-                let market = Market { work, members: &self.members };
-                if let Some(block) = market.block_for(worker, max_slots) {
-                    lease(work, worker, block);
+                let member = self.members.get(worker);
+                let block = member.and_then(|member| {
+                    let max_slots = || shares.of(member).min(self.config.max_slots_per_lease);
+                    Market { work, members: &self.members }.block_for(worker, max_slots)
+                });
+                match (member, block) {
+                    (Some(member), Some(block)) => lease(work, worker, block, member.pace(work.task())),
+                    _ => last = worker,
                 }
             }
         }
         // Who still has nothing to do looks at what others have, as of now.
         let mut twins = Twins::of(work, &self.members, self.now);
         let task = work.task();
-        let secs_per_slot = |worker| self.members.get(worker)?.secs_per_slot(task);
-        work.leases_mut().idle_mut().measure(secs_per_slot);
+        let pace = |worker| self.members.get(worker).map(|member| member.pace(task));
+        work.leases_mut().idle_mut().measure(|worker| pace(worker)?.least_secs_per_slot());
         let mut last = NOBODY;
         while let Some(worker) = twins.next_helper(work.leases().idle(), last) {
             last = worker;
+            let Some(pace) = pace(worker) else { continue };
             let market = Market { work, members: &self.members };
-            if let Some(block) = twins.block_for(worker, secs_per_slot(worker), &market) {
+            if let Some(block) = twins.block_for(worker, pace, &market) {
                 twins.remove(block);
                 self.counts.twins += 1;
-                lease(work, worker, block);
+                lease(work, worker, block, pace);
             }
         }
     }
@@ -164,31 +167,33 @@ impl Twins {
     }
 
     /// The next idle worker after `last` for whom there may be something: anybody for what is late, and who is fast enough
-    /// for what is not.
+    /// for what is not, were the slots spread over all that it stands for.
     fn next_helper(&self, idle: &Idle, last: WorkerId) -> Option<WorkerId> {
         match self.candidates.iter().any(|candidate| candidate.late) {
             true => idle.after(last).next(),
             false => {
-                idle.first_fast(last, |secs| self.candidates.iter().any(|candidate| self.is_faster(secs, candidate)))
+                let fast = |pace| self.candidates.iter().any(|candidate| self.is_faster(pace, candidate));
+                idle.first_fast(last, |secs| fast(Pace { workers: 1, secs_per_slot: Some(secs) }))
             }
         }
     }
 
     /// What is late, or what `worker` would have ready earlier than whoever has it.
-    fn block_for(&self, worker: WorkerId, secs_per_slot: Option<f64>, market: &Market<'_>) -> Option<Block> {
+    fn block_for(&self, worker: WorkerId, pace: Pace, market: &Market<'_>) -> Option<Block> {
         let worth_it = |candidate: &&Candidate| {
             let wanted = match market.work.reviews().get(&candidate.block) {
                 Some(review) => market.may_confirm(worker, candidate.block, review),
                 None => candidate.late || !market.work.left_to_others(worker, candidate.block, market.members),
             };
-            let faster = secs_per_slot.is_some_and(|secs| self.is_faster(secs, candidate));
-            wanted && (candidate.late || faster)
+            // One who stands for several may have it, and not enough for all of them.
+            let has_it = market.work.leases().holds(worker, candidate.block);
+            wanted && !has_it && (candidate.late || self.is_faster(pace, candidate))
         };
         self.candidates.iter().find(worth_it).map(|candidate| candidate.block)
     }
 
-    fn is_faster(&self, secs_per_slot: f64, candidate: &Candidate) -> bool {
-        self.now + duration(secs_per_slot, candidate.slots) < candidate.ready
+    fn is_faster(&self, pace: Pace, candidate: &Candidate) -> bool {
+        pace.takes(candidate.slots).is_some_and(|takes| self.now + takes < candidate.ready)
     }
 
     /// Takes a block out that was leased just now.

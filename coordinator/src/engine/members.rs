@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::command::Task;
 use super::event::KeptBlock;
 use super::id::{DeviceClass, WorkerId};
+use super::leases::Pace;
 use super::shares::{Shares, Speeds};
 use super::time::Time;
 
@@ -24,13 +25,15 @@ pub(super) struct Member {
     pub(super) device: String,
     /// Its device class.
     pub(super) class: DeviceClass,
+    /// How many workers it stands for: more than one if it is a relay.
+    pub(super) workers: u32,
     /// Whether its control stream is open: it can be leased work.
     pub(super) connected: bool,
     /// When it last said anything.
     pub(super) last_heard: Time,
-    /// Gradient slots it computes in a second, smoothed; `None` before its first.
+    /// Gradient slots it computes in a second if all its workers have some, smoothed; `None` before its first.
     pub(super) slots_per_sec: Option<f64>,
-    /// Seconds from a lease to its result, for each slot and by task, smoothed.
+    /// Seconds from a lease to its result, for each slot of one of its workers and by task, smoothed.
     secs_per_slot: [Option<f64>; TASKS],
     /// Gradients it has from an earlier membership.
     pub(super) kept: Vec<KeptBlock>,
@@ -43,18 +46,25 @@ pub(super) struct Member {
 }
 
 impl Member {
-    /// Seconds from a lease to its result, for each slot, smoothed; `None` before the first.
-    pub(super) fn secs_per_slot(&self, task: Task) -> Option<f64> {
+    /// How fast it answers a lease, as far as is known.
+    pub(super) fn pace(&self, task: Task) -> Pace {
+        Pace { workers: self.workers, secs_per_slot: self.secs_per_slot(task) }
+    }
+
+    /// Seconds from a lease to its result, for each slot of one of its workers, smoothed; `None` before the first.
+    fn secs_per_slot(&self, task: Task) -> Option<f64> {
         self.secs_per_slot[task as usize]
     }
 
     /// Takes note that it computed `slots` slots in `compute`, and that `turnaround` passed since they were leased.
     fn measure(&mut self, task: Task, slots: usize, compute: Duration, turnaround: Duration) {
+        let rounds = self.pace(task).rounds(slots);
         if task == Task::Gradient && !compute.is_zero() {
-            let newest = slots as f64 / compute.as_secs_f64();
+            // Had all its workers had as much to do as the busiest.
+            let newest = (rounds * self.workers as usize) as f64 / compute.as_secs_f64();
             self.slots_per_sec = Some(smoothed(self.slots_per_sec, newest));
         }
-        let newest = turnaround.as_secs_f64() / slots as f64;
+        let newest = turnaround.as_secs_f64() / rounds as f64;
         let known = &mut self.secs_per_slot[task as usize];
         *known = Some(smoothed(*known, newest));
     }
@@ -62,14 +72,14 @@ impl Member {
     /// Takes note that it has not computed `slots` slots in `turnaround`: it is slower than it was thought to be, if that is
     /// more than it should have taken.
     fn measure_at_least(&mut self, task: Task, slots: usize, turnaround: Duration) {
-        let least = turnaround.as_secs_f64() / slots as f64;
+        let least = turnaround.as_secs_f64() / self.pace(task).rounds(slots) as f64;
         let known = self.secs_per_slot(task);
         if least == 0.0 || known.is_some_and(|known| known >= least) {
             return;
         }
         self.secs_per_slot[task as usize] = Some(smoothed(known, least));
         if task == Task::Gradient {
-            let most = least.recip();
+            let most = f64::from(self.workers) / least;
             self.slots_per_sec = Some(self.slots_per_sec.map_or(most, |speed| smoothed(Some(speed), speed.min(most))));
         }
     }
@@ -87,6 +97,8 @@ pub(super) struct Members {
     first: u64,
     count: usize,
     connected: usize,
+    /// Those whom the connected ones stand for.
+    connected_workers: usize,
     /// Who was heard when, the longest ago first. Void where the member was heard again, or is gone; the first never is.
     heard: VecDeque<(Time, WorkerId)>,
     speeds: Speeds,
@@ -95,12 +107,20 @@ pub(super) struct Members {
 }
 
 impl Members {
-    /// Takes a worker in, under a new id.
-    pub(super) fn admit(&mut self, name: String, device: String, class: DeviceClass, now: Time) -> WorkerId {
+    /// Takes a worker in that stands for so many, under a new id.
+    pub(super) fn admit(
+        &mut self,
+        name: String,
+        device: String,
+        class: DeviceClass,
+        workers: u32,
+        now: Time,
+    ) -> WorkerId {
         let member = Member {
             name,
             device,
             class,
+            workers: workers.max(1),
             connected: false,
             last_heard: now,
             slots_per_sec: None,
@@ -137,9 +157,10 @@ impl Members {
     pub(super) fn connect(&mut self, worker: WorkerId) -> bool {
         let Some(member) = self.get_mut(worker) else { return false };
         if !std::mem::replace(&mut member.connected, true) {
-            let speed = member.slots_per_sec;
+            let (speed, workers) = (member.slots_per_sec, member.workers);
             self.connected += 1;
-            self.speeds.add(speed);
+            self.connected_workers += workers as usize;
+            self.speeds.add(speed, workers);
         }
         true
     }
@@ -152,7 +173,8 @@ impl Members {
         self.means = Default::default();
         if member.connected {
             self.connected -= 1;
-            self.speeds.subtract(member.slots_per_sec);
+            self.connected_workers -= member.workers as usize;
+            self.speeds.subtract(member.slots_per_sec, member.workers);
         }
         while self.members.front().is_some_and(Option::is_none) {
             self.members.pop_front();
@@ -206,13 +228,23 @@ impl Members {
     fn change_speed(&mut self, worker: WorkerId, change: impl FnOnce(&mut Member)) {
         self.means = Default::default();
         let Some(member) = self.get_mut(worker) else { return };
-        let before = member.slots_per_sec;
+        let (before, workers_before) = (member.slots_per_sec, member.workers);
         change(member);
-        let after = member.slots_per_sec;
+        let (after, workers) = (member.slots_per_sec, member.workers);
         if member.connected {
-            self.speeds.subtract(before);
-            self.speeds.add(after);
+            self.speeds.subtract(before, workers_before);
+            self.speeds.add(after, workers);
+            self.connected_workers = self.connected_workers - workers_before as usize + workers as usize;
         }
+    }
+
+    /// Takes note of how many workers a member stands for now. What each of them does is expected to stay the same.
+    pub(super) fn set_workers(&mut self, worker: WorkerId, workers: u32) {
+        self.change_speed(worker, |member| {
+            let factor = f64::from(workers) / f64::from(member.workers);
+            member.slots_per_sec = member.slots_per_sec.map(|speed| speed * factor);
+            member.workers = workers;
+        });
     }
 
     /// Nothing is noted of anybody's unchecked blocks any more.
@@ -223,6 +255,11 @@ impl Members {
     /// How many members' control streams are open.
     pub(super) fn connected_count(&self) -> usize {
         self.connected
+    }
+
+    /// How many workers these stand for.
+    pub(super) fn connected_workers(&self) -> usize {
+        self.connected_workers
     }
 
     /// All members, in the order in which they were admitted.
@@ -251,7 +288,7 @@ impl Members {
         Shares::new(slots, self.speeds, self)
     }
 
-    /// Seconds that a slot takes, on average over those of whom it is known; `None` while it is of nobody.
+    /// Seconds that a slot takes a worker, on average over those of whom it is known; `None` while it is of nobody.
     pub(super) fn mean_secs_per_slot(&self, task: Task) -> Option<f64> {
         *self.means[task as usize].get_or_init(|| {
             let known = self.iter().filter_map(|(_, member)| member.secs_per_slot(task));

@@ -11,11 +11,14 @@ const DECLINES_BEFORE_RELEASE: u32 = 3;
 
 impl Engine {
     /// Admits or refuses a worker. The first one admitted decides the class of an exact run.
-    pub(super) fn join(&mut self, ticket: Ticket, name: String, device: String, class: DeviceClass) {
+    pub(super) fn join(&mut self, ticket: Ticket, name: String, device: String, class: DeviceClass, workers: u32) {
         let other_class = self.classes.first().filter(|_| self.config.exact && !self.classes.contains(&class));
         let refusal = match (self.ending(), other_class) {
             (Some(outcome), _) => Some(Refusal::Ending { outcome }),
             (None, _) if self.quarantined.contains(&name) => Some(Refusal::Quarantined),
+            (None, Some(relay)) if self.config.is_relay() => {
+                Some(Refusal::OtherClassThanRelay { relay: *relay, worker: class })
+            }
             (None, Some(run)) => Some(Refusal::OtherClass { run: *run, worker: class }),
             (None, None) => None,
         };
@@ -23,7 +26,7 @@ impl Engine {
             return self.command(Command::Refuse { ticket, reason });
         }
         self.classes.insert(class);
-        let worker = self.members.admit(name, device, class, self.now);
+        let worker = self.members.admit(name, device, class, workers, self.now);
         self.command(Command::Admit { ticket, worker, class });
     }
 
@@ -31,8 +34,8 @@ impl Engine {
     pub(super) fn connect(&mut self, worker: WorkerId) {
         self.hear(worker);
         if self.members.connect(worker) {
-            if let Phase::Work(work) = &mut self.phase {
-                work.leases_mut().arrive(worker);
+            if let (Some(member), Phase::Work(work)) = (self.members.get(worker), &mut self.phase) {
+                work.leases_mut().arrive(worker, member.workers);
             }
             return;
         }
@@ -83,18 +86,19 @@ impl Engine {
     pub(super) fn decline(&mut self, worker: WorkerId, lease: LeaseId, discard: DiscardReason, reason: String) {
         self.hear(worker);
         let (Some(member), Phase::Work(work)) = (self.members.get_mut(worker), &mut self.phase) else { return };
-        if work.leases().get(worker, lease).is_none() {
-            return;
-        }
+        let Some(block) = work.leases().get(worker, lease).map(|holding| holding.block) else { return };
         work.decline(worker, lease);
         member.declined_in_a_row += 1;
         let (name, leases) = (member.name.clone(), member.declined_in_a_row);
         self.discard(worker, lease, discard);
+        if self.config.is_relay() {
+            self.give_back_if_nobody_computes(block, reason.clone());
+        }
         if leases < DECLINES_BEFORE_RELEASE {
             return;
         }
         self.release(worker, ReleaseReason::Declined { leases, reason: reason.clone() });
-        if self.members.is_empty() {
+        if self.members.is_empty() && !self.config.is_relay() {
             self.end(Outcome::Failed { reason: Failure::NobodyComputes { name, reason } });
         }
     }

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! `step.rs` tells this life of a step from top to bottom; `membership.rs` how workers come and go; `leasing.rs` who gets
-//! which block; `verdict.rs` what becomes of a result, and what follows if a worker computed wrong.
+//! which block; `verdict.rs` what becomes of a result, and what follows if a worker computed wrong. In a relay there are no
+//! boundaries: what is computed is lent from above (`relay.rs`).
 
 mod blocks;
 pub mod command;
@@ -22,6 +23,7 @@ mod leases;
 mod leasing;
 mod members;
 mod membership;
+mod relay;
 mod review;
 mod shares;
 mod status;
@@ -37,7 +39,7 @@ use std::ops::Range;
 
 pub use self::command::Command;
 pub use self::config::{EngineConfig, OnDispute, Start};
-pub use self::event::Event;
+pub use self::event::{Event, Lent};
 pub use self::id::{DeviceClass, LeaseId, Ticket, WorkerId};
 pub use self::status::{EngineStatus, MemberStatus};
 pub use self::time::Time;
@@ -122,6 +124,8 @@ struct Gradients {
 enum Phase {
     /// Nothing yet: the first event begins it.
     Begin,
+    /// A relay to which nothing was lent yet.
+    Idle,
     /// Workers compute a step, or an evaluation.
     Work(Box<Work>),
     /// The data plane turns the accepted vectors into version `version + 1`.
@@ -138,7 +142,7 @@ impl Engine {
     /// An engine at its start. Send it [`Event::Tick`] to begin; [`Self::next_deadline`] asks for one.
     pub fn new(config: EngineConfig, now: Time) -> Self {
         let (returned, classes, skipped_in_a_row, unchecked_since) = match config.start.clone() {
-            Start::Fresh => (None, BTreeSet::new(), 0, BTreeMap::new()),
+            Start::Fresh | Start::Relay => (None, BTreeSet::new(), 0, BTreeMap::new()),
             Start::Resumed { step, validated, classes, skipped_in_a_row, unchecked_since } => {
                 (Some(Returned { step, validated }), classes, skipped_in_a_row, unchecked_since)
             }
@@ -180,7 +184,12 @@ impl Engine {
         }
         let changes_work = !matches!(event, Event::Heartbeat { .. });
         match event {
-            Event::JoinRequested { ticket, name, device, class } => self.join(ticket, name, device, class),
+            Event::JoinRequested { ticket, name, device, class, workers } => {
+                self.join(ticket, name, device, class, workers);
+            }
+            Event::Workers { worker, workers } => self.set_workers(worker, workers),
+            Event::Lent(lent) => self.take_in(lent),
+            Event::Withdrawn { block } => self.withdraw(block),
             Event::ControlOpened { worker } => self.connect(worker),
             Event::ControlClosed { worker } => self.leave(worker),
             Event::Heartbeat { worker } => self.hear(worker),
@@ -232,6 +241,11 @@ impl Engine {
             (_, Some(reason)) => Some(Outcome::Stopped { reason: reason.clone() }),
             _ => None,
         }
+    }
+
+    /// How many workers its members stand for, connected or not.
+    pub fn workers(&self) -> u32 {
+        self.members.iter().map(|(_, member)| member.workers).sum()
     }
 
     /// How many connected workers it takes to lease work out. Somebody who waits for a clean stop does not wait for

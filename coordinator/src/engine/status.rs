@@ -46,6 +46,8 @@ pub struct MemberStatus {
     pub device: String,
     /// Its device class.
     pub class: DeviceClass,
+    /// How many workers it stands for.
+    pub workers: u32,
     /// Whether its control stream is open.
     pub connected: bool,
     /// Gradient slots a second while computing; `None` before its first.
@@ -68,6 +70,7 @@ impl Engine {
             name: member.name.clone(),
             device: member.device.clone(),
             class: member.class,
+            workers: member.workers,
             connected: member.connected,
             slots_per_sec: member.slots_per_sec,
             leases: leases(worker),
@@ -90,6 +93,10 @@ impl Engine {
     fn waiting_for(&self) -> String {
         match &self.phase {
             Phase::Begin => "its first event".to_string(),
+            Phase::Idle => self.waiting_for_a_lease(),
+            Phase::Work(work) if self.config.is_relay() && work.free_count() == 0 && work.leases().len() == 0 => {
+                self.waiting_for_a_lease()
+            }
             Phase::Work(work) => self.waiting_for_work(work),
             Phase::Apply(_) => format!("the optimizer to apply step {}", self.version + 1),
             Phase::RollBack => "an earlier version of the parameters to be restored".to_string(),
@@ -123,9 +130,14 @@ impl Engine {
         named.chain(unnamed).chain(unconfirmed).chain(missing).collect::<Vec<_>>().join(", ")
     }
 
+    /// A relay that has nothing to lend on waits for somebody to lend it to, or for the coordinator above.
+    fn waiting_for_a_lease(&self) -> String {
+        self.waiting_for_workers().unwrap_or_else(|| "a lease from the coordinator".into())
+    }
+
     /// Whom it takes before work is leased out, if anybody.
     fn waiting_for_workers(&self) -> Option<String> {
-        let connected = self.members.connected().count();
+        let connected = self.members.connected_workers();
         let missing = (self.workers_needed() as usize).checked_sub(connected).filter(|missing| *missing > 0)?;
         let joining = self.members.iter().find(|(_, member)| !member.connected);
         Some(match joining {

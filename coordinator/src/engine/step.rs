@@ -14,7 +14,9 @@ const FIRST_INTERVALS: u32 = 3;
 impl Engine {
     /// Version `version` is there: evaluates it if that is due. The first one is asked first what later ones are compared with.
     pub(super) fn enter_boundary(&mut self) {
-        if self.version == 0 && !self.referenced {
+        if self.config.is_relay() {
+            self.phase = Phase::Idle;
+        } else if self.version == 0 && !self.referenced {
             self.begin(Work::reference(self.config.reference_slots));
         } else if self.config.evaluation_due(self.version) && !self.is_validated_here() {
             self.begin(Work::evaluation(self.version, self.config.eval_slots));
@@ -50,7 +52,8 @@ impl Engine {
 
     /// Begins to lease work out, of which nobody holds any.
     pub(super) fn begin(&mut self, mut work: Work) {
-        self.members.connected().for_each(|(worker, _)| work.leases_mut().arrive(worker));
+        let members = self.members.connected();
+        members.for_each(|(worker, member)| work.leases_mut().arrive(worker, member.workers));
         self.phase = Phase::Work(Box::new(work));
     }
 

@@ -15,6 +15,9 @@ impl Engine {
     pub(super) fn examine(&mut self, done: BlockDone) {
         let Phase::Work(work) = &mut self.phase else { return };
         let Some(member) = self.members.get(done.worker) else { return };
+        if self.config.is_relay() {
+            return self.count(&done, false);
+        }
         let (block, step, slots) = (done.block, done.step, work.range(done.block));
         let audited = is_audited(self.config.audit, self.config.audit_seed, step, done.task, block);
         let norm = done.norm.map(|norm| Norm { slots: slots.len(), norm });

@@ -11,9 +11,9 @@ use lockstep_model::tree::{Block, TreeSum};
 
 use super::blocks::Free;
 use super::command::{DiscardReason, Lease, Task};
-use super::event::BlockDone;
+use super::event::{BlockDone, Lent};
 use super::id::{LeaseId, WorkerId};
-use super::leases::{Holding, Leases};
+use super::leases::{Holding, Leases, Pace};
 use super::members::Members;
 use super::review::{Opinion, Review};
 use super::time::Time;
@@ -23,7 +23,11 @@ use super::time::Time;
 pub(super) struct Work {
     /// The step; of an evaluation, the boundary.
     pub(super) step: u64,
+    /// The parameter version to compute with.
+    version: u64,
     slots: Vec<Slot>,
+    /// A relay's: the blocks that were lent to it, within which it lends on. Empty where all slots are its own.
+    bounds: Vec<Block>,
     /// Slots that are free: those of `slots` for which [`Slot::is_free`] holds.
     free_count: u32,
     free: Free,
@@ -54,6 +58,8 @@ pub(super) struct Norm {
 /// What is known of one slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Slot {
+    /// A relay's: it was not lent.
+    Elsewhere,
     /// Nobody has had it.
     Free,
     /// Whoever had it ended without a result.
@@ -71,27 +77,38 @@ enum Tally {
     Gradient(TreeSum<Sums>),
     /// Of single slots, in slot order.
     Slots(Vec<Sums>),
+    /// They are not: a relay's are added up beside its vectors.
+    Aside,
 }
 
 impl Work {
     /// The gradient of step `step` over `slots` slots.
     pub(super) fn gradient(step: u64, slots: u32) -> Self {
-        Self::new(step, slots, Task::Gradient, Tally::Gradient(TreeSum::new(slots)))
+        Self::new(step, step - 1, slots, Task::Gradient, Tally::Gradient(TreeSum::new(slots)))
     }
 
     /// The evaluation at boundary `step` over `slots` slots.
     pub(super) fn evaluation(step: u64, slots: u32) -> Self {
-        Self::new(step, slots, Task::Evaluate, Tally::Slots(vec![Sums::default(); slots as usize]))
+        Self::new(step, step, slots, Task::Evaluate, Tally::Slots(vec![Sums::default(); slots as usize]))
     }
 
     /// What the model that the run begins with says of `slots` slots.
     pub(super) fn reference(slots: u32) -> Self {
-        Self::new(0, slots, Task::Reference, Tally::Slots(vec![Sums::default(); slots as usize]))
+        Self::new(0, 0, slots, Task::Reference, Tally::Slots(vec![Sums::default(); slots as usize]))
     }
 
-    fn new(step: u64, slots: u32, task: Task, tally: Tally) -> Self {
+    /// A relay's part of what is to be computed: nothing of it so far.
+    pub(super) fn lent(&Lent { step, version, task, step_slots, .. }: &Lent) -> Self {
+        let mut work = Self::new(step, version, step_slots, task, Tally::Aside);
+        work.set(Block::root(step_slots), Slot::Elsewhere);
+        work
+    }
+
+    fn new(step: u64, version: u64, slots: u32, task: Task, tally: Tally) -> Self {
         Self {
             step,
+            version,
+            bounds: Vec::new(),
             slots: vec![Slot::Free; slots as usize],
             free_count: slots,
             free: Free::new(slots),
@@ -113,10 +130,48 @@ impl Work {
 
     /// The parameter version to compute with.
     pub(super) fn version(&self) -> u64 {
-        match self.task {
-            Task::Gradient => self.step - 1,
-            Task::Evaluate | Task::Reference => self.step,
+        self.version
+    }
+
+    /// Whether this is what a block was lent for.
+    pub(super) fn is_for(&self, lent: &Lent) -> bool {
+        let of_lent = (lent.step, lent.version, lent.task, lent.step_slots);
+        of_lent == (self.step, self.version, self.task, self.slot_count())
+    }
+
+    /// A block was lent: its slots are free.
+    pub(super) fn take_in(&mut self, block: Block) {
+        if !self.bounds.contains(&block) {
+            self.bounds.push(block);
         }
+        self.set(block, Slot::Free);
+    }
+
+    /// It is not wanted any more, or was given back. Returns the leases under which it is computed: they end.
+    pub(super) fn withdraw(&mut self, block: Block) -> Vec<(WorkerId, LeaseId)> {
+        let within = self.leases.iter().filter(|(_, _, held)| block.contains(*held));
+        let within: Vec<(WorkerId, LeaseId)> = within.map(|(worker, lease, _)| (worker, lease)).collect();
+        for (worker, lease) in &within {
+            self.leases.end(*worker, *lease);
+        }
+        self.bounds.retain(|lent| *lent != block);
+        self.declined.retain(|(_, declined)| !block.contains(*declined));
+        self.set(block, Slot::Elsewhere);
+        within
+    }
+
+    /// Whether a block is one of those that can be lent: in a relay, one within a block that was lent to it.
+    fn is_bounded(&self, block: Block) -> bool {
+        self.bounds.is_empty() || self.bounds.iter().any(|lent| lent.contains(block))
+    }
+
+    /// The block, or the part of it with the first slots that can be lent. Free blocks of a relay that lie side by side may be of
+    /// several that were lent to it.
+    fn bounded(&self, mut block: Block) -> Block {
+        while let (false, Some([first, _])) = (self.is_bounded(block), block.children()) {
+            block = first;
+        }
+        block
     }
 
     /// How many slots there are.
@@ -149,7 +204,7 @@ impl Work {
     pub(super) fn choose(&self, worker: WorkerId, max_slots: u32, members: &Members) -> Option<Block> {
         let mut declined = self.declined.iter().filter(|(who, _)| *who == worker).map(|(_, block)| *block).peekable();
         if declined.peek().is_none() {
-            return self.free.choose(max_slots);
+            return self.free.choose(max_slots).map(|block| self.bounded(block));
         }
         let mut free = self.free.clone();
         for leaf in declined.flat_map(|block| self.range(block)).map(Block::leaf) {
@@ -157,7 +212,7 @@ impl Work {
                 free.set(leaf, false);
             }
         }
-        free.choose(max_slots)
+        free.choose(max_slots).map(|block| self.bounded(block))
     }
 
     /// Whether `worker` has declined a block, or one that holds it.
@@ -178,10 +233,10 @@ impl Work {
 
     /// Whether all of a block is free.
     pub(super) fn is_free(&self, block: Block) -> bool {
-        block.exists(self.slot_count()) && self.free.contains(block)
+        block.exists(self.slot_count()) && self.free.contains(block) && self.is_bounded(block)
     }
 
-    /// Lends a block that is free, or taken as it is, to a worker that takes so many seconds a slot, as far as is known.
+    /// Lends a block that is free, or taken as it is, to a worker of this pace.
     /// Also says whether a part of it was lent before, in vain.
     pub(super) fn lease(
         &mut self,
@@ -189,11 +244,11 @@ impl Work {
         id: LeaseId,
         block: Block,
         since: Time,
-        secs_per_slot: Option<f64>,
+        pace: Pace,
     ) -> (Lease, bool) {
         let again = self.cover(block).contains(&Slot::Returned);
         self.set(block, Slot::Taken);
-        self.leases.add(worker, id, Holding::new(block, self.range(block).len(), since, secs_per_slot));
+        self.leases.add(worker, id, Holding::new(block, self.range(block).len(), since, pace));
         self.unconfirmed.remove(&block);
         (Lease { id, step: self.step, version: self.version(), task: self.task(), block }, again)
     }
@@ -268,6 +323,7 @@ impl Work {
             Tally::Slots(sums) => {
                 sums[slots.start as usize..slots.end as usize].copy_from_slice(&done.slot_sums);
             }
+            Tally::Aside => {}
         }
         let others: Vec<(WorkerId, LeaseId)> = self.leases.holders(done.block).collect();
         others
@@ -319,6 +375,7 @@ impl Work {
         match &self.tally {
             Tally::Gradient(tree) => tree.clone().into_root(),
             Tally::Slots(sums) => sums.iter().copied().reduce(Add::add),
+            Tally::Aside => None,
         }
     }
 

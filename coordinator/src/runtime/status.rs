@@ -23,6 +23,7 @@ impl Runtime {
             tokens_per_sec: member.slots_per_sec.unwrap_or(0.0) * tokens_per_slot,
             leases: member.leases.len() as u32,
             blocks_accepted: member.blocks_accepted,
+            workers: member.workers,
         });
         v1::StatusReply {
             run_id: self.manifest.run_id.clone(),
@@ -40,6 +41,7 @@ impl Runtime {
             roll_backs: status.counts.roll_backs,
             quarantined: status.quarantined,
             evaluating: status.evaluating,
+            relay_of: String::new(),
         }
     }
 }

@@ -26,15 +26,7 @@ const AT_ONCE: &str = "stopped at once; the newest checkpoint is whole, --resume
 
 /// Coordinates a run that others join.
 pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
-    if !args.listen.ip().is_loopback() && !args.insecure {
-        let address = args.listen;
-        return Err(Usage(format!(
-            "--listen {address}: whoever reaches this address can join the run, read its data and its model, and change \
-             its result, because traffic is neither encrypted nor authenticated. Listen on 127.0.0.1 and let workers come \
-             through ssh tunnels, or, on a network you trust, add --insecure"
-        ))
-        .into());
-    }
+    check_reach(args.listen, args.insecure)?;
     let recorder = telemetry::init(if args.child { "warn" } else { "info" }, args.outputs.trace.is_some());
     block_on(async {
         // First of all, so that this process ends with its parent while it reads a corpus, too.
@@ -70,8 +62,20 @@ pub(crate) fn run(args: Coordinator) -> anyhow::Result<()> {
     })
 }
 
+/// Refuses to listen beyond this machine, unless that is what is wanted.
+pub(super) fn check_reach(address: SocketAddr, insecure: bool) -> Result<(), Usage> {
+    if address.ip().is_loopback() || insecure {
+        return Ok(());
+    }
+    Err(Usage(format!(
+        "--listen {address}: whoever reaches this address can join the run, read its data and its model, and change its \
+         result, because traffic is neither encrypted nor authenticated. Listen on 127.0.0.1 and let workers come through \
+         ssh tunnels, or, on a network you trust, add --insecure"
+    )))
+}
+
 /// Opens the port.
-async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+pub(super) async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let listener = TcpListener::bind(address).await;
     listener.with_context(|| {
         format!("{address}: cannot listen; is another program using the port? Port 0 takes a free one")

@@ -19,6 +19,7 @@ mod new_run;
 mod open_model;
 mod prepare;
 mod rate;
+mod relay;
 mod serve;
 mod status;
 mod train;
@@ -49,6 +50,7 @@ pub(crate) fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Train(args) => train::run(args),
         Command::Coordinator(args) => coordinator::run(args),
         Command::Worker(args) => worker::run(args),
+        Command::Relay(args) => relay::run(args),
         Command::Devices => devices::run(),
         Command::Generate(args) => generate::run(&args),
         Command::Compare(args) => compare::run(&args),

@@ -38,6 +38,7 @@ fn as_json(status: &StatusReply) -> serde_json::Value {
             "tokens_per_sec": worker.tokens_per_sec,
             "leases": worker.leases,
             "blocks_accepted": worker.blocks_accepted,
+            "workers": worker.workers,
         })
     });
     json!({
@@ -56,15 +57,22 @@ fn as_json(status: &StatusReply) -> serde_json::Value {
         "twins": status.twins,
         "roll_backs": status.roll_backs,
         "quarantined": status.quarantined,
+        "relay_of": status.relay_of,
     })
 }
 
 fn print_text(status: &StatusReply) {
     let number = |value: Option<f64>| value.map_or_else(|| "none yet".into(), |value| format!("{value:.4}"));
-    println!("run              {} ({}), start {}", status.run_id, status.recipe, status.incarnation);
-    println!("step             {} of {}", status.step, status.total_steps);
-    println!("training loss    {}", number(status.loss));
-    println!("validation loss  {}", number(status.val_loss));
+    if status.relay_of.is_empty() {
+        println!("run              {} ({}), start {}", status.run_id, status.recipe, status.incarnation);
+        println!("step             {} of {}", status.step, status.total_steps);
+        println!("training loss    {}", number(status.loss));
+        println!("validation loss  {}", number(status.val_loss));
+    } else {
+        println!("relay of         {}", status.relay_of);
+        println!("run              {}", if status.run_id.is_empty() { "none yet" } else { &status.run_id });
+        println!("version          {}", status.step);
+    }
     println!("speed            {:.0} tokens/s", status.tokens_per_sec);
     println!("waiting for      {}", status.waiting_for);
     println!("done again       {} blocks of lost leases, {} twins", status.blocks_leased_again, status.twins);
@@ -74,16 +82,20 @@ fn print_text(status: &StatusReply) {
     if !status.quarantined.is_empty() {
         println!("quarantined      {}", status.quarantined.join(", "));
     }
-    println!("\n{:<7} {:<20} {:<32} {:<17} {:>10} {:>7}", "worker", "name", "device", "class", "tokens/s", "blocks");
+    println!(
+        "\n{:<7} {:<20} {:<32} {:<17} {:>10} {:>7} {:>11}",
+        "worker", "name", "device", "class", "tokens/s", "blocks", "stands for"
+    );
     for worker in &status.workers {
         println!(
-            "{:<7} {:<20} {:<32} {:<17} {:>10.0} {:>7}",
+            "{:<7} {:<20} {:<32} {:<17} {:>10.0} {:>7} {:>11}",
             worker.worker_id,
             worker.name,
             worker.device,
             worker.device_class,
             worker.tokens_per_sec,
-            worker.blocks_accepted
+            worker.blocks_accepted,
+            worker.workers.max(1)
         );
     }
 }

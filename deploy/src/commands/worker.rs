@@ -72,7 +72,8 @@ fn announcing() -> JoinedHook {
     })
 }
 
-fn host_name() -> String {
+/// What this machine is called.
+pub(super) fn host_name() -> String {
     let from_file = std::fs::read_to_string("/etc/hostname").ok().map(|name| name.trim().to_string());
     let name = std::env::var("HOSTNAME").ok().or_else(|| std::env::var("COMPUTERNAME").ok()).or(from_file);
     name.filter(|name| !name.is_empty()).unwrap_or_else(|| "worker".into())

@@ -74,7 +74,7 @@ impl Run {
         self.joined += 1;
         let name = format!("host-{}", self.joined);
         let device = "cpu".to_string();
-        self.send(Event::JoinRequested { ticket: Ticket(self.joined), name, device, class: DeviceClass([class; 32]) })
+        self.send(Event::JoinRequested { ticket: Ticket(self.joined), name, device, class: DeviceClass([class; 32]), workers: 1 })
     }
 
     fn open(&mut self, worker: u64) -> String {

@@ -221,7 +221,7 @@ impl World {
             Act::Join => {
                 let ticket = Ticket(self.past.len() as u64);
                 let class = DeviceClass([1; 32]);
-                self.send(Event::JoinRequested { ticket, name: "host".into(), device: "cpu".into(), class });
+                self.send(Event::JoinRequested { ticket, name: "host".into(), device: "cpu".into(), class, workers: 1 });
             }
             Act::Open(which) => {
                 let closed = self.members.difference(&self.connected).copied();

@@ -166,6 +166,7 @@ fn one_who_joins_again_under_its_name_confirms_nothing() {
         name: "host-1".into(),
         device: "cpu".into(),
         class: DeviceClass([7; 32]),
+        workers: 1,
     });
     run.close(2);
     expect![[r#"

@@ -214,7 +214,7 @@ impl Cluster {
     fn run(mut self) -> Course {
         for member in 0..self.members.len() {
             let (ticket, name, device) = (Ticket(member as u64 + 1), format!("host-{member}"), "cpu".to_string());
-            self.decide(Event::JoinRequested { ticket, name, device, class: CLASS });
+            self.decide(Event::JoinRequested { ticket, name, device, class: CLASS, workers: 1 });
             self.expect_tick(member);
         }
         for member in 0..self.members.len() {

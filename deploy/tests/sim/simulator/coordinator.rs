@@ -167,7 +167,7 @@ impl World {
                 let ticket = Ticket(coordinator.tickets);
                 coordinator.joining.insert(ticket, connection);
                 let name = self.mutation.rename(name, ticket);
-                let event = Event::JoinRequested { ticket, name, device: "cpu".into(), class: CLASS };
+                let event = Event::JoinRequested { ticket, name, device: "cpu".into(), class: CLASS, workers: 1 };
                 self.decide(event, Some(incarnation))
             }
             Up::Open { incarnation, .. } if !fenced(incarnation) => {
