@@ -93,10 +93,7 @@ impl Base {
 
 impl Service {
     /// Serves what `served` holds at a time; questions about the process go to `questions`.
-    pub(crate) fn new(
-        served: watch::Receiver<Option<Arc<Served>>>,
-        questions: mpsc::UnboundedSender<Input>,
-    ) -> Self {
+    pub(crate) fn new(served: watch::Receiver<Option<Arc<Served>>>, questions: mpsc::UnboundedSender<Input>) -> Self {
         Self { served, questions }
     }
 

@@ -11,7 +11,7 @@ use lockstep_coordinator::engine::command::Task;
 use lockstep_worker::lease::{self, Parameters, Work};
 use lockstep_worker::session::Departure;
 use lockstep_worker::{
-    BaseName, Compute, DeviceFailure, Gradient, Invitation, KeptGradient, Outcome, Proof, Pulled, SharedVersion, Stop,
+    Answer, BaseName, Compute, DeviceFailure, Gradient, Invitation, KeptGradient, Outcome, Proof, Pulled, SharedVersion, Stop,
 };
 use tokio::sync::watch;
 use tracing::Span;
@@ -41,7 +41,8 @@ impl Compute for Workers {
         let Invitation { elements, kept_elements, format, wire, .. } = invitation;
         let terms = Terms { invitation: wire, elements, pushed_elements: elements + kept_elements, format };
         let first = self.0.invite(terms).await;
-        let first = first.ok_or_else(|| DeviceFailure("the relay serves no workers any more; start it again".into()))?;
+        let first =
+            first.ok_or_else(|| DeviceFailure("the relay serves no workers any more; start it again".into()))?;
         Ok(Proof { probe_sha256: first.class.0, device: format!("relay: {}", first.device) })
     }
 
@@ -128,7 +129,8 @@ impl Workers {
         vector: Vec<f32>,
         difference: Option<Vec<u8>>,
     ) -> Result<Option<Vec<f32>>, DeviceFailure> {
-        let unnamed = || DeviceFailure("the lease does not name its parameters by digest, as a relay must know them".into());
+        let unnamed =
+            || DeviceFailure("the lease does not name its parameters by digest, as a relay must know them".into());
         let digest = digest.ok_or_else(unnamed)?;
         self.0.publish(version, digest, vector, difference).await.map_err(DeviceFailure)
     }

@@ -66,11 +66,8 @@ pub trait Compute: Clone + Send + Sync + 'static {
     fn holds(&self, base: BaseName) -> impl Future<Output = Result<bool, DeviceFailure>> + Send;
 
     /// Takes what adapters stand on.
-    fn load_base(
-        &self,
-        base: BaseName,
-        parameters: Vec<f32>,
-    ) -> impl Future<Output = Result<(), DeviceFailure>> + Send;
+    fn load_base(&self, base: BaseName, parameters: Vec<f32>)
+    -> impl Future<Output = Result<(), DeviceFailure>> + Send;
 
     /// Takes parameters, and gives the vector back: a difference to the next ones may be added to it.
     fn load(&self, pulled: Pulled) -> impl Future<Output = Result<Vec<f32>, DeviceFailure>> + Send;

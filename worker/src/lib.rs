@@ -25,7 +25,7 @@ mod shared;
 mod translate;
 
 pub use compute::{Compute, Proof, Pulled};
-pub use device::{DeviceFailure, Gradient, Outcome, Stop};
+pub use device::{Answer, DeviceFailure, Gradient, Outcome, Stop};
 pub use kept::KeptGradient;
 pub use runtime::{Ended, JoinedHook, MemberConfig, SpanSource, WorkerConfig, WorkerError, run, run_with};
 pub use shared::SharedVersion;

@@ -182,12 +182,7 @@ impl<C: Compute> Worker<C> {
 
     /// Joins, and joins again.
     async fn work(mut self) -> Result<Ended, WorkerError> {
-        info!(
-            "connecting to the coordinator at {} as {} on {}",
-            self.address,
-            self.name,
-            self.device.description()
-        );
+        info!("connecting to the coordinator at {} as {} on {}", self.address, self.name, self.device.description());
         loop {
             let departure = match self.join_and_serve().await {
                 Ok(departure) => departure,

@@ -432,7 +432,8 @@ impl Session {
             && leases.len() < self.places
             && let Some(next) = self.queue.front().copied()
         {
-            let same = |other: &Lease| (other.step, other.task, other.parameters) == (next.step, next.task, next.parameters);
+            let same =
+                |other: &Lease| (other.step, other.task, other.parameters) == (next.step, next.task, next.parameters);
             match self.held == Some(next.parameters) {
                 true if leases.iter().all(same) => {
                     self.queue.pop_front();

@@ -258,9 +258,7 @@ impl Cluster {
                 }
             },
             Input::Opened { worker, out } => self.roster.open(worker, out),
-            Input::Closed { worker, reason } => {
-                self.roster.close(worker, reason, matches!(self.stage, Stage::Member))
-            }
+            Input::Closed { worker, reason } => self.roster.close(worker, reason, matches!(self.stage, Stage::Member)),
             Input::Heartbeat { worker, sent_unix_nanos, clock_offset_nanos } => {
                 self.roster.heartbeat(worker, sent_unix_nanos, clock_offset_nanos)
             }
@@ -366,9 +364,9 @@ impl Cluster {
                     self.decide(Event::Withdrawn { block });
                 }
             }
-            Command::Report(finding) => tracing::info!("{finding}"),
-            // What a run's steps end with; a relay has none of its own.
-            Command::ApplyStep { .. }
+            // What is said of a run and its steps; a relay has none of its own.
+            Command::Report(_)
+            | Command::ApplyStep { .. }
             | Command::Quarantine { .. }
             | Command::RestartStep { .. }
             | Command::RollBack { .. }

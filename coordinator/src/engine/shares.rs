@@ -138,7 +138,8 @@ mod tests {
             }
             let leaves = members.iter().nth(gone.index(all.len())).map(|(worker, _)| worker);
             leaves.filter(|_| all.len() > 1).and_then(|worker| members.remove(worker));
-            if let Some((worker, _)) = members.iter().next() {
+            let first = members.iter().next().map(|(worker, _)| worker);
+            if let Some(worker) = first {
                 members.set_workers(worker, 3);
             }
             let shares = members.shares(slots);

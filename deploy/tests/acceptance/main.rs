@@ -27,6 +27,7 @@ mod proxy;
 mod quickstart;
 #[cfg(unix)]
 mod rate;
+mod relay;
 mod scale_out;
 #[cfg(unix)]
 mod serve;

@@ -43,7 +43,14 @@ fn work(task: Task, block: Block, step_slots: u32) -> Arc<Work> {
         block.slots(step_slots).map(|number| Slot { number, batch: batch(number), moments_blake3: None }).collect();
     let parameters = Parameters { version: 0, digest: Some([7; 32]) };
     let lease = Lease { id: 1, step: 1, parameters, block, seed: 1, task };
-    Arc::new(Work { lease, slots, learning_rates: Vec::new(), difference_from: None, traceparent: String::new(), step_slots: None })
+    Arc::new(Work {
+        lease,
+        slots,
+        learning_rates: Vec::new(),
+        difference_from: None,
+        traceparent: String::new(),
+        step_slots: None,
+    })
 }
 
 fn cpu() -> ComputeDevice {

@@ -461,3 +461,27 @@ proptest! {
         prop_assert_eq!(world.ended.len(), world.leases.len());
     }
 }
+
+/// What a relay has in a device's place computes leases of one step at once, and takes other parameters when all are done.
+#[test]
+fn several_places_compute_leases_of_one_step_at_once() {
+    let mut session = Driven(Session::new(TIMING, Vec::new(), START).with_places(3));
+    assert_eq!(session.on(Event::Leased(evaluation(1, 0))), [pull(0, 1)]);
+    assert_eq!(session.on(Event::Leased(evaluation(2, 0))), []);
+    let both = [Command::Compute { lease: 1 }, Command::Compute { lease: 2 }];
+    assert_eq!(session.on(arrived(0)), both);
+    // The same parameters, but another task; then other parameters.
+    assert_eq!(session.on(Event::Leased(gradient(3, 0))), []);
+    assert_eq!(session.on(Event::Leased(gradient(4, 1))), []);
+    assert_eq!(session.on(Event::Computed { lease: 2 }), [Command::SendResult { lease: 2 }]);
+    let next = [Command::SendResult { lease: 1 }, Command::Compute { lease: 3 }];
+    assert_eq!(session.on(Event::Computed { lease: 1 }), next);
+    assert_eq!(session.on(Event::Computed { lease: 3 }), [Command::Push { lease: 3 }, pull(1, 4)]);
+    assert_eq!(session.on(arrived(1)), [Command::Compute { lease: 4 }]);
+    for lease in 5..8 {
+        let started = session.on(Event::Leased(gradient(lease, 1)));
+        assert_eq!(started.len(), usize::from(lease < 7), "there are three places: {started:?}");
+    }
+    let revoked = [Command::Abandon { lease: 4 }, Command::Discard { lease: 4 }, Command::Compute { lease: 7 }];
+    assert_eq!(session.on(Event::Revoked { lease: 4 }), revoked);
+}

@@ -23,6 +23,7 @@ fn wire_lease() -> v1::Lease {
         traceparent: "00-aa-bb-01".into(),
         parameters_blake3: vec![3; 32],
         difference_from_blake3: vec![4; 32],
+        step_slots: 7,
     }
 }
 

@@ -243,6 +243,7 @@ pub(crate) fn lease(lease_id: u64, gradient: bool, slots: &[u32]) -> v1::Lease {
         traceparent: "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01".into(),
         parameters_blake3: vector_blake3(&PARAMETERS).to_vec(),
         difference_from_blake3: Vec::new(),
+        step_slots: 0,
     }
 }
 
@@ -291,6 +292,7 @@ impl Lockstep for Service {
                     v1::worker_message::Kind::Result(result) => Seen::Result(result),
                     v1::worker_message::Kind::Declined(declined) => Seen::Declined(declined),
                     v1::worker_message::Kind::Kept(kept) => Seen::Kept(kept),
+                    v1::worker_message::Kind::Workers(workers) => panic!("a worker is no relay: {workers:?}"),
                     v1::worker_message::Kind::Heartbeat(v1::Heartbeat { sent_unix_nanos, .. }) => {
                         let ack = v1::HeartbeatAck { sent_unix_nanos, received_unix_nanos: sent_unix_nanos };
                         let kind = Some(v1::coordinator_message::Kind::HeartbeatAck(ack));

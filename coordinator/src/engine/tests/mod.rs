@@ -4,6 +4,7 @@ mod leasing;
 mod membership;
 mod pace;
 mod property;
+mod relay;
 mod step;
 mod verdict;
 
@@ -74,7 +75,13 @@ impl Run {
         self.joined += 1;
         let name = format!("host-{}", self.joined);
         let device = "cpu".to_string();
-        self.send(Event::JoinRequested { ticket: Ticket(self.joined), name, device, class: DeviceClass([class; 32]), workers: 1 })
+        self.send(Event::JoinRequested {
+            ticket: Ticket(self.joined),
+            name,
+            device,
+            class: DeviceClass([class; 32]),
+            workers: 1,
+        })
     }
 
     fn open(&mut self, worker: u64) -> String {

@@ -174,6 +174,7 @@ impl World {
                 panic!("nobody lies here")
             }
             Command::Report(_) => {}
+            Command::GiveBack { .. } => panic!("this is no relay"),
             Command::Sample { step } => assert_eq!(*step, self.applied),
             Command::Checkpoint { step } => {
                 assert_eq!(*step, self.applied);
@@ -221,7 +222,13 @@ impl World {
             Act::Join => {
                 let ticket = Ticket(self.past.len() as u64);
                 let class = DeviceClass([1; 32]);
-                self.send(Event::JoinRequested { ticket, name: "host".into(), device: "cpu".into(), class, workers: 1 });
+                self.send(Event::JoinRequested {
+                    ticket,
+                    name: "host".into(),
+                    device: "cpu".into(),
+                    class,
+                    workers: 1,
+                });
             }
             Act::Open(which) => {
                 let closed = self.members.difference(&self.connected).copied();

@@ -1,9 +1,8 @@
-//! Relays, as a model: the product has none yet. To those whom it serves a relay is a coordinator, to its own coordinator one
-//! worker, that computes for as long as a step of the cluster behind it takes.
+//! Relays: to those whom it serves a relay is a coordinator, to its own coordinator one worker, that computes for as long as a
+//! step of the cluster behind it takes.
 //!
-//! So a tree is simulated from its leaves upwards, each level a star of its own under the real engine. It is assumed that a
-//! relay is lent the block of all workers behind it, whole, each time. The engine as it is would not: a worker's share is
-//! rounded down to a block, so that of two relays the one that is a moment slower would be lent half.
+//! So a tree is simulated from its leaves upwards, each level a star of its own under the real engine. One slot of a relay is the
+//! block of all workers behind it: the engine lends it whole, since it knows how many they are.
 
 use super::cluster::{Course, Shape, run};
 

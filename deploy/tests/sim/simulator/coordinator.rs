@@ -384,6 +384,7 @@ impl World {
             Command::Quarantine { name } => drop(self.disk.quarantined.insert(name)),
             Command::Finish { outcome, .. } => self.finish(&outcome)?,
             Command::Sample { .. } | Command::Report(_) => {}
+            Command::GiveBack { .. } => unreachable!("there are no relays"),
         }
         Ok(())
     }

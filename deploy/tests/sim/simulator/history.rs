@@ -96,7 +96,7 @@ impl History {
         incarnation: u64,
     ) -> Self {
         let unchecked_since = match &config.start {
-            Start::Fresh => BTreeMap::new(),
+            Start::Fresh | Start::Relay => BTreeMap::new(),
             Start::Resumed { unchecked_since, .. } => unchecked_since.clone(),
         };
         let (quarantined, referenced) = (config.quarantined.clone(), config.reference_slots == 0);
@@ -271,6 +271,7 @@ impl History {
             Command::Quarantine { name } => drop(self.quarantined.insert(own_name(name))),
             Command::Finish { .. } => self.finished = true,
             Command::Sample { .. } | Command::Report(_) => {}
+            Command::GiveBack { .. } => unreachable!("there are no relays"),
         }
     }
 

@@ -337,6 +337,7 @@ impl World {
                 return match departure {
                     Departure::Released(reason) | Departure::Dismissed(reason) => self.exit(number, &reason),
                     Departure::Lost(reason) => self.set_back(number, &reason),
+                    Departure::Deserted => unreachable!("there are no relays"),
                 };
             }
         }
