@@ -10,9 +10,9 @@ use super::members::{Member, Members};
 
 /// By so much more than its share a worker may be lent, as a part of it. Blocks are powers of two: who is a moment slower than
 /// its equals would otherwise have half of what they have, and the other half would be lent when it is done, to be pushed as a
-/// vector of its own. With this much more, the whole is computed in five quarters of the time at most; in two halves it takes
-/// three, if nobody else is free for the second.
-const TOLERANCE: f64 = 0.25;
+/// vector of its own. With this much more, the whole takes nine eighths of the time at most; in two halves it takes three
+/// halves, if nobody else is free for the second. More would leave a slow worker idle beside a much faster one.
+const TOLERANCE: f64 = 0.125;
 /// Speeds are added up in whole units of so many slots a second.
 const UNIT: f64 = 1.0 / (1u64 << 40) as f64;
 /// Shares by the two sums differ by less than this, relatively: for up to a million workers that compute a slot in less

@@ -103,7 +103,6 @@ fn nobody_twins_what_it_computes_itself() {
 #[test]
 fn what_is_lent_is_lent_on_within_its_bounds() {
     let mut run = relay();
-    assert_eq!(run.waiting_for(), "");
     run.tick();
     assert_eq!(run.waiting_for(), "a first worker");
     run.join();
