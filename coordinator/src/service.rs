@@ -241,7 +241,7 @@ impl v1::lockstep_server::Lockstep for Service {
             return Err(Status::invalid_argument(text));
         }
         let (worker, lease) = (WorkerId(header.worker_id), LeaseId(header.lease_id));
-        self.send(Input::PushBegun { worker, lease })?;
+        served.send(Input::PushBegun { worker, lease })?;
         let span = tracing::debug_span!("push", worker = header.worker_id, lease = header.lease_id);
         let staged = match header.shared {
             true => served.receive_shared(worker, lease).instrument(span).await?,

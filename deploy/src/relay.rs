@@ -11,7 +11,8 @@ use lockstep_coordinator::engine::command::Task;
 use lockstep_worker::lease::{self, Parameters, Work};
 use lockstep_worker::session::Departure;
 use lockstep_worker::{
-    Answer, BaseName, Compute, DeviceFailure, Gradient, Invitation, KeptGradient, Outcome, Proof, Pulled, SharedVersion, Stop,
+    Answer, BaseName, Compute, DeviceFailure, Gradient, Invitation, KeptGradient, Outcome, Proof, Pulled,
+    SharedVersion, Stop,
 };
 use tokio::sync::watch;
 use tracing::Span;

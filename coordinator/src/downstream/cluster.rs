@@ -262,6 +262,7 @@ impl Cluster {
             Input::Heartbeat { worker, sent_unix_nanos, clock_offset_nanos } => {
                 self.roster.heartbeat(worker, sent_unix_nanos, clock_offset_nanos)
             }
+            Input::PushBegun { worker, lease } => Event::PushBegun { worker, lease },
             Input::Workers { worker, workers } => Event::Workers { worker, workers },
             Input::Kept { worker, blocks } => Event::Kept { worker, blocks },
             Input::Declined { worker, lease, reason } => {

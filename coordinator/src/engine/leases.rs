@@ -271,7 +271,6 @@ impl Leases {
         self.here.entry(worker).or_insert(Room { workers, ..Room::default() });
         self.change_room(worker, |room| room.workers = workers);
     }
-    }
 
     /// A worker is gone.
     pub(super) fn depart(&mut self, worker: WorkerId) {

@@ -94,7 +94,9 @@ impl Engine {
         match &self.phase {
             Phase::Begin => "its first event".to_string(),
             Phase::Idle => self.waiting_for_a_lease(),
-            Phase::Work(work) if self.config.is_relay() && work.free_count() == 0 && work.leases().len() == 0 => {
+            Phase::Work(work)
+                if self.config.is_relay() && work.free_count() == 0 && work.leases().iter().next().is_none() =>
+            {
                 self.waiting_for_a_lease()
             }
             Phase::Work(work) => self.waiting_for_work(work),
