@@ -10,26 +10,31 @@ use crate::cluster::{
 /// The straight line in slots enough for three.
 const LINE: &[&str] = &["batch.slots=5", "batch.sequences_per_slot=2"];
 
-/// Goes on with, or begins, [`LINE`] in `dir` on two workers of ours and one in Python whose gradients are off from step 50
-/// on. Once that one is found out, a fourth joins, since the run wants three. It ends as a quiet run does, and verifies.
-/// Returns what the coordinator said.
+/// A worker in Python.
+fn peer(python: &Path, address: &str, more: &[&str]) -> Running {
+    let mut command = Command::new(python);
+    command.arg(path(&workspace("deploy/tests/peer/line_worker.py"))).arg(address).args(more);
+    Running::start(command)
+}
+
+/// Goes on with, or begins, [`LINE`] in `dir` on three workers in Python, so equally fast that results of each count, one of
+/// whose gradients are off from step 50 on. Once that one is found out, a fourth joins, one of ours, since the run wants three.
+/// It ends as a quiet run does, and verifies. Returns what the coordinator said.
 fn line_with_a_broken_worker(python: &Path, dir: &Path, resume: &[&str], audit: &str, wire: &[&str]) -> String {
     let [quiet, run] = ["quiet", "distrustful"].map(|name| dir.join(name));
     let line = ["train", "line", "--device", "cpu", "--workers", "1", "--run", path(&quiet)];
     succeed(lockstep(&line, &[LINE, wire].concat()));
     let overrides = [LINE, wire, &["cluster.min_workers=3", "checkpoint.stop_after=0", audit]].concat();
     let (mut coordinator, address) = coordinator("line", &run, resume, &overrides);
-    let mut command = Command::new(python);
-    command.args([path(&workspace("deploy/tests/peer/line_worker.py")), &address, "--wrong-from", "50"]);
-    let mut broken = Running::start(command);
-    let mut ours = ["first", "second"].map(|name| worker(&address, name));
+    let mut broken = peer(python, &address, &["--wrong-from", "50"]);
+    let mut right = ["first", "second"].map(|name| peer(python, &address, &["--name", name]));
     coordinator.wait_for("computed something else than others; quarantined");
     let mut fourth = worker(&address, "fourth");
     assert_eq!(coordinator.wait(), Some(0), "{}", coordinator.said);
     assert!(broken.wait().is_some(), "it ended by itself");
     assert!(broken.said.contains("released: quarantined"), "{}", broken.said);
     assert!(broken.said.contains("; the run goes on"), "{}", broken.said);
-    for worker in ours.iter_mut().chain([&mut fourth]) {
+    for worker in right.iter_mut().chain([&mut fourth]) {
         assert_eq!(worker.wait(), Some(0), "{}", worker.said);
     }
     assert_eq!(fingerprint(&run), fingerprint(&quiet), "{}", coordinator.said);
@@ -88,9 +93,7 @@ fn a_dispute_that_nobody_can_decide_ends_the_run_with_a_report() {
     let run = dir.path().join("run");
     let overrides = [LINE, &["cluster.min_workers=2", "cluster.audit=1", "cluster.on_dispute=halt"]].concat();
     let (mut coordinator, address) = coordinator("line", &run, &[], &overrides);
-    let mut command = Command::new(python);
-    command.args([path(&workspace("deploy/tests/peer/line_worker.py")), &address, "--wrong-from", "7"]);
-    let mut broken = Running::start(command);
+    let mut broken = peer(&python, &address, &["--wrong-from", "7"]);
     let mut ours = worker(&address, "ours");
     assert_eq!(coordinator.wait(), Some(1), "{}", coordinator.said);
     assert!(coordinator.said.contains("there is no third worker to decide"), "{}", coordinator.said);

@@ -386,9 +386,8 @@ def span(name: str, lease: Any, start_unix_nanos: int, duration_nanos: int) -> A
 # ---------------------------------------------------------------------------------------------------- joining
 
 
-def join(stub: Any, wrong_from: int | None) -> Membership:
+def join(stub: Any, name: str, wrong_from: int | None) -> Membership:
     """Asks what is trained, computes the probe, and becomes a member. Exits where there is no use in trying again."""
-    name = f"{os.uname().nodename[:48]}:python"
     request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, name=name, device=DEVICE)
     try:
         invitation = stub.Join(request, timeout=RPC_TIMEOUT_SECS)
@@ -423,7 +422,7 @@ def join(stub: Any, wrong_from: int | None) -> Membership:
     return Membership(stub, invitation, reply.worker_id, wrong_from)
 
 
-def serve(address: str, wrong_from: int | None) -> None:
+def serve(address: str, name: str, wrong_from: int | None) -> None:
     """Joins, works, and joins again when the connection is lost, until released."""
     options = [(f"grpc.max_{way}_message_length", MAX_MESSAGE_BYTES) for way in ("send", "receive")]
     delay_secs = 0.1
@@ -431,7 +430,7 @@ def serve(address: str, wrong_from: int | None) -> None:
     while True:
         with grpc.insecure_channel(address, options=options) as channel:
             try:
-                membership = join(pb_grpc.LockstepStub(channel), wrong_from)
+                membership = join(pb_grpc.LockstepStub(channel), name, wrong_from)
                 if (reason := membership.run()) is not None:
                     say(f"released: {reason}")
                     return
@@ -448,10 +447,11 @@ def main() -> None:
     """Reads the command line and works."""
     parser = argparse.ArgumentParser(description="A worker for `line` in plain Python.")
     parser.add_argument("address", metavar="HOST:PORT", help="where the coordinator listens")
+    parser.add_argument("--name", default=f"{os.uname().nodename[:48]}:python", help="of the hardware")
     parser.add_argument("--wrong-from", type=int, metavar="STEP", help="compute wrong gradients from this step on")
     arguments = parser.parse_args()
     try:
-        serve(arguments.address, arguments.wrong_from)
+        serve(arguments.address, arguments.name, arguments.wrong_from)
     except KeyboardInterrupt:
         sys.exit("line_worker: interrupted")
 
