@@ -30,7 +30,7 @@ use self::actor::Actor;
 use crate::engine::{DeviceClass, Lent};
 use crate::observe::Observer;
 use crate::run::FAREWELL;
-use crate::service::{Base, Served, Service};
+use crate::service::{Base, Served, Service, blocking};
 use crate::translate;
 
 /// Most finished spans of workers that wait to be passed on; more are dropped.
@@ -305,9 +305,4 @@ impl Held {
 
 fn lock(held: &Mutex<Held>) -> MutexGuard<'_, Held> {
     held.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Does something that takes a while beside the other tasks.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| error.to_string())
 }

@@ -156,6 +156,13 @@ impl Staging {
         self.lock().vectors.remove(&(worker, lease)).flatten().map(|staged| staged.vector)
     }
 
+    /// Lets go of a lease's vector, and expects none any more.
+    pub(crate) fn discard(&self, worker: WorkerId, lease: LeaseId) {
+        if let Some(vector) = self.take(worker, lease) {
+            self.spare.give_back(vector);
+        }
+    }
+
     /// Ends a membership: forgets all that the worker left, and takes nothing more from it.
     pub(crate) fn forget_worker(&self, worker: WorkerId) {
         let mut stage = self.lock();

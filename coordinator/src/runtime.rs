@@ -21,7 +21,7 @@ use crate::archive;
 use crate::background::Background;
 use crate::config::RunConfig;
 use crate::dataplane::{DataPlane, Rules, State};
-use crate::engine::command::{DiscardReason, Failure, Lease, Outcome, Task};
+use crate::engine::command::{Failure, Lease, Outcome, Task};
 use crate::engine::{Command, Engine, Event, Time, WorkerId};
 use crate::exchange::{Publication, Staging};
 use crate::input::{Finished, Input};
@@ -281,10 +281,8 @@ impl Runtime {
             Command::Discard { worker, lease, reason } => {
                 self.ledger.discard(worker, lease);
                 self.references.discard(worker, lease);
-                if let Some(vector) = self.staging.take(worker, lease) {
-                    self.staging.spare.give_back(vector);
-                }
-                if matches!(reason, DiscardReason::Overtaken | DiscardReason::StartedOver | DiscardReason::RunEnds) {
+                self.staging.discard(worker, lease);
+                if reason.is_to_be_revoked() {
                     self.roster.revoke(worker, lease);
                 }
             }
@@ -366,39 +364,29 @@ impl Runtime {
     /// The lease with its rows, of which the ledger keeps the digests.
     fn lease_message(&mut self, worker: WorkerId, lease: &Lease) -> v1::Lease {
         let source = &self.config.source;
-        let (slots, task) = match lease.task {
-            Task::Gradient => {
-                let learning_rates = self.config.local_learning_rates(lease.step);
-                (self.config.batch.slots, v1::lease::Task::Gradient(v1::GradientTask { learning_rates }))
-            }
-            Task::Evaluate => (self.config.evaluation.slots, v1::lease::Task::Evaluate(v1::EvaluateTask {})),
-            Task::Reference => (source.reference_slots(), v1::lease::Task::Reference(v1::ReferenceTask {})),
+        let (step_slots, learning_rates) = match lease.task {
+            Task::Gradient => (self.config.batch.slots, self.config.local_learning_rates(lease.step)),
+            Task::Evaluate => (self.config.evaluation.slots, Vec::new()),
+            Task::Reference => (source.reference_slots(), Vec::new()),
         };
         let batch = |slot| match lease.task {
             Task::Gradient => source.training_slot(lease.step, slot),
             Task::Evaluate => source.validation_slot(slot),
             Task::Reference => source.reference_slot(slot),
         };
-        let numbers = lease.block.slots(slots);
+        let numbers = lease.block.slots(step_slots);
         let rows: Vec<_> = numbers.clone().map(|slot| (slot, batch(slot))).collect();
         let digests = rows.iter().map(|(slot, batch)| slot_sha256(*slot, batch)).collect();
         let name = self.roster.look(worker).map_or("", |(name, _)| name);
-        let published = self.plane.published();
         self.ledger.lend(worker, name, lease, numbers, digests);
         let replicas = self.plane.replicas();
         let moments = |slot| replicas.blake3(slot).filter(|_| lease.task == Task::Gradient);
         v1::Lease {
-            lease_id: lease.id.0,
-            step: lease.step,
-            version: lease.version,
-            block: Some(translate::block(lease.block)),
-            task: Some(task),
             slots: rows.iter().map(|(slot, batch)| translate::slot(*slot, batch, moments(*slot))).collect(),
             seed: self.config.seed,
             traceparent: traceparent(&self.manifest.run_id, lease.step),
-            parameters_blake3: published.digest.to_vec(),
-            difference_from_blake3: published.difference.map_or_else(Vec::new, |difference| difference.from.to_vec()),
-            step_slots: slots,
+            step_slots,
+            ..translate::lease(lease, learning_rates, self.plane.published())
         }
     }
 

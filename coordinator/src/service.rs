@@ -158,7 +158,7 @@ impl Served {
         let no_region = || Status::failed_precondition(format!("no memory is shared with worker {worker}; join again"));
         let region = self.staging.region(worker).ok_or_else(no_region)?;
         let memory = self.staging.spare.take();
-        let read = blocking(move || Staged::read(&region, lease, memory)).await?;
+        let read = blocking(move || Staged::read(&region, lease, memory)).await.map_err(Status::internal)?;
         let lost = || Status::data_loss(format!("the vector of lease {lease} is not in shared memory; push it again"));
         read.map_err(|error| Status::unavailable(format!("shared memory cannot be read: {error}")))?.ok_or_else(lost)
     }
@@ -323,12 +323,15 @@ async fn receive(
         format.decode(assembler.take(&chunk).map_err(chunk_status)?, &mut vector);
     }
     assembler.finish().map_err(chunk_status)?;
-    blocking(move || Staged::of(vector)).await
+    blocking(move || Staged::of(vector)).await.map_err(Status::internal)
 }
 
 /// Does something that takes a while beside the other tasks.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Status::internal(error.to_string()))
+///
+/// # Errors
+/// In words, if it panics.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| error.to_string())
 }
 
 /// Reads one member's control stream.

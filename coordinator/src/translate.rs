@@ -11,7 +11,10 @@ use lockstep_model::layout::{Layout, TensorSpec};
 use lockstep_model::tree::Block;
 use lockstep_proto::v1;
 
+use crate::engine::MemberStatus;
+use crate::engine::command::{Lease, Task};
 use crate::engine::event::KeptBlock;
+use crate::exchange::Published;
 
 /// The model to compute.
 pub(crate) fn model(model: &ModelConfig) -> v1::Model {
@@ -152,6 +155,40 @@ fn column(column: &Column) -> v1::Column {
 
 fn little_endian<T: Copy>(values: &[T], bytes: impl Fn(T) -> [u8; 4]) -> Vec<u8> {
     values.iter().flat_map(|&value| bytes(value)).collect()
+}
+
+/// A lease of a task, to be computed with what is published; of a gradient, at these learning rates if it takes local steps. Its rows, and
+/// what all leases of a step have in common, are the caller's to add.
+pub(crate) fn lease(lease: &Lease, learning_rates: Vec<f64>, published: Published) -> v1::Lease {
+    let task = match lease.task {
+        Task::Gradient => v1::lease::Task::Gradient(v1::GradientTask { learning_rates }),
+        Task::Evaluate => v1::lease::Task::Evaluate(v1::EvaluateTask {}),
+        Task::Reference => v1::lease::Task::Reference(v1::ReferenceTask {}),
+    };
+    v1::Lease {
+        lease_id: lease.id.0,
+        step: lease.step,
+        version: lease.version,
+        block: Some(block(lease.block)),
+        task: Some(task),
+        parameters_blake3: published.digest.to_vec(),
+        difference_from_blake3: published.difference.map_or_else(Vec::new, |difference| difference.from.to_vec()),
+        ..v1::Lease::default()
+    }
+}
+
+/// A member, whose slots have so many positions.
+pub(crate) fn worker_status(member: &MemberStatus, slot_positions: f64) -> v1::WorkerStatus {
+    v1::WorkerStatus {
+        worker_id: member.worker.0,
+        name: member.name.clone(),
+        device: member.device.clone(),
+        device_class: member.class.to_string(),
+        tokens_per_sec: member.slots_per_sec.unwrap_or(0.0) * slot_positions,
+        leases: member.leases.len() as u32,
+        blocks_accepted: member.blocks_accepted,
+        workers: member.workers,
+    }
 }
 
 /// What a worker has kept; `None` where it names no block.

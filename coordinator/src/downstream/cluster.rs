@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::adder::{self, Job};
 use super::{BlockSum, FirstWorker, Held, Loan, Reply, Terms, lock};
 use crate::background::Background;
-use crate::engine::command::{DiscardReason, Lease, Refusal, Task};
+use crate::engine::command::{Lease, Refusal, Task};
 use crate::engine::{Command, Engine, EngineConfig, Event, LeaseId, Time, WorkerId};
 use crate::exchange::{Publication, Staging};
 use crate::input::{Applicant, Finished, Input};
@@ -346,11 +346,8 @@ impl Cluster {
             }
             Command::Discard { worker, lease, reason } => {
                 self.sent.take(worker, lease);
-                let staging = &self.served.staging;
-                if let Some(vector) = staging.take(worker, lease) {
-                    staging.spare.give_back(vector);
-                }
-                if matches!(reason, DiscardReason::Overtaken | DiscardReason::Withdrawn) {
+                self.served.staging.discard(worker, lease);
+                if reason.is_to_be_revoked() {
                     self.roster.revoke(worker, lease);
                 }
             }
@@ -383,26 +380,12 @@ impl Cluster {
     fn lease_message(&mut self, worker: WorkerId, lease: &Lease) -> Option<v1::Lease> {
         let (UnderWay { loan, .. }, range) = self.part(lease.block)?;
         let slots = &loan.slots[range];
-        let task = match lease.task {
-            Task::Gradient => {
-                v1::lease::Task::Gradient(v1::GradientTask { learning_rates: loan.learning_rates.clone() })
-            }
-            Task::Evaluate => v1::lease::Task::Evaluate(v1::EvaluateTask {}),
-            Task::Reference => v1::lease::Task::Reference(v1::ReferenceTask {}),
-        };
-        let published = self.served.publication.get();
         let message = v1::Lease {
-            lease_id: lease.id.0,
-            step: lease.step,
-            version: lease.version,
-            block: Some(translate::block(lease.block)),
-            task: Some(task),
             slots: slots.iter().map(|slot| slot.message.clone()).collect(),
             seed: loan.seed,
             traceparent: loan.traceparent.clone(),
-            parameters_blake3: published.digest.to_vec(),
-            difference_from_blake3: published.difference.map_or_else(Vec::new, |difference| difference.from.to_vec()),
             step_slots: loan.work.step_slots,
+            ..translate::lease(lease, loan.learning_rates.clone(), self.served.publication.get())
         };
         let sent = Sent {
             task: lease.task,

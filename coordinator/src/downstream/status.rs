@@ -4,6 +4,7 @@ use lockstep_proto::v1;
 
 use super::actor::Actor;
 use super::cluster::{Cluster, Stage};
+use crate::translate;
 
 impl Actor {
     /// The answer to [`v1::StatusRequest`].
@@ -28,20 +29,8 @@ impl Actor {
 impl Cluster {
     fn status(&self, about: v1::StatusReply) -> v1::StatusReply {
         let status = self.engine.status();
-        let workers: Vec<v1::WorkerStatus> = status
-            .members
-            .iter()
-            .map(|member| v1::WorkerStatus {
-                worker_id: member.worker.0,
-                name: member.name.clone(),
-                device: member.device.clone(),
-                device_class: member.class.to_string(),
-                tokens_per_sec: member.slots_per_sec.unwrap_or(0.0) * self.slot_positions as f64,
-                leases: member.leases.len() as u32,
-                blocks_accepted: member.blocks_accepted,
-                workers: member.workers,
-            })
-            .collect();
+        let worker = |member| translate::worker_status(member, self.slot_positions as f64);
+        let workers: Vec<v1::WorkerStatus> = status.members.iter().map(worker).collect();
         v1::StatusReply {
             run_id: self.served.invitation.run_id.clone(),
             incarnation: self.served.invitation.incarnation,

@@ -230,6 +230,13 @@ pub enum DiscardReason {
     WorkerReleased,
 }
 
+impl DiscardReason {
+    /// Whether the worker may still compute it, and is to be told.
+    pub fn is_to_be_revoked(self) -> bool {
+        matches!(self, Self::Overtaken | Self::Withdrawn | Self::StartedOver | Self::RunEnds)
+    }
+}
+
 /// Why a membership ends for good.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReleaseReason {

@@ -129,8 +129,6 @@ pub(super) struct Leases {
     by_block: Vec<Vec<Held>>,
     /// The level of the tree's root.
     height: u32,
-    /// Leases whose gradients are on their way here.
-    travelling: BTreeSet<(WorkerId, LeaseId)>,
     /// Who can be leased work.
     here: BTreeMap<WorkerId, Room>,
     idle: Idle,
@@ -178,6 +176,8 @@ struct Held {
     worker: WorkerId,
     lease: LeaseId,
     holding: Holding,
+    /// Whether its gradient is on its way here.
+    travels: bool,
 }
 
 /// Where a block is kept in order.
@@ -199,7 +199,6 @@ impl Leases {
             by_worker: BTreeMap::new(),
             by_block: vec![Vec::new(); 2 << height],
             height,
-            travelling: BTreeSet::new(),
             here: BTreeMap::new(),
             idle: Idle::default(),
             sending: BTreeSet::new(),
@@ -230,7 +229,7 @@ impl Leases {
         self.take_out(block);
         self.by_worker.insert((worker, lease), block);
         let node = self.node(block);
-        self.by_block[node].push(Held { worker, lease, holding });
+        self.by_block[node].push(Held { worker, lease, holding, travels: false });
         self.put_in(block);
         self.change_room(worker, |room| room.slots_lent += holding.slots);
     }
@@ -242,12 +241,11 @@ impl Leases {
         let node = self.node(block);
         let leases = &mut self.by_block[node];
         let place = leases.iter().position(|held| held.lease == lease)?;
-        let Held { holding, .. } = leases.remove(place);
+        let Held { holding, travels, .. } = leases.remove(place);
         self.put_in(block);
-        let travelled = self.travelling.remove(&(worker, lease));
         self.change_room(worker, |room| {
             room.slots_lent -= holding.slots;
-            if travelled {
+            if travels {
                 room.slots_travelling -= holding.slots;
                 room.gradients_travelling -= 1;
             }
@@ -257,10 +255,13 @@ impl Leases {
 
     /// The gradient of a lease sets out, if the worker holds that.
     pub(super) fn travels(&mut self, worker: WorkerId, lease: LeaseId) {
-        let Some(holding) = self.get(worker, lease) else { return };
-        if self.travelling.insert((worker, lease)) {
+        let Some(block) = self.by_worker.get(&(worker, lease)) else { return };
+        let node = self.node(*block);
+        let Some(held) = self.by_block[node].iter_mut().find(|held| held.lease == lease) else { return };
+        let slots = held.holding.slots;
+        if !std::mem::replace(&mut held.travels, true) {
             self.change_room(worker, |room| {
-                room.slots_travelling += holding.slots;
+                room.slots_travelling += slots;
                 room.gradients_travelling += 1;
             });
         }
@@ -498,7 +499,7 @@ mod tests {
                 now = now + Duration::from_millis(millis);
                 leases.advance(now);
                 if which % 3 == 0 && !held.is_empty() {
-                    let Held { worker, lease, holding } = held.remove(which as usize % held.len());
+                    let Held { worker, lease, holding, .. } = held.remove(which as usize % held.len());
                     prop_assert_eq!(leases.end(worker, lease), Some(holding));
                 } else {
                     let block = Block { level, index: which % SLOTS.div_ceil(1 << level) };
@@ -506,7 +507,7 @@ mod tests {
                     let holding = Holding::new(block, block.slots(SLOTS).len(), now, pace);
                     let (worker, lease) = (WorkerId(number), LeaseId(number));
                     leases.add(worker, lease, holding);
-                    held.push(Held { worker, lease, holding });
+                    held.push(Held { worker, lease, holding, travels: false });
                 }
                 for mean in [mean, MEAN] {
                     let (last_ready, next_late) = plain(&held, now, 4, mean);

@@ -47,10 +47,11 @@ impl Engine {
     /// Takes note of how many workers a member stands for from now on.
     pub(super) fn set_workers(&mut self, worker: WorkerId, workers: u32) {
         self.hear(worker);
-        self.members.set_workers(worker, workers.max(1));
+        let workers = workers.max(1);
+        self.members.set_workers(worker, workers);
         let connected = self.members.get(worker).is_some_and(|member| member.connected);
         if let (true, Phase::Work(work)) = (connected, &mut self.phase) {
-            work.leases_mut().arrive(worker, workers.max(1));
+            work.leases_mut().arrive(worker, workers);
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Which part of the free slots each worker should have, by its speed.
 //!
 //! A share is the slots times the worker's speed, divided by the sum of all speeds, and a little more than that
-//! ([`TOLERANCE`]), all in `f64` and in the order of the workers. That sum takes time in proportion to them, and changes with each result; so it is kept as a whole number
-//! besides, which nearly always shows already how the share is rounded.
+//! ([`TOLERANCE`]), all in `f64` and in the order of the workers. That sum takes time in proportion to them, and changes with
+//! each result; so it is kept as a whole number besides, which nearly always shows already how the share is rounded.
 
 use std::cell::OnceCell;
 

@@ -4,6 +4,7 @@ use lockstep_proto::v1;
 
 use super::Runtime;
 use crate::metrics::Line;
+use crate::translate;
 
 impl Runtime {
     /// The answer to [`v1::StatusRequest`].
@@ -15,16 +16,7 @@ impl Runtime {
         });
         let tokens = self.config.source.positions(self.manifest.step + 1);
         let tokens_per_slot = tokens as f64 / f64::from(self.config.batch.slots);
-        let workers = status.members.iter().map(|member| v1::WorkerStatus {
-            worker_id: member.worker.0,
-            name: member.name.clone(),
-            device: member.device.clone(),
-            device_class: member.class.to_string(),
-            tokens_per_sec: member.slots_per_sec.unwrap_or(0.0) * tokens_per_slot,
-            leases: member.leases.len() as u32,
-            blocks_accepted: member.blocks_accepted,
-            workers: member.workers,
-        });
+        let workers = status.members.iter().map(|member| translate::worker_status(member, tokens_per_slot));
         v1::StatusReply {
             run_id: self.manifest.run_id.clone(),
             incarnation: self.run_dir.identity().incarnation,
