@@ -27,6 +27,6 @@ mod translate;
 pub use compute::{Compute, Proof, Pulled};
 pub use device::{Answer, DeviceFailure, Gradient, Outcome, Stop};
 pub use kept::KeptGradient;
-pub use runtime::{Ended, JoinedHook, MemberConfig, SpanSource, WorkerConfig, WorkerError, run, run_with};
+pub use runtime::{Ended, JoinedHook, SpanSource, WorkerConfig, WorkerError, run, run_with};
 pub use shared::SharedVersion;
 pub use translate::{Adapters, BaseName, Invitation, Run};

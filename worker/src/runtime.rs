@@ -30,8 +30,6 @@ pub struct WorkerConfig {
     pub address: String,
     /// By which the coordinator tells workers apart and trusts them, e.g. `host:device`. The first 64 bytes are sent.
     pub name: String,
-    /// What to compute on.
-    pub device: ComputeDevice,
     /// Whether vectors may pass through memory that a coordinator on the same machine offers; else they take the network.
     pub shared_memory: bool,
     /// Finished spans, which travel with the next result.
@@ -42,32 +40,8 @@ pub struct WorkerConfig {
 
 impl fmt::Debug for WorkerConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { address, name, device, shared_memory, spans: _, joined: _ } = self;
-        let mut text = f.debug_struct("WorkerConfig");
-        text.field("address", address).field("name", name).field("device", device);
-        text.field("shared_memory", shared_memory).finish_non_exhaustive()
-    }
-}
-
-/// Who joins, and where.
-#[derive(Clone)]
-pub struct MemberConfig {
-    /// As in [`WorkerConfig`].
-    pub address: String,
-    /// As in [`WorkerConfig`].
-    pub name: String,
-    /// As in [`WorkerConfig`].
-    pub shared_memory: bool,
-    /// As in [`WorkerConfig`].
-    pub spans: SpanSource,
-    /// As in [`WorkerConfig`].
-    pub joined: JoinedHook,
-}
-
-impl fmt::Debug for MemberConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { address, name, shared_memory, spans: _, joined: _ } = self;
-        let mut text = f.debug_struct("MemberConfig");
+        let mut text = f.debug_struct("WorkerConfig");
         text.field("address", address).field("name", name).field("shared_memory", shared_memory).finish_non_exhaustive()
     }
 }
@@ -122,9 +96,11 @@ pub enum WorkerError {
 ///
 /// # Errors
 /// If the worker is refused, or cannot work; see [`WorkerError`].
-pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Result<Ended, WorkerError> {
-    let WorkerConfig { address, name, device, shared_memory, spans, joined } = config;
-    let config = MemberConfig { address, name, shared_memory, spans, joined };
+pub async fn run(
+    config: WorkerConfig,
+    device: ComputeDevice,
+    shutdown: impl Future<Output = ()>,
+) -> Result<Ended, WorkerError> {
     run_with(config, DeviceThread::start(device)?, shutdown).await
 }
 
@@ -133,7 +109,7 @@ pub async fn run(config: WorkerConfig, shutdown: impl Future<Output = ()>) -> Re
 /// # Errors
 /// As [`run`].
 pub async fn run_with(
-    config: MemberConfig,
+    config: WorkerConfig,
     device: impl Compute,
     shutdown: impl Future<Output = ()>,
 ) -> Result<Ended, WorkerError> {
@@ -157,21 +133,17 @@ struct Worker<C> {
     backoff: Backoff,
 }
 
-/// Why an attempt to join, or a membership, ended.
+/// Why there was no membership.
 enum Setback {
-    /// Worth another attempt.
-    Lost(String),
-    /// Not needed: the run is over.
-    Released(String),
-    /// Not worth one.
+    /// As if there had been one, and it had ended so.
+    Departed(Departure),
+    /// There is none to be had.
     Final(WorkerError),
-    /// A relay, whose next worker joins anew.
-    Deserted,
 }
 
 impl<C: Compute> Worker<C> {
-    fn new(config: MemberConfig, device: C) -> Result<Self, WorkerError> {
-        let MemberConfig { address, name, shared_memory, spans, joined } = config;
+    fn new(config: WorkerConfig, device: C) -> Result<Self, WorkerError> {
+        let WorkerConfig { address, name, shared_memory, spans, joined } = config;
         let endpoint = match endpoint(&address) {
             Ok(endpoint) => endpoint,
             Err(reason) => return Err(WorkerError::Address { address, reason }),
@@ -185,11 +157,8 @@ impl<C: Compute> Worker<C> {
         info!("connecting to the coordinator at {} as {} on {}", self.address, self.name, self.device.description());
         loop {
             let departure = match self.join_and_serve().await {
-                Ok(departure) => departure,
-                Err(Setback::Released(reason)) => Departure::Released(reason),
+                Ok(departure) | Err(Setback::Departed(departure)) => departure,
                 Err(Setback::Final(error)) => return Err(error),
-                Err(Setback::Lost(reason)) => Departure::Lost(reason),
-                Err(Setback::Deserted) => Departure::Deserted,
             };
             self.device.parted(&departure);
             let reason = match departure {
@@ -224,7 +193,7 @@ impl<C: Compute> Worker<C> {
         let identity = Identity { device, ..identity };
         let workers = (*self.device.workers().borrow()).max(1);
         let (worker_id, offer) = match client.admit(&run, &identity, probe_sha256, workers).await {
-            Err(CallError::Final(reason)) if self.device.refused(&reason) => return Err(Setback::Deserted),
+            Err(CallError::Final(reason)) if self.device.refused(&reason) => return Ok(Departure::Deserted),
             admitted => admitted.map_err(|error| self.setback(error))?,
         };
         let shared = offer
@@ -263,8 +232,8 @@ impl<C: Compute> Worker<C> {
 
     fn setback(&self, error: CallError) -> Setback {
         match error {
-            CallError::Lost(reason) => Setback::Lost(reason),
-            CallError::Released(reason) => Setback::Released(reason),
+            CallError::Lost(reason) => Setback::Departed(Departure::Lost(reason)),
+            CallError::Released(reason) => Setback::Departed(Departure::Released(reason)),
             CallError::Final(reason) => Setback::Final(WorkerError::Refused { address: self.address.clone(), reason }),
         }
     }

@@ -40,11 +40,11 @@ fn slot_gradient(computer: &Computer, slot: u32) -> SlotGradient {
 
 fn config(address: &str, spans: SpanSource) -> WorkerConfig {
     let (name, joined) = ("test".into(), Arc::new(|| {}));
-    WorkerConfig { address: address.into(), name, device: cpu(), shared_memory: true, spans, joined }
+    WorkerConfig { address: address.into(), name, shared_memory: true, spans, joined }
 }
 
 fn worker(address: &str, spans: SpanSource) -> JoinHandle<Result<Ended, WorkerError>> {
-    tokio::spawn(run(config(address, spans), std::future::pending()))
+    tokio::spawn(run(config(address, spans), cpu(), std::future::pending()))
 }
 
 fn no_spans() -> SpanSource {
@@ -398,7 +398,7 @@ async fn a_worker_tells_of_its_membership_and_that_the_run_goes_on_without_it() 
     let (joined, mut memberships) = tokio::sync::mpsc::unbounded_channel();
     let joined = Arc::new(move || joined.send(()).unwrap());
     let config = WorkerConfig { joined, ..config(&coordinator.address, no_spans()) };
-    let worker = tokio::spawn(run(config, std::future::pending()));
+    let worker = tokio::spawn(run(config, cpu(), std::future::pending()));
     let (_, to_worker) = coordinator.sees_joining().await;
     assert!(memberships.is_empty(), "nothing was heard yet");
     to_worker.let_go("quarantined", true).await;
@@ -446,10 +446,10 @@ async fn a_refusal_is_final_and_said_in_words() {
 #[tokio::test]
 async fn a_worker_ends_when_it_is_shut_down() {
     let config = config("127.0.0.1:1", no_spans());
-    assert_eq!(run(config.clone(), async {}).await.unwrap(), Ended::Shutdown);
+    assert_eq!(run(config.clone(), cpu(), async {}).await.unwrap(), Ended::Shutdown);
 
     let config = WorkerConfig { address: "nowhere".into(), ..config };
-    let error = run(config, std::future::pending()).await.unwrap_err();
+    let error = run(config, cpu(), std::future::pending()).await.unwrap_err();
     let expected = "\"nowhere\" is not HOST:PORT (it does not end in a port); for example --join 192.168.1.20:7070";
     assert_eq!(error.to_string(), expected);
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use lockstep_coordinator::downstream::Downstream;
 use lockstep_coordinator::observe::{Observer, RunEvent};
-use lockstep_worker::{Ended, MemberConfig};
+use lockstep_worker::{Ended, WorkerConfig};
 use tokio::task::JoinSet;
 use tracing::info;
 
@@ -31,7 +31,7 @@ pub(crate) fn run(args: Relay) -> anyhow::Result<()> {
         let mut serving = JoinSet::new();
         serving.spawn(server.run());
         let theirs = downstream.clone();
-        let config = MemberConfig {
+        let config = WorkerConfig {
             address: args.join,
             name: args.name.unwrap_or_else(|| format!("{}:relay", worker::host_name())),
             shared_memory: !args.no_shared_memory,

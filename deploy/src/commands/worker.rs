@@ -32,7 +32,6 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
     let config = WorkerConfig {
         address: args.join,
         name,
-        device,
         shared_memory: !args.no_shared_memory,
         spans: Arc::new(move || recorder.take()),
         joined: if args.announce { announcing() } else { Arc::new(|| {}) },
@@ -51,7 +50,7 @@ pub(crate) fn run(args: Worker) -> anyhow::Result<()> {
                 None => drop(requests.first(AT_ONCE).await),
             }
         };
-        anyhow::Ok(lockstep_worker::run(config, shutdown).await?)
+        anyhow::Ok(lockstep_worker::run(config, device, shutdown).await?)
     })?;
     match ended {
         Ended::Released(reason) => tracing::info!("released: {reason}"),

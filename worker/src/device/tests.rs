@@ -1,10 +1,17 @@
 //! The device's thread on the straight line, whose sums can be checked against a plain loop.
 
+use std::cell::Cell;
+use std::sync::Weak;
+
 use lockstep_model::adapters::{AdapterConfig, all_targets};
 use lockstep_model::batch::{Batch, Column, Values};
-use lockstep_model::compute::SlotGradient;
+use lockstep_model::compression::Rounding;
+use lockstep_model::compute::{Computer, SlotGradient, SlotKey};
 use lockstep_model::config::{Gelu, GptConfig, LineConfig, UpdateRule};
 use lockstep_model::device::DeviceChoice;
+use lockstep_model::layout::Layout;
+use lockstep_model::ledger::{block_sha256, slot_sha256};
+use lockstep_model::probe;
 use lockstep_model::tree::{Block, add_vectors};
 #[cfg(target_os = "linux")]
 use lockstep_proto::{
@@ -12,8 +19,9 @@ use lockstep_proto::{
     v1,
 };
 
+use super::thread::{caught, in_one_line};
 use super::*;
-use crate::lease::{Lease, Parameters};
+use crate::lease::{Lease, Slot, Task};
 #[cfg(target_os = "linux")]
 use crate::shared::Shared;
 
@@ -242,9 +250,8 @@ async fn a_failure_is_told_and_the_thread_goes_on_after_another_load() {
 
 /// The thread's state without the thread, with parameters loaded.
 fn device_worker() -> DeviceWorker {
-    let (device, handles) = (cpu(), Weak::new());
-    let setting = Some(line());
-    let mut worker = DeviceWorker { device, handles, setting, computer: None, base: None, kept: Kept::default() };
+    let mut worker = DeviceWorker::new(cpu(), Weak::new());
+    worker.setting = Some(line());
     worker.load(&[0.35, 0.01]).unwrap();
     worker
 }
