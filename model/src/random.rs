@@ -152,6 +152,14 @@ pub fn normal(seed: u64, stream: Stream, index: u64, std: f64, values: &mut [f32
     }
 }
 
+/// So many numbers from N(0, 1), another sequence for each `seed` and `index`.
+#[cfg(test)]
+pub(crate) fn normals(seed: u64, index: u64, len: usize) -> Vec<f32> {
+    let mut values = vec![0.0; len];
+    normal(seed, Stream::Initialisation, index, 1.0, &mut values);
+    values
+}
+
 /// Fills `values` uniformly within ±`bound`, element `i` being a pure function of `(seed, stream, index, i)`: of the draw
 /// `(index, i / 2)`, the first two words for an even `i`, and the last two for an odd one.
 pub fn uniform(seed: u64, stream: Stream, index: u64, bound: f64, values: &mut [f32]) {

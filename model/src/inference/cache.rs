@@ -172,18 +172,13 @@ fn largest(values: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::{Stream, normal};
-
-    fn drawn(index: u64, count: usize) -> Vec<f32> {
-        let mut values = vec![0.0; count];
-        normal(9, Stream::Initialisation, index, 1.0, &mut values);
-        values
-    }
+    use crate::random::normals;
 
     #[test]
     fn attention_is_the_mean_of_values_by_the_powers_of_scores() {
         for width in [8, 16, 40, 64] {
-            let (keys, values, queries) = (drawn(1, 150 * width), drawn(2, 150 * width), drawn(3, 9 * width));
+            let (keys, values, queries) =
+                (normals(9, 1, 150 * width), normals(9, 2, 150 * width), normals(9, 3, 9 * width));
             let mut cache = HeadCache::new(width);
             let tokens = keys.chunks_exact(width).zip(values.chunks_exact(width));
             tokens.for_each(|(key, value)| cache.push(key, value));
@@ -210,7 +205,8 @@ mod tests {
     #[test]
     fn a_query_finds_the_same_alone_and_after_what_was_forgotten() {
         let width = 24;
-        let (keys, values, queries) = (drawn(1, 200 * width), drawn(2, 200 * width), drawn(3, 7 * width));
+        let (keys, values, queries) =
+            (normals(9, 1, 200 * width), normals(9, 2, 200 * width), normals(9, 3, 7 * width));
         let fill = |cache: &mut HeadCache, tokens: std::ops::Range<usize>| {
             tokens.for_each(|t| cache.push(&keys[t * width..][..width], &values[t * width..][..width]));
         };

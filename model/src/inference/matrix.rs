@@ -199,19 +199,13 @@ impl Products for PanelOutput<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::{Stream, normal};
-
-    fn drawn(index: u64, count: usize) -> Vec<f32> {
-        let mut values = vec![0.0; count];
-        normal(9, Stream::Initialisation, index, 1.0, &mut values);
-        values
-    }
+    use crate::random::normals;
 
     /// Of weights so deep that a panel is read in parts.
     #[test]
     fn a_row_multiplied_alone_and_among_others_is_the_same_and_right() {
         let (depth, columns, rows) = (1100, 70, 133);
-        let (weights, bias, x) = (drawn(1, depth * columns), drawn(2, columns), drawn(3, rows * depth));
+        let (weights, bias, x) = (normals(9, 1, depth * columns), normals(9, 2, columns), normals(9, 3, rows * depth));
         let part = Part { values: &weights, columns, transposed: false };
         let matrix = Matrix::new(depth, &[part], Some(&bias));
         let mut together = Vec::new();

@@ -53,7 +53,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::random::{Stream, normal};
+    use crate::random::normals;
 
     proptest! {
         #[test]
@@ -62,12 +62,6 @@ mod tests {
             let found = f32::from_bits(rounded(bits));
             prop_assert!(found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan());
         }
-    }
-
-    fn values(index: u64, len: usize) -> Vec<f32> {
-        let mut values = vec![0.0; len];
-        normal(3, Stream::Initialisation, index, 1.0, &mut values);
-        values
     }
 
     /// Rows, columns, and what is summed over: whole tiles and parts of them, odd depths, one and nothing.
@@ -106,7 +100,7 @@ mod tests {
     #[test]
     fn products_are_those_of_rounded_operands_however_these_lie_and_whoever_computes_them() {
         for sizes @ [rows, columns, depth] in SIZES {
-            let (left, right) = (values(0, rows * depth), values(1, depth * columns));
+            let (left, right) = (normals(3, 0, rows * depth), normals(3, 1, depth * columns));
             let (left_columns, right_columns) = (transposed(&left, depth), transposed(&right, columns));
             let matrix =
                 |values, rows, columns| Matrix { values, rows, columns, row_stride: columns, column_stride: 1 };

@@ -57,10 +57,14 @@ pub(super) fn multiply(destination: &mut [f32], before: Before, left: Matrix<'_>
             }
         }
     };
-    let part = (tiles * ROWS * columns).max(1);
+    by_parts(destination, (tiles * ROWS * columns).max(1), threads, fill);
+}
+
+/// Has `fill` write all parts of so many elements, each of which it is given with its number.
+fn by_parts(values: &mut [f32], part: usize, threads: usize, fill: impl Fn((usize, &mut [f32])) + Send + Sync) {
     match threads {
-        1 => destination.chunks_mut(part).enumerate().for_each(fill),
-        _ => destination.par_chunks_mut(part).enumerate().for_each(fill),
+        1 => values.chunks_mut(part).enumerate().for_each(fill),
+        _ => values.par_chunks_mut(part).enumerate().for_each(fill),
     }
 }
 
@@ -107,10 +111,7 @@ fn pack<const W: usize>(matrix: Matrix<'_>, threads: usize) -> Buffer {
             pack_rows(matrix, start..matrix.rows.min(start + W), panel);
         }
     };
-    match threads {
-        1 => packed.chunks_mut(panels_at_once * pairs * W).enumerate().for_each(fill),
-        _ => packed.par_chunks_mut(panels_at_once * pairs * W).enumerate().for_each(fill),
-    }
+    by_parts(&mut packed, panels_at_once * pairs * W, threads, fill);
     packed
 }
 
