@@ -84,6 +84,12 @@ class Browser:
             look();
         }})""")
 
+    def receive(self, bytes_per_sec):
+        """Lets pages have no more than so many bytes a second of what servers send; None: as they come."""
+        self.call("Network.enable")
+        limits = dict(latency=0, downloadThroughput=bytes_per_sec or -1, uploadThroughput=-1)
+        self.call("Network.emulateNetworkConditions", offline=False, **limits)
+
     def open(self, url):
         self.call("Page.navigate", url=url)
         while self.message().get("method") != "Page.loadEventFired":

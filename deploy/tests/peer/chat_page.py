@@ -42,6 +42,7 @@ def talk(browser, url, pictures):
     # Escape stops an answer; what came of it stays, and the conversation goes on.
     browser.evaluate("element('max-tokens').value = 1500")
     browser.write("And then?")
+    browser.receive(4000)  # or the answer might be there to its end before anything is pressed
     browser.key("Enter", text="\r")
     # Pressed in the page, in the moment in which there is something to stop.
     escape = "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape' }))"
@@ -49,6 +50,7 @@ def talk(browser, url, pictures):
     browser.until("document.querySelectorAll('.assistant')[1].dataset.state !== 'streaming'")
     assert browser.evaluate("document.querySelectorAll('.assistant')[1].dataset.state") == "stopped"
     assert browser.evaluate("messages.length") == 4
+    browser.receive(None)
 
     # What is no request is said, and what was written is not lost.
     browser.evaluate("element('max-tokens').value = 1000000")
