@@ -14,7 +14,7 @@ mod cluster;
 mod status;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use lockstep_model::batch::{Batch, Sums};
@@ -24,13 +24,12 @@ use lockstep_proto::chunk;
 use lockstep_proto::v1::{self, SpanTiming};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinSet;
 
 use self::actor::Actor;
 use crate::engine::{DeviceClass, Lent};
 use crate::observe::Observer;
 use crate::run::FAREWELL;
-use crate::service::{Base, Served, Service, blocking};
+use crate::service::{Base, Calls, Served, Service, blocking};
 use crate::translate;
 
 /// Most finished spans of workers that wait to be passed on; more are dropped.
@@ -58,8 +57,7 @@ struct Held {
 #[derive(Debug)]
 pub struct Server {
     actor: Actor,
-    /// Ends when dropped.
-    _calls: JoinSet<Result<(), tonic::transport::Error>>,
+    calls: Calls,
 }
 
 /// What workers are told when they join, and what they will push.
@@ -178,7 +176,7 @@ impl Downstream {
         let held = Arc::<Mutex<Held>>::default();
         let calls = Service::new(served.clone(), questions).listen(listener);
         let actor = Actor::new(queue, asked, serving, count, held.clone(), upstream, observer);
-        (Self { orders, served, workers, held }, Server { actor, _calls: calls })
+        (Self { orders, served, workers, held }, Server { actor, calls })
     }
 
     /// Has workers join by these terms, and waits for the first one that wants to take part. All that belongs to an earlier
@@ -205,7 +203,7 @@ impl Downstream {
     }
 
     /// The relay was released: so are its workers. Waits until they have gone, for a moment.
-    pub async fn release(&self, reason: String, run_goes_on: bool) {
+    pub async fn release(self, reason: String, run_goes_on: bool) {
         self.order(Order::Release { reason, run_goes_on });
         let (reply, gone) = oneshot::channel();
         self.order(Order::Farewell { reply });
@@ -286,9 +284,10 @@ impl Downstream {
 }
 
 impl Server {
-    /// Serves until all handles are gone.
+    /// Serves until all handles are gone, and all that came is answered.
     pub async fn run(mut self) {
         self.actor.run().await;
+        self.calls.finish(Instant::now() + FAREWELL).await;
     }
 }
 

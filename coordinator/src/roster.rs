@@ -17,9 +17,8 @@ use crate::service::unix_nanos;
 /// A worker that was admitted.
 struct Member {
     name: String,
-    /// To its control stream, while it is open.
+    /// To its control stream, from when it is opened to when nothing more will be said.
     out: Option<mpsc::UnboundedSender<Message>>,
-    open: bool,
     clock_offset_nanos: i64,
 }
 
@@ -52,10 +51,7 @@ impl Roster {
     /// A worker opened its control stream, to which `out` leads.
     pub(crate) fn open(&mut self, worker: WorkerId, out: mpsc::UnboundedSender<Message>) -> Event {
         match self.members.get_mut(&worker) {
-            Some(member) => {
-                member.out = Some(out);
-                member.open = true;
-            }
+            Some(member) => member.out = Some(out),
             // Not, or no longer, a member: dropping the sender closes the stream.
             None => drop(out),
         }
@@ -85,7 +81,7 @@ impl Roster {
     pub(crate) fn admit(&mut self, ticket: Ticket, worker: WorkerId) {
         let Some(Applicant { name, device, reply, .. }) = self.joining.remove(&ticket) else { return };
         self.staging.admit(worker);
-        let member = Member { name: name.clone(), out: None, open: false, clock_offset_nanos: 0 };
+        let member = Member { name: name.clone(), out: None, clock_offset_nanos: 0 };
         self.members.insert(worker, member);
         let workers = self.members.len();
         self.tell(&RunEvent::WorkerJoined { worker: worker.0, name, device, workers });
@@ -137,9 +133,9 @@ impl Roster {
         self.members.keys().for_each(|worker| self.send(*worker, message.clone()));
     }
 
-    /// Whether a member's control stream is still open.
+    /// Whether there is a member whose control stream has not been closed: it is open, or about to be opened.
     pub(crate) fn has_company(&self) -> bool {
-        self.members.values().any(|member| member.open)
+        !self.members.is_empty()
     }
 
     /// Ends the control streams, after what was sent on them.

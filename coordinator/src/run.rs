@@ -66,7 +66,7 @@ pub async fn run(
     };
     let (_serving, served) = watch::channel(Some(Arc::new(served)));
     // Ends when dropped, whatever happens below.
-    let server = Service::new(served, inputs).listen(listener);
+    let calls = Service::new(served, inputs).listen(listener);
 
     runtime.begin()?;
     tokio::pin!(stop);
@@ -84,10 +84,13 @@ pub async fn run(
         }
     }
 
-    // Members got their release; give them a moment to go, so that the message arrives.
-    runtime.hang_up();
+    // Members got their release, or get it when they open their stream; give them a moment to go, so that it arrives.
     let give_up = Instant::now() + FAREWELL;
-    while runtime.has_company() {
+    loop {
+        runtime.hang_up();
+        if !runtime.has_company() {
+            break;
+        }
         tokio::select! {
             biased;
             Some(input) = queue.recv() => runtime.hear(input)?,
@@ -97,7 +100,7 @@ pub async fn run(
             }
         }
     }
-    drop(server);
+    calls.finish(give_up).await;
     runtime.finish(&mut queue)
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use lockstep_model::batch::{PairSums, Sums};
@@ -91,14 +91,29 @@ impl Base {
     }
 }
 
+/// The answering of calls, which ends with this value.
+#[derive(Debug)]
+pub(crate) struct Calls {
+    server: JoinSet<Result<(), tonic::transport::Error>>,
+    end: oneshot::Sender<()>,
+}
+
+impl Calls {
+    /// Takes no more calls, and waits until those that came are answered, or until `give_up`.
+    pub(crate) async fn finish(mut self, give_up: Instant) {
+        let _ = self.end.send(());
+        let _ = tokio::time::timeout_at(give_up.into(), self.server.join_next()).await;
+    }
+}
+
 impl Service {
     /// Serves what `served` holds at a time; questions about the process go to `questions`.
     pub(crate) fn new(served: watch::Receiver<Option<Arc<Served>>>, questions: mpsc::UnboundedSender<Input>) -> Self {
         Self { served, questions }
     }
 
-    /// Answers calls over `listener` until the tasks are dropped.
-    pub(crate) fn listen(self, listener: TcpListener) -> JoinSet<Result<(), tonic::transport::Error>> {
+    /// Answers calls over `listener`.
+    pub(crate) fn listen(self, listener: TcpListener) -> Calls {
         let service = v1::lockstep_server::LockstepServer::new(self)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -107,9 +122,10 @@ impl Service {
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(MAX_FRAME_BYTES);
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let mut tasks = JoinSet::new();
-        tasks.spawn(server.serve_with_incoming(service, incoming));
-        tasks
+        let (end, ended) = oneshot::channel::<()>();
+        let mut calls = JoinSet::new();
+        calls.spawn(server.serve_with_incoming_shutdown(service, incoming, async { drop(ended.await) }));
+        Calls { server: calls, end }
     }
 
     /// What is served now.

@@ -125,6 +125,8 @@ impl Actor {
     fn take_stock(&mut self) {
         let workers = self.cluster.as_ref().map_or(0, Cluster::workers);
         self.workers.send_if_modified(|told| std::mem::replace(told, workers) != workers);
+        // Who invited looks at their number next.
+        self.cluster.iter_mut().for_each(Cluster::present_first);
         if !self.cluster.as_ref().is_some_and(Cluster::has_company)
             && let Some(farewell) = self.farewell.take()
         {

@@ -51,8 +51,8 @@ pub(super) enum Stage {
     Invited { first: Option<oneshot::Sender<FirstWorker>>, applicants: Vec<Applicant> },
     /// The relay is a member.
     Member,
-    /// It was released, for this reason.
-    Released(String),
+    /// It was released, and so is everybody.
+    Released(v1::Release),
 }
 
 /// A block that was lent, as far as it has come.
@@ -142,7 +142,17 @@ impl Cluster {
         }
     }
 
-    /// Whether a worker's control stream is still open.
+    /// Tells who invited that the first worker has come.
+    pub(super) fn present_first(&mut self) {
+        if let Stage::Invited { first, applicants } = &mut self.stage
+            && let Some(applicant) = applicants.first()
+            && let Some(first) = first.take()
+        {
+            let _ = first.send(FirstWorker { class: applicant.class, device: applicant.device.clone() });
+        }
+    }
+
+    /// Whether there is a worker whose control stream has not been closed.
     pub(super) fn has_company(&self) -> bool {
         self.roster.has_company()
     }
@@ -170,14 +180,22 @@ impl Cluster {
 
     /// The relay was released, and so is everybody.
     pub(super) fn release(&mut self, reason: &str, run_goes_on: bool) {
-        let before = std::mem::replace(&mut self.stage, Stage::Released(reason.into()));
+        let release = v1::Release { reason: reason.into(), run_goes_on };
+        let before = std::mem::replace(&mut self.stage, Stage::Released(release));
         if let Stage::Invited { applicants, .. } = before {
             for applicant in applicants {
                 let _ = applicant.reply.send(Err(Refusal::Released { reason: reason.into() }));
             }
         }
-        self.roster.send_all(&Message::Release(v1::Release { reason: reason.into(), run_goes_on }));
-        self.roster.hang_up();
+        self.tell_released();
+    }
+
+    /// Tells all who can be told that they are released; who opens its stream later is told then.
+    fn tell_released(&mut self) {
+        if let Stage::Released(release) = &self.stage {
+            self.roster.send_all(&Message::Release(release.clone()));
+            self.roster.hang_up();
+        }
     }
 
     /// Lends a block.
@@ -243,21 +261,22 @@ impl Cluster {
     pub(super) fn hear(&mut self, input: Input) {
         let event = match input {
             Input::Join(applicant) => match &mut self.stage {
-                Stage::Invited { first, applicants } => {
+                Stage::Invited { applicants, .. } => {
                     applicants.retain(|other| !other.reply.is_closed());
-                    if let Some(first) = first.take() {
-                        let _ = first.send(FirstWorker { class: applicant.class, device: applicant.device.clone() });
-                    }
                     applicants.push(applicant);
                     return;
                 }
                 Stage::Member => self.roster.ask(applicant),
-                Stage::Released(reason) => {
-                    let _ = applicant.reply.send(Err(Refusal::Released { reason: reason.clone() }));
+                Stage::Released(release) => {
+                    let _ = applicant.reply.send(Err(Refusal::Released { reason: release.reason.clone() }));
                     return;
                 }
             },
-            Input::Opened { worker, out } => self.roster.open(worker, out),
+            Input::Opened { worker, out } => {
+                let opened = self.roster.open(worker, out);
+                self.tell_released();
+                opened
+            }
             Input::Closed { worker, reason } => self.roster.close(worker, reason, matches!(self.stage, Stage::Member)),
             Input::Heartbeat { worker, sent_unix_nanos, clock_offset_nanos } => {
                 self.roster.heartbeat(worker, sent_unix_nanos, clock_offset_nanos)

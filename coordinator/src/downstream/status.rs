@@ -18,7 +18,7 @@ impl Actor {
                         format!("a worker, to join the coordinator at {} with it", self.upstream)
                     }
                     Stage::Member => cluster.engine.status().waiting_for,
-                    Stage::Released(reason) => format!("nothing: {reason}"),
+                    Stage::Released(release) => format!("nothing: {}", release.reason),
                 };
                 v1::StatusReply { waiting_for, ..cluster.status(about) }
             }

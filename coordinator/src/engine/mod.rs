@@ -176,13 +176,15 @@ impl Engine {
     /// Decides what follows from an event.
     pub fn handle(&mut self, event: Event, now: Time) -> Vec<Command> {
         self.now = self.now.max(now);
+        // Of itself a heartbeat changes nothing; but time has passed, too.
+        let is_late = || self.next_late().is_some_and(|due| due <= self.now);
+        let changes_work = !matches!(event, Event::Heartbeat { .. }) || is_late();
         if let Phase::Work(work) = &mut self.phase {
             work.leases_mut().advance(self.now);
         }
         if matches!(self.phase, Phase::Begin) {
             self.enter_boundary();
         }
-        let changes_work = !matches!(event, Event::Heartbeat { .. });
         match event {
             Event::JoinRequested { ticket, name, device, class, workers } => {
                 self.join(ticket, name, device, class, workers);

@@ -39,19 +39,24 @@ pub(crate) fn run(args: Relay) -> anyhow::Result<()> {
             joined: Arc::new(|| {}),
         };
         let shutdown = async { drop(requests.first(AT_ONCE).await) };
-        match lockstep_worker::run_with(config, Workers(downstream.clone()), shutdown).await? {
-            Ended::Shutdown => info!("shut down"),
+        let ended = lockstep_worker::run_with(config, Workers(downstream.clone()), shutdown).await?;
+        let (reason, run_goes_on) = match ended {
+            Ended::Shutdown => {
+                info!("shut down");
+                return Ok(());
+            }
             Ended::Released(reason) => {
                 info!("released: {reason}");
-                downstream.release(reason, false).await;
+                (reason, false)
             }
             Ended::Dismissed(reason) => {
                 eprintln!("released, and the run goes on without this relay: {reason}");
-                downstream.release(reason, true).await;
-                return Err(Said(DISMISSED).into());
+                (reason, true)
             }
-        }
-        Ok(())
+        };
+        downstream.release(reason, run_goes_on).await;
+        serving.join_next().await;
+        if run_goes_on { Err(Said(DISMISSED).into()) } else { Ok(()) }
     })
 }
 

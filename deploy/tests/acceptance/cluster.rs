@@ -1,11 +1,16 @@
 //! Runs the `lockstep` program and what is needed to watch it.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
+
+pub(crate) use crate::running::Running;
+use crate::running::output;
+#[cfg(unix)]
+pub(crate) use crate::running::send_signal;
 
 /// A small Transformer with dropout that trains in a second or two.
 pub(crate) const SMALL: &[&str] = &[
@@ -36,14 +41,14 @@ pub(crate) fn lockstep(arguments: &[&str], overrides: &[&str]) -> Command {
 
 /// Runs to the end and expects success.
 pub(crate) fn succeed(mut command: Command) -> Output {
-    let output = command.output().expect("the program starts");
+    let output = output(&mut command);
     assert!(output.status.success(), "{command:?}\n{}\n{}", text(&output.stdout), text(&output.stderr));
     output
 }
 
 /// Runs to the end and expects this exit status; what was said on standard error.
 pub(crate) fn fail(mut command: Command, status: i32) -> String {
-    let output = command.output().expect("the program starts");
+    let output = output(&mut command);
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(status), "{command:?}\n{said}");
     said
@@ -90,78 +95,6 @@ pub(crate) fn workspace(relative: &str) -> PathBuf {
     Path::new(&package).parent().expect("the workspace lies above").join(relative)
 }
 
-/// A process that dies with this value.
-pub(crate) struct Running {
-    child: Child,
-    lines: Option<BufReader<ChildStderr>>,
-    /// All that was read so far.
-    pub(crate) said: String,
-}
-
-impl Running {
-    /// Starts a program whose standard error is read.
-    pub(crate) fn start(mut command: Command) -> Self {
-        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().expect("the program starts");
-        let lines = child.stderr.take().map(BufReader::new);
-        Self { child, lines, said: String::new() }
-    }
-
-    /// Reads on until a line contains `wanted`, and returns it.
-    pub(crate) fn wait_for(&mut self, wanted: &str) -> String {
-        let lines = self.lines.as_mut().expect("standard error is read until the end only once");
-        loop {
-            let mut line = String::new();
-            let read = lines.read_line(&mut line).expect("standard error is readable");
-            assert!(read > 0, "ended before it said {wanted:?}:\n{}", self.said);
-            self.said.push_str(&line);
-            if line.contains(wanted) {
-                return line;
-            }
-        }
-    }
-
-    /// Kills it as `kill -9` does.
-    pub(crate) fn kill(&mut self) {
-        self.child.kill().expect("the process can be killed");
-        self.child.wait().expect("the process can be waited for");
-    }
-
-    /// Sends a signal by name, as `kill` does.
-    #[cfg(unix)]
-    pub(crate) fn signal(&self, name: &str) {
-        send_signal(self.child.id(), name);
-    }
-
-    /// The process id.
-    #[cfg(unix)]
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Reads what is left and returns the exit status.
-    pub(crate) fn wait(&mut self) -> Option<i32> {
-        if let Some(mut lines) = self.lines.take() {
-            lines.read_to_string(&mut self.said).expect("standard error is UTF-8");
-        }
-        self.child.wait().expect("the process can be waited for").code()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Sends a signal by name, as `kill` does; a process that has just ended gets none.
-#[cfg(unix)]
-pub(crate) fn send_signal(process: u32, name: &str) {
-    let sent = Command::new("kill").args([&format!("-{name}"), &process.to_string()]).stderr(Stdio::null()).status();
-    sent.expect("kill is there");
-}
-
 /// A coordinator that others join, and its address.
 pub(crate) fn coordinator(recipe: &str, run: &Path, more: &[&str], overrides: &[&str]) -> (Running, String) {
     let mut arguments = vec!["coordinator", recipe, "--listen", "127.0.0.1:0", "--run", path(run)];
@@ -170,6 +103,19 @@ pub(crate) fn coordinator(recipe: &str, run: &Path, more: &[&str], overrides: &[
     let line = running.wait_for("listening on");
     let address = line.split_whitespace().find_map(|word| word.strip_suffix(';')).expect("the line names the address");
     (running, address.to_string())
+}
+
+/// A relay of this name, and its address.
+pub(crate) fn relay_at(coordinator: &str, listen: &str, name: &str, more: &[&str]) -> (Running, String) {
+    let arguments = ["relay", "--join", coordinator, "--listen", listen, "--name", name];
+    let mut running = Running::start(lockstep(&[&arguments, more].concat(), &[]));
+    let line = running.wait_for("listening on");
+    let address = line.split_whitespace().find_map(|word| word.strip_suffix(';')).expect("the line names the address");
+    (running, address.to_string())
+}
+
+pub(crate) fn relay(coordinator: &str, name: &str, more: &[&str]) -> (Running, String) {
+    relay_at(coordinator, "127.0.0.1:0", name, more)
 }
 
 /// A worker of one thread on the CPU.

@@ -13,6 +13,8 @@ mod distrust;
 mod equal_runs;
 mod eval;
 #[cfg(unix)]
+mod farewell;
+#[cfg(unix)]
 mod faults;
 mod gpu;
 mod interchange;
@@ -28,6 +30,7 @@ mod quickstart;
 #[cfg(unix)]
 mod rate;
 mod relay;
+mod running;
 mod scale_out;
 #[cfg(unix)]
 mod serve;

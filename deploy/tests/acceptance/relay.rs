@@ -6,24 +6,12 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::cluster::{
-    Running, SMALL, coordinator, fail, fingerprint, lockstep, logged_steps, path, succeed, text, worker, worker_with,
+    Running, SMALL, coordinator, fail, fingerprint, lockstep, logged_steps, path, relay, relay_at, succeed, text,
+    worker, worker_with,
 };
 use crate::preferences;
 
 const BY_NETWORK: &[&str] = &["--no-shared-memory"];
-
-/// A relay of this name, and its address.
-fn relay_at(coordinator: &str, listen: &str, name: &str, more: &[&str]) -> (Running, String) {
-    let arguments = ["relay", "--join", coordinator, "--listen", listen, "--name", name];
-    let mut running = Running::start(lockstep(&[&arguments, more].concat(), &[]));
-    let line = running.wait_for("listening on");
-    let address = line.split_whitespace().find_map(|word| word.strip_suffix(';')).expect("the line names the address");
-    (running, address.to_string())
-}
-
-fn relay(coordinator: &str, name: &str, more: &[&str]) -> (Running, String) {
-    relay_at(coordinator, "127.0.0.1:0", name, more)
-}
 
 /// `lockstep status --json`.
 fn status(address: &str) -> Value {
@@ -184,8 +172,7 @@ fn a_relay_comes_and_goes_with_its_workers() {
     let dir = tempfile::tempdir().unwrap();
     let kind = Kind { dir: dir.path(), recipe: "quickstart", sets: SMALL.to_vec() };
     let run = kind.run("left");
-    let (mut coordinator, address) =
-        coordinator("quickstart", &run, &[], &[SMALL, &["schedule.steps=100000"]].concat());
+    let (mut coordinator, address) = coordinator("quickstart", &run, &[], &[SMALL, &["schedule.steps=20000"]].concat());
     let (mut relay, below) = relay(&address, "relay", &[]);
     let mut only = worker(&below, "only");
     coordinator.wait_for("joined: relay");
@@ -193,7 +180,7 @@ fn a_relay_comes_and_goes_with_its_workers() {
     let shown = status(&below);
     assert_eq!((&shown["relay_of"], &shown["workers"][0]["name"]), (&address.clone().into(), &"only".into()));
     assert!(text(&succeed(lockstep(&["status", &below], &[])).stdout).contains(&format!("relay of         {address}")));
-    coordinator.wait_for("step 5000/100000");
+    coordinator.wait_for("step 1000/20000");
     let shown = status(&address);
     assert_eq!((&shown["workers"][0]["name"], &shown["workers"][0]["workers"]), (&"relay".into(), &1.into()));
 

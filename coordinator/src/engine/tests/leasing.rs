@@ -136,6 +136,25 @@ fn a_stop_does_not_wait_for_what_is_late() {
     .assert_eq(&run.pass_and_tick(1));
 }
 
+/// A timer may fire late: whatever is heard before it finds that a lease has become so.
+#[test]
+fn what_is_late_is_noticed_by_whatever_comes_first() {
+    let mut run = Run::new(EngineConfig { total_steps: 3, ..config() });
+    run.join();
+    run.pass(4);
+    run.done_in(1, 4);
+    run.applied(1);
+    run.join();
+    run.pass(12);
+    assert_eq!(run.hear_all(), "");
+    run.pass(1);
+    expect![[r#"
+        worker 2: lease 3: gradient of block 2/0 of step 2 with version 1
+    "#]]
+    .assert_eq(&run.hear_all());
+    assert_eq!(run.tick(), "");
+}
+
 #[test]
 fn while_nothing_is_known_of_anybody_a_lease_may_take_minutes() {
     let mut run = Run::new(config());

@@ -144,10 +144,9 @@ impl Run {
     }
 
     /// Everybody says that it lives.
-    fn hear_all(&mut self) {
-        for member in self.engine.status().members {
-            self.send(Event::Heartbeat { worker: member.worker });
-        }
+    fn hear_all(&mut self) -> String {
+        let members = self.engine.status().members.into_iter();
+        members.map(|member| self.send(Event::Heartbeat { worker: member.worker })).collect()
     }
 
     fn decline(&mut self, worker: u64) -> String {
@@ -179,8 +178,7 @@ impl Run {
     /// Time passes, in which everybody says that it lives.
     fn pass_and_tick(&mut self, secs: u64) -> String {
         self.pass(secs);
-        self.hear_all();
-        self.tick()
+        self.hear_all() + &self.tick()
     }
 
     fn waiting_for(&self) -> String {

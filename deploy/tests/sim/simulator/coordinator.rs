@@ -23,6 +23,8 @@ use super::world::{Happening, Rank, World};
 
 /// All workers compute the same bits.
 const CLASS: DeviceClass = DeviceClass([1; 32]);
+/// How late a timer fires, at least and at most.
+const TIMER_DELAY_SECS: [f64; 2] = [0.0001, 0.05];
 /// More ticks than this at one moment lead nowhere.
 const MOST_TICKS_AT_ONCE: u32 = 20;
 
@@ -513,6 +515,9 @@ impl World {
         let due = deadline.0.max(self.now);
         if coordinator.tick_at.is_none_or(|at| due < at) {
             coordinator.tick_at = Some(due);
+            // A timer fires late, and other things happen before.
+            let [least, most] = TIMER_DELAY_SECS;
+            let due = if due > self.now { due + self.timers.secs(least, most) } else { due };
             let (incarnation, report) = (coordinator.incarnation, Report::Tick);
             self.at(due, Rank::Tick, Happening::Coordinator { incarnation, report });
         }

@@ -92,6 +92,8 @@ pub(crate) struct World {
     pub(crate) wrong: Rc<BTreeSet<String>>,
     pub(crate) trace: Trace,
     pub(crate) chance: Chance,
+    /// Of how late timers fire.
+    pub(crate) timers: Chance,
     pub(crate) mutation: Mutation,
     pub(crate) mutation_state: MutationState,
     /// How the run ended, once it is over for good.
@@ -126,6 +128,7 @@ impl World {
             wrong,
             trace: Trace::new(verbose),
             chance: Chance::new(scenario.seed ^ outside, 3),
+            timers: Chance::new(scenario.seed ^ outside, 7),
             mutation,
             mutation_state: MutationState::default(),
             over: None,
