@@ -38,7 +38,8 @@ pub enum DeviceError {
     },
     /// A software adapter, and kernels that are chosen by trying many.
     #[error(
-        "{0}: this build (feature gpu-tuned) finds its kernels by trying many, which takes a software adapter hours; use          --device cpu, or a build without gpu-tuned"
+        "{0}: this build (feature gpu-tuned) finds its kernels by trying many, which takes a software adapter hours; use \
+         --device cpu, or a build without gpu-tuned"
     )]
     TunedForGpus(String),
 }

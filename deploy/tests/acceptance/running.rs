@@ -6,7 +6,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 /// After so long a process is killed: whatever waits for it hears of its end, and fails.
-const LIMIT: Duration = Duration::from_secs(40);
+const LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// A process that dies with this value.
 pub(crate) struct Running {
