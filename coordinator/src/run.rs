@@ -100,7 +100,16 @@ pub async fn run(
             }
         }
     }
-    calls.finish(give_up).await;
+    // Whoever asks to join meanwhile is told, too.
+    let finished = calls.finish(give_up);
+    tokio::pin!(finished);
+    loop {
+        tokio::select! {
+            biased;
+            Some(input) = queue.recv() => runtime.hear(input)?,
+            () = &mut finished => break,
+        }
+    }
     runtime.finish(&mut queue)
 }
 
