@@ -15,6 +15,7 @@ use crate::cluster::{
     SMALL, coordinator, fail, fingerprint, inspect, lockstep, logged_steps, metrics, outlive_a_worker, path, succeed,
     text, worker,
 };
+use crate::running::output;
 use crate::sft;
 
 /// Of all projections, in steps that change something.
@@ -102,7 +103,7 @@ fn what_may_not_change_is_refused_and_damage_is_named() {
     let mut damaged = whole.clone();
     damaged[whole.len() / 2] ^= 1;
     fs::write(&file, &damaged).unwrap();
-    let said = text(&lockstep(&["verify", path(&run)], &[]).output().unwrap().stdout);
+    let said = text(&output(&mut lockstep(&["verify", path(&run)], &[])).stdout);
     assert!(said.contains("base/model.safetensors"), "{said}");
     let said = fail(lockstep(&["generate", "--prompt", "a", "--run", path(&run)], &[]), 1);
     assert!(said.contains("base/model.safetensors: the checkpoint is damaged"), "{said}");

@@ -95,25 +95,28 @@ pub(crate) fn workspace(relative: &str) -> PathBuf {
     Path::new(&package).parent().expect("the workspace lies above").join(relative)
 }
 
+/// Starts a program that others join, and waits for its address.
+fn listening(command: Command) -> (Running, String) {
+    let mut running = Running::start(command);
+    let line = running.wait_for("listening on");
+    let address = line.split_whitespace().find_map(|word| word.strip_suffix(';')).expect("the line names the address");
+    (running, address.to_string())
+}
+
 /// A coordinator that others join, and its address.
 pub(crate) fn coordinator(recipe: &str, run: &Path, more: &[&str], overrides: &[&str]) -> (Running, String) {
     let mut arguments = vec!["coordinator", recipe, "--listen", "127.0.0.1:0", "--run", path(run)];
     arguments.extend_from_slice(more);
-    let mut running = Running::start(lockstep(&arguments, overrides));
-    let line = running.wait_for("listening on");
-    let address = line.split_whitespace().find_map(|word| word.strip_suffix(';')).expect("the line names the address");
-    (running, address.to_string())
+    listening(lockstep(&arguments, overrides))
 }
 
 /// A relay of this name, and its address.
 pub(crate) fn relay_at(coordinator: &str, listen: &str, name: &str, more: &[&str]) -> (Running, String) {
     let arguments = ["relay", "--join", coordinator, "--listen", listen, "--name", name];
-    let mut running = Running::start(lockstep(&[&arguments, more].concat(), &[]));
-    let line = running.wait_for("listening on");
-    let address = line.split_whitespace().find_map(|word| word.strip_suffix(';')).expect("the line names the address");
-    (running, address.to_string())
+    listening(lockstep(&[&arguments, more].concat(), &[]))
 }
 
+/// The same, on a port that is free.
 pub(crate) fn relay(coordinator: &str, name: &str, more: &[&str]) -> (Running, String) {
     relay_at(coordinator, "127.0.0.1:0", name, more)
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::cluster::{SMALL, coordinator, fingerprint, lockstep, path, succeed, text, worker};
+use crate::running::output;
 
 fn train(run: &Path, more: &[&str], overrides: &[&str]) {
     let arguments = [&["train", "quickstart", "--device", "cpu", "--run", path(run)], more].concat();
@@ -14,7 +15,7 @@ fn train(run: &Path, more: &[&str], overrides: &[&str]) {
 
 /// What `verify --json` finds, and its exit status.
 fn report(run: &Path) -> (Value, Option<i32>) {
-    let output = lockstep(&["verify", path(run), "--json"], &[]).output().expect("the program starts");
+    let output = output(&mut lockstep(&["verify", path(run), "--json"], &[]));
     let report = serde_json::from_slice(&output.stdout);
     (report.unwrap_or_else(|_| panic!("no JSON: {}", text(&output.stderr))), output.status.code())
 }
@@ -164,7 +165,7 @@ fn a_corpus_that_changed_is_found() {
     let said = damage(&plain);
     assert!(said.contains("data.input: ") && said.contains("text.txt"), "{said}");
     succeed(lockstep(&["verify", path(&plain)], &[&input(&moved)]));
-    let refused = lockstep(&["verify", path(&plain)], &["seed=2"]).output().unwrap();
+    let refused = output(&mut lockstep(&["verify", path(&plain)], &["seed=2"]));
     assert_eq!(refused.status.code(), Some(2), "{}", text(&refused.stderr));
 
     change_byte(&corpus.join("shard-00000.bin"), 100);

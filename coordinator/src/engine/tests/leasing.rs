@@ -21,13 +21,19 @@ fn fast_and_slow() -> Run {
     run
 }
 
-#[test]
-fn what_is_late_goes_to_an_idle_worker_too_and_the_first_result_counts() {
+/// A run in step 2, of a worker that took 4 s for the four slots of step 1: it has all of them again.
+fn one_that_takes_a_second_a_slot() -> Run {
     let mut run = Run::new(EngineConfig { total_steps: 3, ..config() });
     run.join();
     run.pass(4);
     run.done_in(1, 4);
     run.applied(1);
+    run
+}
+
+#[test]
+fn what_is_late_goes_to_an_idle_worker_too_and_the_first_result_counts() {
+    let mut run = one_that_takes_a_second_a_slot();
     expect![[r#"
         admit worker 2 of class 0707070707070707
     "#]]
@@ -121,11 +127,7 @@ fn a_worker_that_joins_again_is_lent_what_it_has_kept() {
 
 #[test]
 fn a_stop_does_not_wait_for_what_is_late() {
-    let mut run = Run::new(EngineConfig { total_steps: 3, ..config() });
-    run.join();
-    run.pass(4);
-    run.done_in(1, 4);
-    run.applied(1);
+    let mut run = one_that_takes_a_second_a_slot();
     assert_eq!(run.stop(), "");
     assert_eq!(run.pass_and_tick(8) + &run.pass_and_tick(4), "");
     assert_eq!(run.engine.next_deadline(), Some(run.now + Duration::from_secs(1)));
@@ -139,11 +141,7 @@ fn a_stop_does_not_wait_for_what_is_late() {
 /// A timer may fire late: whatever is heard before it finds that a lease has become so.
 #[test]
 fn what_is_late_is_noticed_by_whatever_comes_first() {
-    let mut run = Run::new(EngineConfig { total_steps: 3, ..config() });
-    run.join();
-    run.pass(4);
-    run.done_in(1, 4);
-    run.applied(1);
+    let mut run = one_that_takes_a_second_a_slot();
     run.join();
     run.pass(12);
     assert_eq!(run.hear_all(), "");
